@@ -1,0 +1,32 @@
+"""The one exception a user can cause: bad usage or bad input."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad usage or input: one line that names the field, the value and what is allowed (exit status 2).
+
+    >>> raise UserError("space.cells: 2 is too few; allowed: an integer >= 3")
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.UserError: space.cells: 2 is too few; allowed: an integer >= 3
+    """
+
+
+class RunError(RuntimeError):
+    """The run itself failed (exit status 1): one line that says what happened and what is left on disk."""
+
+
+def unknown(field: str, value: str, allowed: Iterable[str]) -> UserError:
+    """The error for a name that is not in a list, with the nearest name if there is one.
+
+    >>> print(unknown("preset", "papr", ["paper", "digits"]))
+    preset: unknown value 'papr'; did you mean 'paper'? allowed: paper | digits
+    """
+    names = list(allowed)
+    near = difflib.get_close_matches(value, names, n=1)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return UserError(f"{field}: unknown value {value!r};{hint} allowed: {' | '.join(names)}")
