@@ -1,7 +1,7 @@
 """A found architecture: what each cell computes, free of arrays and of frameworks.
 
-Reads and writes the JSON form of this library, reads the `Genotype(...)` text form of the DARTS scripts, and holds a zoo of
-published cells.
+Reads and writes the JSON form of this library, reads the `Genotype(...)` text form of the DARTS scripts, and holds a zoo
+of published cells.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _LONGEST_RANGE = 1000  # range(10**9) in a text file is a mistake, not a cell
 class Genotype:
     """The discrete cells a search returns: per intermediate node the (op, input) pairs whose outputs are added.
 
-    States are numbered as in DARTS: 0 is c_{k-2}, 1 is c_{k-1}, and node i of a cell is state i + 2. The cell's output is
-    the concatenation of the states in the concat. Any number of pairs a node, two ops on one input, nodes without a pair
-    and ops of any name are allowed, so that genotypes of every cell-based search fit.
+    States are numbered as in DARTS: 0 is c_{k-2}, 1 is c_{k-1}, and node i of a cell is state i + 2. The output of a
+    cell is the concatenation of the states in its concat. Any number of pairs a node, two ops on one input, nodes without
+    a pair and ops of any name are allowed, so that genotypes of every cell-based search fit.
 
     Args:
       normal: per node a sequence of (op name, input state); node i may use the states below i + 2.
@@ -104,7 +104,7 @@ class Genotype:
 
     @classmethod
     def from_text(cls, text: str) -> Genotype:
-        """Read the text form of the DARTS scripts: `Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=..., ...)`.
+        """Read the text form of the DARTS scripts: `Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=..., ..)`.
 
         A flat list has two pairs a node; a list of lists has one list a node; a concat may be a range(...). Other lines
         around it (a log, a `NAME = `) are skipped. The text is parsed, never evaluated.
@@ -165,6 +165,8 @@ class Genotype:
         try:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
+            if len(path.parts) > 1 or path.suffix in (".json", ".txt", ".py"):
+                raise UserError(f"genotype: no file or workdir {str(path)!r}") from None
             raise UserError(
                 f"{unknown('genotype', str(name_or_path), _zoo())} | a JSON or text file | a workdir"
             ) from None
@@ -236,7 +238,7 @@ class Genotype:
         return max((d for n in concat if (d := state[n]) is not None), default=0)
 
     def width(self, cell: str = "normal") -> float:
-        """Width of a cell in units of its channels: over the nodes, the sum of the share of pairs that read a cell input.
+        """Width of a cell in units of its channels: the shares of pairs that read a cell input, summed over the nodes.
 
         `none` pairs are left out, as in depth. Source: Shu, Wang and Cai (ICLR 2020); the cell of DARTS is 3.5 wide.
 
@@ -266,7 +268,7 @@ class Genotype:
 
 
 def names() -> list[str]:
-    """The names of the published genotypes, in order of publication.
+    """The names of the published genotypes, in the order of zoo.json.
 
     >>> names()[:2], "PRDARTS" in names()
     (['NASNet_A', 'AmoebaNet_A'], True)
