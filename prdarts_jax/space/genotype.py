@@ -1,7 +1,7 @@
 """A found architecture: what each cell computes, free of arrays and of frameworks.
 
-Reads and writes the JSON form of this library, reads the `Genotype(...)` text form of the DARTS scripts, and holds a zoo
-of published cells.
+Reads and writes the JSON form of this library, reads the `Genotype(...)` text form of the DARTS scripts, and holds the
+cells others have published.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Genotype:
     """The discrete cells a search returns: per intermediate node the (op, input) pairs whose outputs are added.
 
     States are numbered as in DARTS: 0 is c_{k-2}, 1 is c_{k-1}, and node i of a cell is state i + 2. The output of a
-    cell is the concatenation of the states in its concat. Any number of pairs a node, two ops on one input, nodes without
-    a pair and ops of any name are allowed, so that genotypes of every cell-based search fit.
+    cell is the concatenation of the states in its concat. Any number of pairs a node, two ops on one input, nodes
+    without a pair and ops of any name are allowed, so that genotypes of every cell-based search fit.
 
     Args:
       normal: per node a sequence of (op name, input state); node i may use the states below i + 2.
@@ -104,7 +104,7 @@ class Genotype:
 
     @classmethod
     def from_text(cls, text: str) -> Genotype:
-        """Read the text form of the DARTS scripts: `Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=..., ..)`.
+        """Read the text form of the DARTS scripts: `Genotype(normal=[('sep_conv_3x3', 1), ...], reduce=..., ...)`.
 
         A flat list has two pairs a node; a list of lists has one list a node; a concat may be a range(...). Other lines
         around it (a log, a `NAME = `) are skipped. The text is parsed, never evaluated.
