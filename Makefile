@@ -1,0 +1,45 @@
+# Every target works from a fresh clone with Python >= 3.11, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+ARGS ?=
+
+.PHONY: help setup search test test-slow lint doctest bench clean
+
+help:
+	@echo "make setup | search [ARGS='--seed 1'] | test | test-slow | lint | doctest | bench | clean"
+
+setup: $(STAMP)
+
+# The stamp is newer than the pins once they are installed: nothing is done again until one of them changes.
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "prdarts_jax needs Python >= 3.11; choose one: make setup PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $(STAMP)
+
+search: $(STAMP)
+	$(BIN)/prdarts search --preset digits $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+doctest: $(STAMP)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --doctest-modules prdarts_jax $(ARGS)
+
+bench: $(STAMP)
+	@test -e benchmarks/__main__.py || { echo "no benchmarks yet"; exit 0; }; \
+	  $(BIN)/python -m benchmarks --scale smoke $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

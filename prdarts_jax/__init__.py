@@ -1,0 +1,50 @@
+"""PR-DARTS and its peers: differentiable architecture search as pure JAX functions.
+
+The public names are imported when they are first used (PEP 562), so that `import prdarts_jax` does not start JAX.
+
+>>> import prdarts_jax
+>>> prdarts_jax.SearchConfig().epochs
+200
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prdarts_jax.config import SearchConfig
+    from prdarts_jax.errors import RunError, UserError
+    from prdarts_jax.presets import resolve
+    from prdarts_jax.search_loop import SearchResult, search
+    from prdarts_jax.space.genotype import Genotype
+
+__version__ = "0.1.0"
+__all__ = ["Genotype", "RunError", "SearchConfig", "SearchResult", "UserError", "resolve", "search"]
+
+_HOME = {
+    "Genotype": "space.genotype",
+    "RunError": "errors",
+    "SearchConfig": "config",
+    "SearchResult": "search_loop",
+    "UserError": "errors",
+    "resolve": "presets",
+    "search": "search_loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:  # prdarts_jax.gates and the other modules, without an import line of their own
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,220 @@
+"""The table of search methods. A new method is one file and one row here.
+
+Imports no jax: a factory's module is imported when the factory is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prdarts_jax import userfile
+from prdarts_jax.config import convert_scalar
+from prdarts_jax.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class Row:
+    """A search method: where its factory is, and the settings it was published with."""
+
+    name: str
+    factory: str  # module:function, takes `space` and keyword options
+    summary: str  # one line
+    reference: str
+    settings: Mapping[str, Any]  # dotted path of a config field -> the method's published value
+    source: str  # where the settings were read
+
+
+_DARTS_OPTIMIZERS: Mapping[str, Any] = {
+    "weights.learning_rate": 0.025,
+    "weights.learning_rate_min": 0.001,
+    "weights.momentum": 0.9,
+    "weights.nesterov": False,
+    "weights.weight_decay": 3e-4,
+    "weights.clip_norm": 5.0,
+    "arch.learning_rate": 3e-4,
+    "arch.beta1": 0.5,
+    "arch.beta2": 0.999,
+    "arch.eps": 1e-8,
+    "arch.weight_decay": 1e-3,
+}
+
+_ROWS = (
+    Row(
+        name="prdarts",
+        factory="prdarts_jax.strategies.prdarts:prdarts",
+        summary="independent hard-concrete gates, group-structured penalties and a path-depth term",
+        reference=(
+            "Zhou, Xiong, Socher, Hoi: Theory-Inspired Path-Regularized Differential Network Architecture Search, "
+            "NeurIPS 2020"
+        ),
+        settings={
+            "epochs": 200,
+            "batch_size": 128,
+            "space.cells": 8,
+            "space.channels": 16,
+            "space.nodes": 4,
+            "space.head_norm": True,
+            "space.pool_norm": True,
+            **_DARTS_OPTIMIZERS,
+            "weights.nesterov": True,
+            "weights.weight_decay": 5e-4,
+        },
+        source="arXiv 2006.16537; where it is silent, the program its authors released",
+    ),
+    Row(
+        name="darts",
+        factory="prdarts_jax.strategies.darts:darts",
+        summary="first-order DARTS: a softmax mixture of all operations on every edge",
+        reference="Liu, Simonyan, Yang: DARTS: Differentiable Architecture Search, ICLR 2019",
+        settings={
+            "epochs": 50,
+            "batch_size": 64,
+            "space.cells": 8,
+            "space.channels": 16,
+            "space.nodes": 4,
+            "space.head_norm": False,
+            "space.pool_norm": True,
+            **_DARTS_OPTIMIZERS,
+        },
+        source="the program its authors released (quark0/darts)",
+    ),
+)
+
+
+def rows() -> tuple[Row, ...]:
+    """Every method, in the order of the table.
+
+    >>> [row.name for row in rows()][:2]
+    ['prdarts', 'darts']
+    """
+    return _ROWS
+
+
+def row(name: str) -> Row:
+    """The row of a method.
+
+    Raises:
+      UserError: no such name; the error names the nearest one.
+
+    >>> row("darts").settings["epochs"]
+    50
+    """
+    for candidate in _ROWS:
+        if candidate.name == name:
+            return candidate
+    raise unknown("method.strategy", name, [*(candidate.name for candidate in _ROWS), "path.py:factory"])
+
+
+def factory(name_or_path: str) -> Callable[..., Any]:
+    """The factory of a method: `factory(space=..., **options)` makes the strategy.
+
+    Args:
+      name_or_path: a name of the table, or `path.py:factory` of the user's own file.
+
+    Raises:
+      UserError: no such name or file, or the object is not callable.
+
+    >>> factory("darts").__name__
+    'darts'
+    """
+    if userfile.is_path(name_or_path):
+        made = userfile.load(name_or_path, "method.strategy").value
+        if not callable(made):
+            raise UserError(
+                f"method.strategy: {name_or_path!r} is a {type(made).__name__}; allowed: a factory function"
+            )
+        return made
+    module, _, function = row(name_or_path).factory.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def settings(name_or_path: str) -> Mapping[str, Any]:
+    """The published settings of a method: dotted config path -> value.
+
+    A user's factory may carry them as its attribute `settings`; without it there are none.
+
+    Raises:
+      UserError: no such method, or an attribute `settings` that is not a mapping.
+
+    >>> settings("darts")["weights.weight_decay"]
+    0.0003
+    """
+    if not userfile.is_path(name_or_path):
+        return row(name_or_path).settings
+    given = getattr(factory(name_or_path), "settings", {})
+    if not isinstance(given, Mapping):
+        raise UserError(f"method.strategy: settings of {name_or_path!r} are {given!r}; allowed: a dict path -> value")
+    for path in given:
+        if str(path).startswith("method."):
+            raise UserError(
+                f"method.strategy: settings of {name_or_path!r} name {path!r}; allowed: fields of the config "
+                "but the method's own (its defaults are those of the factory)"
+            )
+    return given
+
+
+def options(name_or_path: str) -> dict[str, Any]:
+    """The options of a method: the keyword arguments of its factory without `space`, and their defaults.
+
+    Only arguments with a default of type None, bool, int, float or str are options: the rest cannot be written in a
+    config.
+
+    Raises:
+      UserError: no such method, or a factory with an argument that has no default.
+
+    >>> options("darts")
+    {'init_scale': 0.001}
+    """
+    found: dict[str, Any] = {}
+    for parameter in inspect.signature(factory(name_or_path)).parameters.values():
+        if parameter.name == "space" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.default is parameter.empty:
+            raise UserError(
+                f"method.strategy: argument {parameter.name!r} of {name_or_path!r} has no default; "
+                "allowed: `space` and arguments with a default"
+            )
+        if parameter.default is None or isinstance(parameter.default, bool | int | float | str):
+            found[parameter.name] = parameter.default
+    return found
+
+
+def resolve_options(name_or_path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a method: the given ones, converted to the type of their default, and the defaults of the others.
+
+    An option whose default is None takes a number or none.
+
+    Args:
+      name_or_path: as in `factory`.
+      given: option name -> JSON value or command-line string.
+
+    Raises:
+      UserError: an option the method does not have, or a value of another type.
+
+    >>> resolve_options("darts", {"init_scale": "0.1"})
+    {'init_scale': 0.1}
+    """
+    defaults = options(name_or_path)
+    for name in given:
+        if name not in defaults:
+            raise unknown(f"method.options.{name}", name, defaults)
+    return {
+        name: _convert(default, given[name], f"method.options.{name}") if name in given else default
+        for name, default in defaults.items()
+    }
+
+
+def _convert(default: Any, value: Any, path: str) -> Any:
+    if default is not None:
+        return convert_scalar(type(default), value, path)
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
+        return None
+    try:
+        number = convert_scalar(float, value, path)
+    except UserError:
+        raise UserError(f"{path}: {value!r} is not possible; allowed: a number | none") from None
+    return int(number) if number.is_integer() and "." not in str(value) else number

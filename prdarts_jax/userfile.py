@@ -1,0 +1,105 @@
+"""Objects from a user's own Python file, named as `path.py:name`."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import traceback
+import types
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prdarts_jax.errors import UserError
+
+
+class UserObject(NamedTuple):
+    """An object from a user's file, and the digest of the source it came from."""
+
+    value: Any
+    digest: str  # sha256 of the file, hexadecimal: compared on resume
+
+
+def is_path(spec: str) -> bool:
+    """Whether a text means an object in a user's file rather than a name of ours.
+
+    >>> is_path("mine.py:factory"), is_path("prdarts"), is_path("mine.py")
+    (True, False, True)
+    """
+    return ":" in spec or spec.endswith(".py")
+
+
+def load(spec: str, field: str) -> UserObject:
+    """The object `name` of the Python file `path.py`, for the spec `path.py:name`.
+
+    The file runs once per content and process, as a private module, so two specs of one file share its objects.
+
+    Args:
+      spec: `path.py:name`; the path is absolute or relative to the current directory.
+      field: dotted path of the config field the spec came from, named in errors.
+
+    Raises:
+      UserError: no colon, no such file, an exception while the file runs, or no such name in it.
+
+    >>> load("mine.py", "method.strategy")
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.UserError: method.strategy: 'mine.py' names no object; allowed: path.py:name
+    """
+    file, colon, name = spec.rpartition(":")
+    if not colon or not file or not name:
+        raise UserError(f"{field}: {spec!r} names no object; allowed: path.py:name")
+    module, digest = load_module(file, field)
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"{field}: {file!r} has no {name!r}; it has: {' | '.join(public) or 'nothing public'}")
+    return UserObject(getattr(module, name), digest)
+
+
+def load_module(file: str, field: str) -> UserObject:
+    """A user's Python file as a module.
+
+    Args:
+      file: path, absolute or relative to the current directory.
+      field: as in `load`.
+
+    Raises:
+      UserError: no such file, or an exception while it runs; the error names the line and the exception.
+
+    >>> load_module("absent.py", "space.primitives")
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.UserError: space.primitives: no file 'absent.py'
+    """
+    path = Path(file).expanduser()
+    try:
+        source = path.resolve().read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{field}: no file {file!r}") from None
+    except OSError as error:
+        raise UserError(f"{field}: cannot read {file!r}: {error.strerror}") from None
+    digest = hashlib.sha256(source).hexdigest()
+    # The digest is part of the name: an edited file is a new module, and two files of one name do not collide.
+    name = f"_prdarts_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}_{digest[:16]}"
+    if name not in sys.modules:
+        module = types.ModuleType(name)
+        module.__file__ = str(path.resolve())
+        sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up there
+        try:
+            exec(compile(source, module.__file__, "exec"), vars(module))
+        except Exception as error:
+            del sys.modules[name]
+            raise UserError(f"{field}: {_where(error, file, module.__file__)}: {_said(error)}") from error
+    return UserObject(sys.modules[name], digest)
+
+
+def _where(error: Exception, shown: str, full: str) -> str:
+    """file:line of the innermost frame in the user's file."""
+    if isinstance(error, SyntaxError) and error.filename == full:
+        return f"{shown}:{error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == full]
+    return f"{shown}:{lines[-1]}" if lines else shown
+
+
+def _said(error: Exception) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return " ".join(f"{type(error).__name__}: {text}".split())

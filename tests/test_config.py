@@ -1,0 +1,133 @@
+"""The config classes: validation lines, JSON, dotted paths."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from prdarts_jax import config as cfg
+from prdarts_jax.config import SearchConfig, SpaceConfig
+from prdarts_jax.errors import UserError
+
+PATHS = [path for path, _, _ in cfg.fields(SearchConfig)]
+
+
+def test_json_round_trip_keeps_every_value():
+    changed = cfg.replace(
+        SearchConfig(),
+        {
+            "space.cells": 5,
+            "space.nodes": 1,
+            "space.ops": ["skip_connect", "sep_conv_3x3"],
+            "space.edge_ops": [[["skip_connect"], ["sep_conv_3x3"]], [["sep_conv_3x3"], ["skip_connect"]]],
+            "method.options": {"lambda1": 0.5},
+            "weights.clip_norm": "inf",
+            "seed": 7,
+        },
+    )
+    again = cfg.from_dict(SearchConfig, json.loads(json.dumps(cfg.to_dict(changed))))
+    assert again == changed
+    assert again != SearchConfig()
+    assert again.space.edge_ops == ((("skip_connect",), ("sep_conv_3x3",)), (("sep_conv_3x3",), ("skip_connect",)))
+    assert again.weights.clip_norm == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"space.cells": 2}, "space.cells: 2 is not possible; allowed: >= 3"),
+        ({"space.channels": 7}, "space.channels: 7 is not possible; allowed: an even number (reductions halve it)"),
+        ({"space.nodes": 0}, "space.nodes: 0 is not possible; allowed: >= 1"),
+        ({"space.ops": "sep_conv_3x3,sep_conv_3x3"}, "allowed: each operation once"),
+        ({"space.ops": "none"}, "space.ops: 'none' is not possible; allowed: at least one operation besides none"),
+        ({"space.ops": ""}, "allowed: at least one operation"),
+        ({"space.ops": "sep_conv_3x3,skip_conect"}, "did you mean 'skip_connect'?"),
+        ({"space.ops": 3}, "space.ops: 3 is not possible; allowed: a list"),
+        ({"space.edge_ops": [[["none"]], [["none"]]]}, "space.edge_ops.normal: 1 is not possible; allowed: 14 lists"),
+        ({"space.nodes": 1, "space.edge_ops": [[["none"], []], [["none"], ["none"]]]}, "space.edge_ops.normal[1]"),
+        ({"weights.clip_norm": 0}, "weights.clip_norm: 0.0 is not possible"),
+        ({"weights.learning_rate": -1}, "weights.learning_rate: -1.0 is not possible; allowed: >= 0"),
+        ({"weights.momentum": "nan"}, "weights.momentum: 'nan' is not possible; allowed: a number"),
+        ({"arch.beta2": 1}, "arch.beta2: 1.0 is not possible; allowed: in [0, 1)"),
+        ({"data.source": "cifar"}, "data.source: 'cifar' is not a source; allowed: digits | tfds:NAME | npz:FILE"),
+        ({"data.source": "digits:8"}, "data.source: 'digits:8' is not a source"),
+        ({"data.flip": "maybe"}, "data.flip: 'maybe' is not possible; allowed: true | false"),
+        ({"epochs": "3.5"}, "epochs: '3.5' is not possible; allowed: a whole number"),
+        ({"epochs": True}, "epochs: True is not possible; allowed: a whole number"),
+        ({"epochs": "many"}, "epochs: 'many' is not possible; allowed: a whole number"),
+        ({"epochs": "inf"}, "epochs: 'inf' is not possible; allowed: a whole number"),
+        ({"batch_size": 0}, "batch_size: 0 is not possible; allowed: >= 1"),
+        ({"batch_size": 10, "run.devices": "4"}, "batch_size: 10 is not possible; allowed: a multiple of 4 devices"),
+        ({"seed": -1}, "seed: -1 is not possible; allowed: >= 0"),
+        ({"dtype": "float31"}, "dtype: unknown value 'float31'; did you mean 'float32'?"),
+        ({"run.devices": "two"}, "run.devices: 'two' is not possible; allowed: a number or all"),
+        ({"run.devices": "0"}, "run.devices: '0' is not possible"),
+        ({"run.checkpoint_every": 0}, "run.checkpoint_every: 0 is not possible; allowed: >= 1"),
+        ({"run.progress": "bars"}, "run.progress: unknown value 'bars'; did you mean 'bar'?"),
+        ({"space.cels": 8}, "did you mean 'space.cells'?"),
+    ],
+)
+def test_impossible_values_are_one_line(changes, line):
+    with pytest.raises(UserError) as error:
+        cfg.replace(SearchConfig(), changes)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"space": {"cels": 8}}, "space: unknown value 'cels'; did you mean 'cells'?"),
+        ({"spce": {}}, "config: unknown value 'spce'; did you mean 'space'?"),
+        ({"space": 3}, "space: 3 is not possible; allowed: a section"),
+    ],
+)
+def test_json_of_another_shape_is_one_line(values, line):
+    with pytest.raises(UserError) as error:
+        cfg.from_dict(SearchConfig, values)
+    assert line in str(error.value)
+
+
+def test_replace_converts_and_leaves_the_rest_alone():
+    made = cfg.replace(SearchConfig(), {"space.head_norm": "no", "arch.learning_rate": "1e-2", "method.options.x": 1})
+    assert made.space.head_norm is False
+    assert made.arch.learning_rate == 0.01
+    assert made.method.options == {"x": 1}
+    changed = {path for path in PATHS if cfg.get(made, path) != cfg.get(SearchConfig(), path)}
+    assert changed == {"space.head_norm", "arch.learning_rate", "method.options"}
+
+
+def test_own_primitives_bring_their_own_names():
+    with pytest.raises(UserError):
+        SpaceConfig(ops=("mine",))
+    assert SpaceConfig(ops=("mine",), primitives="mine.py").ops == ("mine",)
+
+
+def test_how_it_is_run_is_not_compared_on_resume():
+    start = cfg.replace(SearchConfig(), {"method.options.lambda1": 1.0})
+    moved = cfg.replace(start, {"run.workdir": "elsewhere", "run.devices": "2", "run.steps_per_dispatch": 3})
+    other = cfg.replace(start, {"method.options.lambda1": 2.0, "seed": 1})
+    assert cfg.differences(cfg.computed(start), cfg.computed(moved)) == []
+    assert cfg.differences(cfg.computed(start), cfg.computed(other)) == [
+        "method.options.lambda1: 1.0 in the workdir, 2.0 now",
+        "seed: 0 in the workdir, 1 now",
+    ]
+    assert not any(path.startswith("run.") for path in cfg.computed(start))
+    assert set(cfg.computed(start)) | {"method.options"} == {p for p in PATHS if not p.startswith("run.")} | {
+        "method.options.lambda1"
+    }
+
+
+def test_every_field_is_explained_beside_it():
+    comments = cfg.comments(SearchConfig)
+    assert list(comments) == PATHS
+    assert [path for path, text in comments.items() if not text] == []
+    assert comments["weights.momentum"] == "decay of the velocity"
+
+
+def test_config_imports_neither_jax_nor_numpy():
+    code = "import sys, prdarts_jax.config; sys.exit(bool({'jax', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
