@@ -353,16 +353,15 @@ def _derive(words: list[str]) -> int:
 def _report(words: list[str]) -> int:
     parser = _Parser("prdarts report", description="One self-contained HTML report of one or several searches.")
     parser.add_argument("workdirs", metavar="WORKDIR", nargs="+")
-    parser.add_argument("--out", metavar="FILE", default="", help="default: WORKDIR/report.html, or report.html")
+    parser.add_argument("--out", metavar="FILE", help="default: WORKDIR/report.html, or report.html")
     args = parser.parse_args(words)
     workdirs = [Path(name) for name in args.workdirs]
     for workdir in workdirs:
         if not workdir.is_dir():
             raise UserError(f"WORKDIR: no directory {str(workdir)!r}")
-    out = Path(args.out) if args.out else (workdirs[0] / "report.html" if len(workdirs) == 1 else Path("report.html"))
     from prdarts_jax import report
 
-    print(f"report: {report.write(workdirs, out)}")
+    print(f"report: {report.report(workdirs, args.out)}")
     return 0
 
 

@@ -82,8 +82,8 @@ PRESETS: Mapping[str, Preset] = {
     ),
 }
 
-# Where a value of PR-DARTS that nobody chose comes from. `paper`: stated or meant there. `released program`: the paper is silent
-# and its authors' program has it. `DARTS`: the convention the paper says it follows. Paths not named here: ours.
+# Where a value of PR-DARTS that nobody chose comes from. `paper`: stated or meant there. `released program`: the paper
+# is silent and its authors' program has it. `DARTS`: the convention the paper says it follows. Not named here: ours.
 _PAPER = "paper"
 _RELEASED = "released program"
 _DARTS = "DARTS"

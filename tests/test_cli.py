@@ -424,25 +424,24 @@ def test_strategies_show_options_and_settings(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "workdirs", "out"),
+    ("words", "arguments"),
     [
-        (["a"], ["a"], "a/report.html"),
-        (["a", "b"], ["a", "b"], "report.html"),
-        (["a", "b", "--out", "c.html"], ["a", "b"], "c.html"),
+        (["a"], ([Path("a")], None)),
+        (["a", "b", "--out", "c.html"], ([Path("a"), Path("b")], "c.html")),
     ],
 )
-def test_report_of_one_or_several(monkeypatch, capsys, tmp_path, words, workdirs, out):
+def test_report_of_one_or_several(monkeypatch, capsys, tmp_path, words, arguments):
     called = []
     module = types.ModuleType("prdarts_jax.report")
-    module.write = lambda workdirs, out: called.append((workdirs, out)) or out
+    module.report = lambda workdirs, out: called.append((workdirs, out)) or "page.html"
     monkeypatch.setitem(sys.modules, "prdarts_jax.report", module)
     monkeypatch.setattr(prdarts_jax, "report", module, raising=False)
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         Path(name).mkdir()
     assert cli.main(["report", *words]) == 0
-    assert called == [([Path(name) for name in workdirs], Path(out))]
-    assert capsys.readouterr().out == f"report: {out}\n"
+    assert called == [arguments]
+    assert capsys.readouterr().out == "report: page.html\n"
 
 
 def test_data_prepare_calls_it_with_paths(monkeypatch, capsys, tmp_path):
