@@ -1,0 +1,163 @@
+"""Which examples form which global batch: numpy index arithmetic from (seed, epoch, purpose) alone.
+
+A run on several processes computes the same global order everywhere and reads its own columns of it, so the content of
+a batch depends on neither the number of devices nor that of processes.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from prdarts_jax.errors import UserError
+
+
+def _rng(seed: int, *words: int) -> np.random.Generator:
+    if seed < 0:
+        raise UserError(f"seed: {seed} is negative; allowed: an integer >= 0")
+    return np.random.default_rng(np.random.SeedSequence([seed, *words]))
+
+
+def _word(purpose: str) -> int:
+    # crc32 and not hash(): the latter differs from one Python process to the next.
+    return zlib.crc32(purpose.encode())
+
+
+def split_indices(n: int, seed: int, *, fraction: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """The disjoint training and validation examples of a search: one seeded permutation, cut once.
+
+    train = pi[: floor(n f)], val = the floor(n (1 - f)) that follow; at f = 1/2 both have floor(n/2) examples.
+
+    Args:
+        n: number of training images.
+        seed: seed of the run.
+        fraction: f, the share of the weights' training half, in (0, 1).
+
+    Returns:
+        train and val, int32, in the order of the permutation.
+
+    Raises:
+        UserError: f outside (0, 1), or a half without examples.
+
+    >>> train, val = split_indices(7, seed=0)
+    >>> len(train), len(val), len({*train.tolist(), *val.tolist()})
+    (3, 3, 6)
+    """
+    if not 0.0 < fraction < 1.0:
+        raise UserError(f"fraction: {fraction} is out of range; allowed: between 0 and 1, both excluded")
+    # 10 * (1 - 0.9) is 0.9999999999999998 in floating point; the slack makes it the 1 that is meant.
+    train_size, val_size = int(n * fraction + 1e-9), int(n * (1.0 - fraction) + 1e-9)
+    if train_size < 1 or val_size < 1:
+        raise UserError(
+            f"fraction: {fraction} of {n} images leaves {train_size} for training and {val_size} for validation; "
+            "allowed: at least one each"
+        )
+    order = _rng(seed, _word("split")).permutation(n).astype(np.int32)
+    return order[:train_size], order[train_size : train_size + val_size]
+
+
+def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int, purpose: str) -> np.ndarray:
+    """The global batches of one epoch: `indices` shuffled anew, without replacement, the remainder left out.
+
+    Args:
+        indices: int [n], the examples to draw from.
+        batch_size: B, global.
+        seed: seed of the run.
+        epoch: counted from 0.
+        purpose: names the stream ("train", "val"): two purposes are shuffled independently.
+
+    Returns:
+        int32 [floor(n / B), B].
+
+    Raises:
+        UserError: a batch size below 1 or above n, or a negative seed.
+
+    >>> epoch_order(np.arange(5), 2, seed=0, epoch=0, purpose="train").shape
+    (2, 2)
+    """
+    check_batch(batch_size, len(indices), 1)
+    steps = len(indices) // batch_size
+    order = _rng(seed, epoch, _word(purpose)).permutation(np.asarray(indices, np.int32))
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def process_slice(order: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
+    """One process's columns of every global batch; process p holds positions p B/P .. (p+1) B/P - 1.
+
+    Args:
+        order: [steps, B], the same on every process.
+        process_index: p, 0..P-1.
+        process_count: P.
+
+    Returns:
+        [steps, B/P].
+
+    Raises:
+        UserError: B not divisible by P, or p out of range.
+
+    >>> process_slice(np.arange(8).reshape(2, 4), 1, 2).tolist()
+    [[2, 3], [6, 7]]
+    """
+    batch_size = order.shape[1]
+    if process_count < 1 or not 0 <= process_index < process_count:
+        raise UserError(f"process_index: {process_index} of {process_count} processes; allowed: 0 <= index < count")
+    if batch_size % process_count:
+        raise UserError(f"batch_size: {batch_size} is not divisible by {process_count} processes; allowed: a multiple")
+    share = batch_size // process_count
+    return order[:, process_index * share : (process_index + 1) * share]
+
+
+def check_batch(batch_size: int, examples: int, devices: int) -> None:
+    """Refuses a global batch that the data cannot fill or the devices cannot share.
+
+    Args:
+        batch_size: global.
+        examples: examples to draw from (in a search, those of the smaller half).
+        devices: number of devices over all processes.
+
+    Raises:
+        UserError: one line.
+
+    >>> check_batch(6, 100, 4)
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.UserError: batch_size: 6 is not divisible by 4 devices; allowed: a multiple of 4
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is too small; allowed: an integer >= 1")
+    if batch_size > examples:
+        raise UserError(f"batch_size: {batch_size} is larger than the {examples} examples; allowed: 1..{examples}")
+    if batch_size % devices:
+        allowed = f"a multiple of {devices}"
+        raise UserError(f"batch_size: {batch_size} is not divisible by {devices} devices; allowed: {allowed}")
+
+
+def padded_batches(n: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Batches of one fixed shape that count every example exactly once.
+
+    The last batch is filled up with examples from the front (real images, so that nothing unusual passes through the
+    network) whose mask is False.
+
+    Args:
+        n: number of examples.
+        batch_size: B; may exceed n.
+
+    Returns:
+        indices int32 [ceil(n / B), B] and mask bool of the same shape.
+
+    Raises:
+        UserError: no examples, or a batch size below 1.
+
+    >>> indices, mask = padded_batches(3, 2)
+    >>> indices.tolist(), mask.tolist()
+    ([[0, 1], [2, 0]], [[True, True], [True, False]])
+    """
+    if n < 1:
+        raise UserError(f"examples: {n} is too few to evaluate; allowed: at least 1")
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is too small; allowed: an integer >= 1")
+    steps = -(-n // batch_size)
+    flat = np.arange(steps * batch_size)
+    shape = (steps, batch_size)
+    return (flat % n).astype(np.int32).reshape(shape), (flat < n).reshape(shape)

@@ -1,0 +1,156 @@
+"""One name of a source in, one checked image set as uint8 arrays out."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from prdarts_jax.data.arrays import Arrays, as_images, as_labels, check, digest, statistics, stratified_split
+from prdarts_jax.data.folder_source import load_folder
+from prdarts_jax.data.tfds_source import default_data_dir, load_tfds
+from prdarts_jax.errors import UserError
+
+ALLOWED = "digits | tfds:NAME | npz:FILE | folder:DIR"
+
+# Published figures, kept so that results compare with other programs; every other set uses its own training images.
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NORMALIZATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet2012": _IMAGENET,
+    "imagenet2012_subset": _IMAGENET,
+    "imagenet_resized": _IMAGENET,
+}
+
+# The 360 test digits are part of the benchmark: changing either constant makes results incomparable.
+DIGITS_TEST_PER_CLASS = 36
+DIGITS_SPLIT_SEED = 1797
+
+
+# eq=False: field-wise == of arrays has no truth value; two sets are the same where their digests are.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """An image set in memory; the arrays are read-only."""
+
+    name: str
+    train_images: np.ndarray  # uint8 [N, H, W, C]
+    train_labels: np.ndarray  # int32 [N], 0..K-1
+    test_images: np.ndarray  # uint8 [M, H, W, C]; M may be 0
+    test_labels: np.ndarray  # int32 [M]
+    class_names: tuple[str, ...]  # K names
+    mean: tuple[float, ...]  # [C], of images scaled to 0..1
+    std: tuple[float, ...]  # [C]
+    digest: str  # SHA-256 of the four arrays
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+
+def load(source: str, data_dir: str | None = None, *, cache_dir: Path | None = None) -> Dataset:
+    """The image set that `source` names, checked; never downloads.
+
+    - `digits`: the 1797 real 8x8 digits inside scikit-learn; a fixed stratified 360 (36 a class) are the test set.
+    - `tfds:NAME[/CONFIG][:VERSION]`: a set already prepared for TensorFlow Datasets.
+    - `npz:FILE`: `images` and `labels`, optionally `test_images` and `test_labels`.
+    - `folder:DIR`: train/CLASS and test/CLASS, or CLASS with a fixed stratified 80/20 split.
+
+    Decoded `tfds` and `folder` sets are cached as arrays.
+
+    Args:
+        source: see above.
+        data_dir: the TFDS data directory; default `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+        cache_dir: default `$XDG_CACHE_HOME/prdarts_jax/data` or `~/.cache/prdarts_jax/data`.
+
+    Raises:
+        UserError: one line that names the file or field, the value and what is allowed.
+
+    >>> digits = load("digits")
+    >>> digits.train_images.shape, digits.test_images.shape, digits.num_classes
+    ((1437, 8, 8, 1), (360, 8, 8, 1), 10)
+    """
+    kind, _, rest = source.partition(":")
+    if source == "digits":
+        return _dataset("digits", source, _load_digits())
+    if kind == "tfds" and rest:
+        arrays = load_tfds(rest, Path(data_dir).expanduser() if data_dir else default_data_dir(), cache_dir)
+        return _dataset(rest, source, arrays, NORMALIZATION.get(rest.split("/")[0].split(":")[0]))
+    if kind == "npz" and rest:
+        path = Path(rest).expanduser()
+        return _dataset(path.stem, source, _load_npz(path))
+    if kind == "folder" and rest:
+        path = Path(rest).expanduser()
+        return _dataset(path.resolve().name, source, load_folder(path, cache_dir))
+    hint = f"; did you mean 'tfds:{source}'?" if source in NORMALIZATION else ""
+    raise UserError(f"data.source: {source!r} is not a source{hint}; allowed: {ALLOWED}")
+
+
+def _dataset(
+    name: str,
+    source: str,
+    arrays: Arrays,
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> Dataset:
+    check(source, arrays)
+    mean, std = normalization or statistics(source, arrays.train_images)
+    for array in arrays[:4]:
+        array.setflags(write=False)
+    return Dataset(name, *arrays, mean=mean, std=std, digest=digest(arrays))
+
+
+def _load_digits() -> Arrays:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255.0 / 16.0)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int32)
+    train, test = stratified_split(labels, [DIGITS_TEST_PER_CLASS] * 10, DIGITS_SPLIT_SEED)
+    return Arrays(images[train], labels[train], images[test], labels[test], tuple(map(str, range(10))))
+
+
+def _load_npz(path: Path) -> Arrays:
+    if not path.is_file():
+        raise UserError(f"data.source: npz:{path}: no such file; allowed: a .npz file with images and labels")
+    fields = _read_npz(path)
+    for field in ("images", "labels"):
+        if field not in fields:
+            raise UserError(
+                f"{path}: no array {field!r} among {sorted(fields)}; "
+                "allowed: images, labels and optionally test_images, test_labels"
+            )
+    if ("test_images" in fields) != ("test_labels" in fields):
+        present = "test_images" if "test_images" in fields else "test_labels"
+        raise UserError(f"{path}: {present!r} stands alone; allowed: both test_images and test_labels, or neither")
+    images = as_images(f"{path}: images", fields["images"])
+    labels = as_labels(f"{path}: labels", fields["labels"], len(images))
+    test_images, test_labels = images[:0].copy(), labels[:0].copy()
+    if "test_images" in fields:
+        test_images = as_images(f"{path}: test_images", fields["test_images"])
+        test_labels = as_labels(f"{path}: test_labels", fields["test_labels"], len(test_images))
+    top = int(labels.max())
+    # Each of the K = top + 1 classes needs an image; this also stops a stray huge label before K names are made.
+    if top >= len(labels):
+        missing = int(np.setdiff1d(np.arange(len(labels)), labels)[0])
+        raise UserError(f"{path}: labels: label {top} but no image of class {missing}; allowed: 0..K-1 without a gap")
+    return Arrays(images, labels, test_images, test_labels, tuple(map(str, range(top + 1))))
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        # Opened here: np.load leaves its own file open where the zip directory is damaged.
+        with path.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("a single array")
+            wanted = ("images", "labels", "test_images", "test_labels")
+            return {name: archive[name] if name in wanted else np.empty(0) for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path}: not a readable .npz file ({reason}); allowed: np.savez(FILE, images=..., labels=...)"
+        ) from error
