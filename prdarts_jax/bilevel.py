@@ -1,0 +1,209 @@
+"""The bilevel step: a weight step on a train batch, an architecture step on a validation batch, two optimizers.
+
+    weights <- weights - update by weight_tx of  grad_w CE_train(weights, g),              g  ~ gates(beta)
+    beta    <- beta - update by arch_tx of       grad_beta [CE_val(weights, g') + penalty], g' ~ gates(beta), fresh
+
+First order: each group is a constant in the other's step. The step is a pure per-device function; `parallel.map_dispatch`
+maps it over a mesh, and gradients, BN statistics and metrics are means over `axis_name`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from prdarts_jax.config import ArchConfig, WeightsConfig
+from prdarts_jax.gates import Gates
+from prdarts_jax.space import supernet
+from prdarts_jax.space.spec import Space
+from prdarts_jax.strategies.base import Arch, Progress, Strategy
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class SearchState:
+    """Everything a bilevel step changes."""
+
+    step: jax.Array  # int32[], steps done since the start of the search
+    weights: Any  # float32 tree, see supernet.init
+    arch: Any  # float32 tree, see Strategy.init
+    weight_opt: Any  # state of weight_tx
+    arch_opt: Any  # state of arch_tx
+
+
+class Batch(NamedTuple):
+    """One batch, as the network sees it."""
+
+    images: jax.Array  # [B,H,W,C], normalised, compute dtype
+    labels: jax.Array  # int32[B]
+
+
+class Batches(NamedTuple):
+    """The two batches of a step."""
+
+    train: Batch
+    val: Batch
+
+
+def weight_transform(config: WeightsConfig) -> optax.GradientTransformation:
+    """SGD as published: clip by global norm, then coupled L2, then (Nesterov) momentum, then the learning rate.
+
+    The learning rate is a hyperparameter of the state: the step sets it from `progress["weight_learning_rate"]`.
+
+    >>> tx = weight_transform(WeightsConfig())
+    >>> float(tx.init({"w": jnp.zeros(2)}).hyperparams["learning_rate"])
+    0.02500000037252903
+    """
+
+    def make(learning_rate: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(config.clip_norm) if config.clip_norm != float("inf") else optax.identity(),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.sgd(learning_rate, momentum=config.momentum, nesterov=config.nesterov),
+        )
+
+    return optax.inject_hyperparams(make)(learning_rate=config.learning_rate)
+
+
+def arch_transform(config: ArchConfig) -> optax.GradientTransformation:
+    """Adam with coupled L2 (weight decay added to the gradient), as published."""
+
+    def make(learning_rate: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.add_decayed_weights(config.weight_decay),
+            optax.adam(learning_rate, b1=config.beta1, b2=config.beta2, eps=config.eps),
+        )
+
+    return optax.inject_hyperparams(make)(learning_rate=config.learning_rate)
+
+
+def init_state(
+    key: jax.Array,
+    *,
+    space: Space,
+    strategy: Strategy,
+    weight_tx: optax.GradientTransformation,
+    arch_tx: optax.GradientTransformation,
+) -> SearchState:
+    """The state before the first step; jit it: eager initialisation compiles hundreds of small programs."""
+    weight_key, arch_key = jax.random.split(key)
+    weights, arch = supernet.init(weight_key, space), strategy.init(arch_key)
+    return SearchState(jnp.zeros((), jnp.int32), weights, arch, weight_tx.init(weights), arch_tx.init(arch))
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy of float32[B,classes] and int32[B], in nats."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Share of correct top-1 predictions, float32 scalar."""
+    return jnp.mean((jnp.argmax(logits, axis=1) == labels).astype(jnp.float32))
+
+
+def _set_learning_rate(opt_state: Any, rate: Any) -> Any:
+    """Sets the learning rate of an `inject_hyperparams` state; a transformation without one keeps its own."""
+    if rate is None or not isinstance(getattr(opt_state, "hyperparams", None), dict):
+        return opt_state
+    if "learning_rate" not in opt_state.hyperparams:
+        return opt_state
+    old = opt_state.hyperparams["learning_rate"]
+    rate = jnp.asarray(rate, jnp.asarray(old).dtype)
+    return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
+
+
+def _mean_over(axis_name: str | None, tree: Any) -> Any:
+    return tree if axis_name is None else lax.pmean(tree, axis_name)
+
+
+def make_search_step(
+    *,
+    space: Space,
+    strategy: Strategy,
+    weight_tx: optax.GradientTransformation,
+    arch_tx: optax.GradientTransformation,
+    axis_name: str | None = None,
+    apply: Callable[..., Any] = supernet.apply,
+) -> Callable[[SearchState, Batches, jax.Array, Progress], tuple[SearchState, Metrics]]:
+    """A pure function (state, batches, key, progress) -> (state, metrics): one step of each of the two groups.
+
+    Args:
+      space: the search space.
+      strategy: the method; `strategy.traits.order` says which group moves first.
+      weight_tx, arch_tx: any optax transformations; neither sees the other group's gradients or state.
+      axis_name: mapped axis over which the batches are split; None on one device.
+      apply: the network, `supernet.apply` or (small spaces, tests) `supernet.apply_reference`.
+
+    Returns:
+      step. Its key must be the same on all devices (all devices sample one architecture). `progress` holds the
+      strategy's numbers of the epoch and `weight_learning_rate`, `arch_learning_rate` (optional) as scalars: changing
+      them does not recompile. Metrics are float32 scalars, validation metrics taken before the architecture moves.
+    """
+
+    def losses(weights: Any, gates: Gates, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        logits, _ = apply(weights, gates, batch.images, space=space, axis_name=axis_name)
+        return cross_entropy(logits, batch.labels), accuracy(logits, batch.labels)
+
+    def weight_step(
+        state: SearchState, batch: Batch, key: jax.Array, progress: Progress
+    ) -> tuple[SearchState, Metrics]:
+        gates = strategy.sample(key, state.arch, progress)
+        (loss, acc), grads = jax.value_and_grad(losses, has_aux=True)(state.weights, gates, batch)
+        loss, acc, grads = _mean_over(axis_name, (loss, acc, grads))
+        opt = _set_learning_rate(state.weight_opt, progress.get("weight_learning_rate"))
+        updates, opt = weight_tx.update(grads, opt, state.weights)
+        weights = optax.apply_updates(state.weights, updates)
+        metrics = {
+            "train_loss": loss,
+            "train_accuracy": acc,
+            "gradient_norm/weights": optax.global_norm(grads),
+        }
+        return state.replace(weights=weights, weight_opt=opt), metrics
+
+    def arch_step(state: SearchState, batch: Batch, key: jax.Array, progress: Progress) -> tuple[SearchState, Metrics]:
+        def validation(arch: Arch) -> tuple[jax.Array, tuple[jax.Array, Gates]]:
+            gates = strategy.sample(key, arch, progress)
+            loss, acc = losses(state.weights, gates, batch)
+            return loss, (acc, gates)
+
+        (loss, (acc, gates)), grads = jax.value_and_grad(validation, has_aux=True)(state.arch)
+        loss, acc, grads = _mean_over(axis_name, (loss, acc, grads))
+        metrics = {"val_loss": loss, "val_accuracy": acc, "gradient_norm/cross_entropy": optax.global_norm(grads)}
+        # The penalty depends on arch alone, not on data, so its gradient is the same on every device. One gradient a
+        # term (they are a few hundred numbers) shows which force moves the architecture.
+        total, terms = strategy.penalty(state.arch, gates, progress)
+        if terms:
+            per_term = jax.jacrev(lambda arch: strategy.penalty(arch, gates, progress)[1])(state.arch)
+            grads = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), grads, *per_term.values())
+            metrics |= {f"penalty/{name}": value for name, value in terms.items()}
+            metrics |= {f"gradient_norm/{name}": optax.global_norm(g) for name, g in per_term.items()}
+        metrics["penalty/total"] = total
+        if "saturated" in gates.stats:
+            metrics["gates/saturated"] = gates.stats["saturated"]
+        opt = _set_learning_rate(state.arch_opt, progress.get("arch_learning_rate"))
+        updates, opt = arch_tx.update(grads, opt, state.arch)
+        return state.replace(arch=optax.apply_updates(state.arch, updates), arch_opt=opt), metrics
+
+    def step(state: SearchState, batches: Batches, key: jax.Array, progress: Progress) -> tuple[SearchState, Metrics]:
+        chex.assert_rank([batches.train.images, batches.val.images], 4)
+        weight_key, arch_key = jax.random.split(key)
+        first = ("weights", "arch") if strategy.traits.order == "weights_first" else ("arch", "weights")
+        metrics: Metrics = {}
+        for group in first:
+            if group == "weights":
+                state, found = weight_step(state, batches.train, weight_key, progress)
+            else:
+                state, found = arch_step(state, batches.val, arch_key, progress)
+            metrics |= found
+        metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        return state.replace(step=state.step + 1), metrics
+
+    return step

@@ -1,0 +1,205 @@
+"""Gates: samplers, activation probabilities, the choice of the executed operations.
+
+u ~ Uniform(0,1);  g_bar = sigmoid((ln u - ln(1-u) + beta) / tau)                                     (section 4.1)
+g = min(1, max(0, a + (b-a) g_bar));  P(g != 0) = sigmoid(beta - tau ln(-a/b))                          (Theorem 3)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+@flax.struct.dataclass
+class Gates:
+    """A sample of the architecture. Each leaf is per cell type; leaves may carry a leading axis over the cells.
+
+    Attributes:
+      ops: {"normal", "reduce"} -> float32[E,O]: the multipliers; zero for what is not executed.
+      executed: int32[E,K]: operations that are computed; O (one past the last) computes nothing in that slot.
+      edges: float32[E] multipliers of the edges, or None.
+      stats: what a strategy wants to keep of the sample (masks for its penalty, numbers for the log).
+    """
+
+    ops: dict[str, jax.Array]
+    executed: dict[str, jax.Array]
+    edges: dict[str, jax.Array] | None = None
+    stats: dict[str, Any] = flax.struct.field(default_factory=dict)
+
+    def of_cell(self, kind: str, cell: int) -> Gates:
+        """The gates of one cell of the network: row `cell` of leaves with a leading cell axis, else all of them."""
+
+        def pick(leaf: jax.Array, ndim: int) -> jax.Array:
+            return leaf[cell] if leaf.ndim == ndim + 1 else leaf
+
+        edges = None if self.edges is None else {kind: pick(self.edges[kind], 1)}
+        return Gates({kind: pick(self.ops[kind], 2)}, {kind: pick(self.executed[kind], 2)}, edges)
+
+    def slots(self, kind: str) -> tuple[jax.Array, jax.Array]:
+        """(values float32[E,K], executed int32[E,K]) of a cell type: what the sparse path computes with."""
+        ops, executed = self.ops[kind], self.executed[kind]
+        padded = jnp.pad(ops, ((0, 0), (0, 1)))
+        values = jnp.take_along_axis(padded, executed, axis=1)
+        if self.edges is not None:
+            values = values * self.edges[kind][:, None]
+        return values, executed
+
+    def dense(self, kind: str) -> jax.Array:
+        """float32[E,O]: the same multipliers for all operations; not executed means zero, without a gradient."""
+        mask = executed_mask(self.executed[kind], self.ops[kind].shape[1])
+        values = jnp.where(mask, self.ops[kind], 0.0)
+        return values if self.edges is None else values * self.edges[kind][:, None]
+
+
+def executed_mask(executed: jax.Array, num_ops: int) -> jax.Array:
+    """bool[E,O] of the operations in int32[E,K].
+
+    >>> executed_mask(jnp.array([[2, 0]]), 3).tolist()
+    [[True, False, True]]
+    """
+    return jnp.any(executed[:, :, None] == jnp.arange(num_ops)[None, None, :], axis=1)
+
+
+def uniform_open(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform on the open interval (0,1), float32; `jax.random.uniform` alone can return 0.
+
+    >>> bool((uniform_open(jax.random.key(0), (1000,)) > 0).all())
+    True
+    """
+    tiny = np.finfo(np.float32).tiny
+    return jnp.minimum(jax.random.uniform(key, shape, jnp.float32, minval=tiny, maxval=1.0), np.float32(1 - 2**-24))
+
+
+def check_interval(a: float, b: float) -> None:
+    """Raises UserError unless a < 0 and b > 1: otherwise a gate could not be exactly 0 or exactly 1."""
+    from prdarts_jax.errors import UserError
+
+    if not a < 0:
+        raise UserError(f"method.options.a: {a!r} is not possible; allowed: < 0 (gates could never be exactly 0)")
+    if not b > 1:
+        raise UserError(f"method.options.b: {b!r} is not possible; allowed: > 1 (gates could never be exactly 1)")
+
+
+def stretched(u: jax.Array, beta: jax.Array, *, tau: jax.Array | float, a: float, b: float) -> jax.Array:
+    """g = min(1, max(0, a + (b-a) sigmoid((ln u - ln(1-u) + beta)/tau))) for given noise u in (0,1), shape of beta."""
+    bar = jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + beta) / tau)
+    return _clip01(a + (b - a) * bar)
+
+
+@jax.custom_jvp
+def _clip01(x: jax.Array) -> jax.Array:
+    """min(1, max(0, x)); the gradient is zero wherever the value is clipped, ties included."""
+    return jnp.clip(x, 0.0, 1.0)
+
+
+@_clip01.defjvp
+def _clip01_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    return _clip01(x), jnp.where((x > 0) & (x < 1), dx, 0.0)
+
+
+def hard_concrete(
+    key: jax.Array, beta: jax.Array, *, tau: jax.Array | float, a: float = -0.1, b: float = 1.1
+) -> jax.Array:
+    """Sampled gates g = min(1, max(0, a + (b-a) g_bar)), g_bar = sigmoid((ln u - ln(1-u) + beta)/tau)   (section 4.1).
+
+    Args:
+      key: PRNG key; one independent draw per entry of beta.
+      beta: float32, any shape.
+      tau: temperature > 0, a number or a scalar array.
+      a, b: ends of the stretched interval, a < 0 < 1 < b.
+
+    Returns:
+      gates in [0,1], shape of beta; the gradient of a clipped gate is zero.
+
+    >>> g = hard_concrete(jax.random.key(0), jnp.zeros((1000,)), tau=0.1)
+    >>> bool((g == 0).any()), bool((g == 1).any()), bool((g >= 0).all()), bool((g <= 1).all())
+    (True, True, True, True)
+    """
+    check_interval(a, b)
+    chex.assert_type(beta, float)
+    return stretched(uniform_open(key, beta.shape), beta, tau=tau, a=a, b=b)
+
+
+def activation_probability(beta: jax.Array, *, tau: jax.Array | float, a: float = -0.1, b: float = 1.1) -> jax.Array:
+    """P(g != 0) = sigmoid(beta - tau ln(-a/b))   (Theorem 3), shape of beta.
+
+    >>> round(float(activation_probability(jnp.zeros(()), tau=1.0)), 4)
+    0.9167
+    """
+    check_interval(a, b)
+    return jax.nn.sigmoid(beta - tau * math.log(-a / b))
+
+
+def expected_gate(
+    beta: jax.Array, *, tau: jax.Array | float, a: float = -0.1, b: float = 1.1, points: int = 256
+) -> jax.Array:
+    """E[g] by the midpoint rule over u on a fixed grid (the integrand is bounded and monotone), shape of beta.
+
+    >>> round(float(expected_gate(jnp.zeros(()), tau=1.0)), 2)
+    0.5
+    """
+    u = (jnp.arange(points, dtype=jnp.float32) + 0.5) / points
+    return jnp.mean(stretched(u.reshape((-1,) + (1,) * beta.ndim), beta[None], tau=tau, a=a, b=b), axis=0)
+
+
+def top_k(key: jax.Array, scores: jax.Array, allowed: np.ndarray, k: int) -> jax.Array:
+    """The K best allowed operations of each edge, ties broken at random.
+
+    Args:
+      key: PRNG key of the tie-break.
+      scores: float32[E,O].
+      allowed: bool[E,O]; edges with fewer than K allowed operations fill up with O (= execute nothing).
+      k: K.
+
+    Returns:
+      int32[E,K], best first.
+
+    >>> top_k(jax.random.key(0), jnp.array([[0.1, 0.9, 0.5]]), np.ones((1, 3), bool), 2).tolist()
+    [[1, 2]]
+    """
+    num_ops = scores.shape[1]
+    loss = jnp.where(allowed, -scores, jnp.inf)
+    ties = jax.random.uniform(key, scores.shape)
+    index = jnp.broadcast_to(jnp.arange(num_ops, dtype=jnp.int32)[None, :], scores.shape)
+    index = jnp.where(allowed, index, num_ops)
+    _, _, order = lax.sort((lax.stop_gradient(loss), ties, index), dimension=1, num_keys=2)
+    return order[:, :k]
+
+
+def void_zeros(executed: jax.Array, ops: jax.Array) -> jax.Array:
+    """Slots whose gate is exactly 0 execute nothing: value and gradient of a clipped gate are zero anyway.
+
+    Only for gates whose gradient at 0 is zero by definition (clipped ones), never for gates that merely pass through 0.
+    """
+    num_ops = ops.shape[1]
+    values = jnp.take_along_axis(jnp.pad(ops, ((0, 0), (0, 1))), executed, axis=1)
+    return jnp.where(values == 0.0, num_ops, executed)
+
+
+def straight_through(g: jax.Array) -> jax.Array:
+    """1 in the forward pass, the gradient of g in the backward pass."""
+    return g + lax.stop_gradient(1.0 - g)
+
+
+def all_ops(allowed: np.ndarray) -> jax.Array:
+    """int32[E,O]: every allowed operation of every edge is executed.
+
+    >>> all_ops(np.array([[True, False]])).tolist()
+    [[0, 2]]
+    """
+    num_ops = allowed.shape[1]
+    return jnp.asarray(np.where(allowed, np.arange(num_ops)[None, :], num_ops).astype(np.int32))
+
+
+def saturated_share(g: jax.Array, allowed: np.ndarray) -> jax.Array:
+    """Share of the allowed gates that are exactly 0 or exactly 1, a float32 scalar."""
+    clipped = ((g == 0.0) | (g == 1.0)) & jnp.asarray(allowed)
+    return jnp.sum(clipped.astype(jnp.float32)) / allowed.sum().astype(np.float32)

@@ -1,0 +1,1 @@
+"""Leaf operations: depthwise and pointwise convolutions, normalisation, pooling, and the primitives made of them."""

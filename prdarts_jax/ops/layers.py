@@ -1,0 +1,282 @@
+"""Leaf layers in two sets of the same functions: `FAST` with differentiation rules of its own, `REFERENCE` without.
+
+The reference set is plain JAX (any order of derivative, forward mode too); it is the oracle of every custom rule. A
+primitive of the search space receives one of the sets as an argument and never chooses for itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from prdarts_jax.ops import depthwise
+
+BN_EPS = 1e-5
+
+
+class Weight(NamedTuple):
+    """A weight to be drawn: uniform in +-1/sqrt(fan_in), the rule for every convolution and linear layer.
+
+    With `fan_in` 0 it is not drawn but constant (BN scales and biases).
+    """
+
+    shape: tuple[int, ...]
+    fan_in: int = 0  # k * k * C_in / groups
+    constant: float = 0.0
+
+
+def draw(key: jax.Array, tree: Any) -> Any:
+    """Draws a tree of `Weight` declarations, float32: one random vector, cut into the leaves in tree order.
+
+    >>> drawn = draw(jax.random.key(0), {"kernel": Weight((3, 3, 16), 9), "scale": Weight((16,), constant=1.0)})
+    >>> bool(jnp.abs(drawn["kernel"]).max() <= 1 / 3), float(drawn["scale"].min())
+    (True, 1.0)
+    """
+    declared, structure = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, Weight))
+    sizes = [math.prod(w.shape) if w.fan_in else 0 for w in declared]
+    noise = jax.random.uniform(key, (sum(sizes),), jnp.float32, -1.0, 1.0)
+    ends = np.cumsum(sizes)
+    leaves = [
+        (noise[end - size : end] / math.sqrt(w.fan_in)).reshape(w.shape)
+        if w.fan_in
+        else jnp.full(w.shape, w.constant, jnp.float32)
+        for w, size, end in zip(declared, sizes, ends, strict=True)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """1x1 convolution: [B,H,W,C] x [C,D] -> [B,H,W,D] in the dtype of x, accumulated in float32."""
+    out = jnp.einsum("bhwc,cd->bhwd", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
+
+
+def conv(x: jax.Array, kernel: jax.Array, *, stride: int | tuple[int, int] = 1) -> jax.Array:
+    """Dense k x k convolution, zero padding (k-1)/2: [B,H,W,C] x [k,k,C,D] -> [B,ceil(H/s),ceil(W/s),D]."""
+    strides = (stride, stride) if isinstance(stride, int) else stride
+    pads = [((k - 1) // 2, (k - 1) // 2) for k in kernel.shape[:2]]
+    return lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Affine map in float32: [B,C] x [C,D] + [D] -> [B,D]."""
+    return x.astype(jnp.float32) @ kernel + bias[None, :]
+
+
+# --- batch normalisation with the statistics of the batch -------------------------------------------------------------
+
+
+def _per_channel(v: jax.Array, ndim: int = 4) -> jax.Array:
+    return v.reshape((1,) * (ndim - 1) + v.shape)
+
+
+def _normalise(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+    """(y, 1/sigma), both float32. Over a mapped axis the two moments travel in one collective."""
+    x = x.astype(jnp.float32)
+    local = jnp.mean(x, axis=(0, 1, 2))
+    centred = x - _per_channel(local)
+    variance = jnp.mean(centred * centred, axis=(0, 1, 2))
+    if axis_name is not None:
+        mean, square = lax.pmean((local, variance + local * local), axis_name)
+        variance = jnp.maximum(square - mean * mean, 0.0)
+        centred = x - _per_channel(mean)
+    scale = lax.rsqrt(variance + BN_EPS)
+    return centred * _per_channel(scale), scale
+
+
+def batch_norm_reference(x: jax.Array, axis_name: str | None = None) -> jax.Array:
+    """`batch_norm` by plain autodiff."""
+    return _normalise(x, axis_name)[0].astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _batch_norm(x: jax.Array, axis_name: str | None) -> jax.Array:
+    return batch_norm_reference(x, axis_name)
+
+
+def _batch_norm_fwd(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    y, scale = _normalise(x, axis_name)
+    y = y.astype(x.dtype)
+    return y, (y, scale)
+
+
+def _batch_norm_bwd(axis_name: str | None, res: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+    y, scale = res
+    wide, ct = y.astype(jnp.float32), dy.astype(jnp.float32)
+    mean, cross = jnp.mean(ct, axis=(0, 1, 2)), jnp.mean(ct * wide, axis=(0, 1, 2))
+    if axis_name is not None:
+        mean, cross = lax.pmean((mean, cross), axis_name)
+    dx = _per_channel(scale) * (ct - _per_channel(mean) - wide * _per_channel(cross))
+    return (dx.astype(y.dtype),)
+
+
+_batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)
+
+
+def batch_norm(x: jax.Array, axis_name: str | None = None) -> jax.Array:
+    """Batch normalisation without affine: y = (x - mean) / sqrt(var + 1e-5), statistics of the batch, biased variance.
+
+    The rule keeps (y, 1/sigma): dx = (dy - mean(dy) - y mean(dy y)) / sigma. Over `axis_name` the means are means over
+    all devices, and they are the only collectives of a cell.
+
+    Args:
+      x: [B,H,W,C]; statistics in float32 whatever its dtype.
+      axis_name: mapped axis over which the batch is split, or None.
+
+    >>> y = batch_norm(jnp.arange(8.0).reshape(2, 2, 2, 1))
+    >>> bool(abs(y.mean()) < 1e-6), bool(abs(y.std() - 1) < 1e-4)
+    (True, True)
+    """
+    return _batch_norm(x, axis_name)
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+_TAPS = [(p, q) for p in range(3) for q in range(3)]
+
+
+def _window_size(x: jax.Array, stride: int) -> tuple[int, int]:
+    return -(-x.shape[1] // stride), -(-x.shape[2] // stride)
+
+
+def _pool_slices(x: jax.Array, stride: int) -> list[jax.Array]:
+    """The nine strided slices of the input padded with -inf."""
+    b, c = x.shape[0], x.shape[3]
+    h, w = _window_size(x, stride)
+    low = jnp.asarray(-jnp.inf, x.dtype)
+    padded = lax.pad(x, low, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
+    ends = ((h - 1) * stride + 1, (w - 1) * stride + 1)
+    return [lax.slice(padded, (0, p, q, 0), (b, p + ends[0], q + ends[1], c), (1, stride, stride, 1)) for p, q in _TAPS]
+
+
+def max_pool_reference(x: jax.Array, stride: int) -> jax.Array:
+    """`max_pool` by `lax.reduce_window` with plain autodiff."""
+    low = np.asarray(-np.inf, x.dtype)
+    window, strides = (1, 3, 3, 1), (1, stride, stride, 1)
+    return lax.reduce_window(x, low, lax.max, window, strides, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool(x: jax.Array, stride: int) -> jax.Array:
+    out = None
+    for part in _pool_slices(x, stride):
+        out = part if out is None else jnp.maximum(out, part)
+    assert out is not None
+    return out
+
+
+def _max_pool_fwd(x: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    y = _max_pool(x, stride)
+    return y, (x, y)
+
+
+def _max_pool_bwd(stride: int, res: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+    """The whole cotangent of a window goes to its first maximal element, as torch does."""
+    x, y = res
+    first = jnp.full(y.shape, 9, jnp.int8)
+    for tap, part in reversed(list(enumerate(_pool_slices(x, stride)))):
+        first = jnp.where(part == y, jnp.int8(tap), first)
+    # Without the barrier the nine comparisons are fused into, and repeated for, each of the nine terms below.
+    first = lax.optimization_barrier(first)
+    h, w = x.shape[1:3]
+    ho, wo = y.shape[1:3]
+    zero = jnp.zeros((), dy.dtype)
+    total = None
+    for tap, (p, q) in enumerate(_TAPS):
+        share = jnp.where(first == tap, dy, zero)
+        # Output (i, j) reads input (i s + p - 1, j s + q - 1): place it there, cropping what lies in the padding.
+        rows = (p - 1, h - (p - 1) - (ho - 1) * stride - 1, stride - 1)
+        cols = (q - 1, w - (q - 1) - (wo - 1) * stride - 1, stride - 1)
+        term = lax.pad(share, zero, ((0, 0, 0), rows, cols, (0, 0, 0)))
+        total = term if total is None else total + term
+    assert total is not None
+    return (total,)
+
+
+_max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+def max_pool(x: jax.Array, stride: int) -> jax.Array:
+    """3x3 max pooling, padding 1 with -inf: [B,H,W,C] -> [B,ceil(H/s),ceil(W/s),C].
+
+    >>> float(max_pool(jnp.arange(9.0).reshape(1, 3, 3, 1), 2)[0, 0, 0, 0])
+    4.0
+    """
+    return _max_pool(x, stride)
+
+
+def _inverse_counts(height: int, width: int, stride: int) -> np.ndarray:
+    """1 / (number of real pixels in each 3x3 window), [1,ceil(H/s),ceil(W/s),1]."""
+
+    def count(n: int) -> np.ndarray:
+        centre = np.arange(-(-n // stride)) * stride
+        return np.minimum(centre + 1, n - 1) - np.maximum(centre - 1, 0) + 1
+
+    counts = count(height)[:, None] * count(width)[None, :]
+    return (1.0 / counts).astype(np.float32)[None, :, :, None]
+
+
+def _avg_pool(x: jax.Array, stride: int, depthwise_conv: Callable[..., jax.Array]) -> jax.Array:
+    ones = jnp.ones((3, 3, x.shape[3]), jnp.float32)
+    total = depthwise_conv(x, ones, stride=stride)
+    return total * jnp.asarray(_inverse_counts(*x.shape[1:3], stride), x.dtype)
+
+
+def avg_pool(x: jax.Array, stride: int) -> jax.Array:
+    """3x3 average pooling, padding 1, the divisor counts real pixels only: [B,H,W,C] -> [B,ceil(H/s),ceil(W/s),C].
+
+    >>> float(avg_pool(jnp.ones((1, 3, 3, 1)), 1)[0, 0, 0, 0])
+    1.0
+    """
+    return _avg_pool(x, stride, depthwise.depthwise_conv)
+
+
+# --- strided identity -------------------------------------------------------------------------------------------------
+
+
+def factorized_reduce(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """Two 1x1 stride-2 convolutions, the second on the input shifted by (1,1), concatenated (no ReLU, no BN).
+
+    Args:
+      x: [B,H,W,C]; an odd size is padded by one zero at the right and the bottom.
+      first, second: [C,D/2].
+
+    Returns:
+      [B,ceil(H/2),ceil(W/2),D].
+    """
+    h, w = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
+    return jnp.concatenate([pointwise(x[:, ::2, ::2], first), pointwise(x[:, 1::2, 1::2], second)], axis=3)
+
+
+class Leaves(NamedTuple):
+    """The leaf layers a primitive may use. `norm(name, x)` is the normalisation after a layer called `name`."""
+
+    depthwise: Callable[..., jax.Array]  # (x, kernel, *, stride, dilation) -> y
+    max_pool: Callable[[jax.Array, int], jax.Array]  # (x, stride) -> y
+    avg_pool: Callable[[jax.Array, int], jax.Array]
+    norm: Callable[[str, jax.Array], jax.Array]
+
+
+def fast_leaves(axis_name: str | None = None) -> Leaves:
+    """Leaves with rules of their own; BN with the statistics of the batch over `axis_name`."""
+    return Leaves(depthwise.depthwise_conv, max_pool, avg_pool, lambda _, x: batch_norm(x, axis_name))
+
+
+def reference_leaves(axis_name: str | None = None) -> Leaves:
+    """Leaves with plain autodiff: slower, and usable under jvp and jax.hessian."""
+    return Leaves(
+        depthwise.depthwise_conv_reference,
+        max_pool_reference,
+        lambda x, stride: _avg_pool(x, stride, depthwise.depthwise_conv_reference),
+        lambda _, x: batch_norm_reference(x, axis_name),
+    )

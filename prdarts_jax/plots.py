@@ -1,0 +1,348 @@
+"""Pictures of a search: cells, activation probabilities over epochs, curves.
+
+Figures are built on matplotlib's object API, never on pyplot, so that a caller's figures and backend stay as they are.
+The same input gives the same bytes (fixed SVG ids, no dates).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import FancyBboxPatch, PathPatch, Polygon
+from matplotlib.path import Path as Curve
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import MaxNLocator
+
+from prdarts_jax.cell_layout import Box, Layout, Line, lay_out, state_name
+from prdarts_jax.errors import UserError
+from prdarts_jax.space.genotype import Genotype
+
+# Okabe and Ito's palette: told apart with any colour vision, and the op's name stands on every edge anyway.
+FAMILY_COLOURS = {
+    "sep": "#0072B2",
+    "dil": "#D55E00",
+    "pool": "#009E73",
+    "skip": "#CC79A7",
+    "other": "#444444",
+}
+_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b", "#9b4f96")
+_FAMILY = "DejaVu Sans"  # comes with matplotlib, so that labels have the same width everywhere
+_SVG: dict[Any, Any] = {"svg.hashsalt": "prdarts_jax", "svg.fonttype": "none"}
+
+_FONT = 9.0  # points
+
+
+def op_family(op: str) -> str:
+    """The family that gives an op its colour: sep, dil, pool, skip or other.
+
+    >>> op_family("dil_conv_5x5"), op_family("max_pool_3x3"), op_family("conv_7x1_1x7")
+    ('dil', 'pool', 'other')
+    """
+    for family, mark in (("sep", "sep_"), ("dil", "dil_"), ("skip", "skip_")):
+        if op.startswith(mark):
+            return family
+    return "pool" if "pool" in op else "other"
+
+
+def cell_diagram(genotype: Genotype, cell: str = "normal", *, title: str | None = None) -> Figure:
+    """Draw one cell as a graph that runs from left to right.
+
+    c_{k-2} and c_{k-1} stand on the left and the output c_k on the right; the intermediate nodes are numbered from 0 as
+    in the papers and stand in the column of their depth. Every (op, input) pair is one line with the name of its op in
+    a box (gid `pair-NODE-POSITION-OP-INPUT`); thin grey lines lead the nodes of the concat to the output. A node
+    without a pair is dashed and grey, and so is a `none` line.
+
+    Args:
+      genotype: the architecture.
+      cell: 'normal' or 'reduce'.
+      title: text above the cell.
+
+    Raises:
+      UserError: no such cell.
+
+    >>> figure = cell_diagram(Genotype.named("DARTS_V2"), "normal")
+    >>> sum((t.get_gid() or "").startswith("pair-") for t in figure.axes[0].texts)
+    8
+    """
+    nodes, concat = genotype.cell(cell)
+    layout = lay_out(nodes, concat, label_width=_label_width)
+    drawn = [box for box in layout.boxes if box.kind != "lane"]
+    low = min(box.y - box.height / 2 for box in layout.boxes) - 0.08
+    high = max(box.y + box.height / 2 for box in layout.boxes) + (0.34 if title else 0.08)
+    wide = max(box.x + box.width / 2 for box in drawn) + 0.1
+    figure = Figure(figsize=(wide + 0.1, high - low))
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.1, wide), ylim=(low, high))
+    axes.axis("off")
+    if title:
+        style: dict[str, Any] = {"fontsize": _FONT + 1.5, "fontweight": "bold", "family": _FAMILY, "color": "#222222"}
+        axes.text(0, high - 0.06, title, va="top", **style)
+    for line in layout.lines:
+        _draw_line(axes, layout, line)
+    for box in drawn:
+        _draw_box(axes, box)
+    return figure
+
+
+def probability_heatmap(
+    history: Any,
+    edges: Sequence[Sequence[int]],
+    ops: Sequence[str],
+    *,
+    epochs: Sequence[int] | None = None,
+    limits: tuple[float, float] | None = None,
+    title: str | None = None,
+    label: str = "P",
+) -> Figure:
+    """The probability of every op on every edge over the epochs: one small image an edge, ops down, epochs across.
+
+    The images stand in a triangle: a row for each node, a column for each of its inputs. All share one colour scale.
+
+    Args:
+      history: [T, E, O], the probabilities after each of T epochs; NaN is drawn grey.
+      edges: E pairs (input state, state), numbered as in Genotype.
+      ops: O names.
+      epochs: T epoch numbers; 0 .. T-1 if left out.
+      limits: the ends of the colour scale; the range of the values, widened to multiples of 0.1, if left out.
+      title: text above.
+      label: text at the colour scale.
+
+    Raises:
+      UserError: the three shapes do not fit, or there is no epoch.
+
+    >>> figure = probability_heatmap(np.full((3, 2, 4), 0.5), [(0, 2), (1, 2)], ["none", "skip_connect", "a", "b"])
+    >>> [axes.get_title() for axes in figure.axes[:2]]
+    ['$c_{k-2}$ to 0', '$c_{k-1}$ to 0']
+    """
+    values = np.asarray(history, dtype=float)
+    if values.ndim != 3 or values.shape[1:] != (len(edges), len(ops)) or not len(values) or not len(edges):
+        raise UserError(f"history: shape {values.shape}; allowed: [epochs >= 1, {len(edges)} edges, {len(ops)} ops]")
+    numbers = list(range(len(values))) if epochs is None else [int(e) for e in epochs]
+    low, high = limits or value_range(values)
+    sources, targets = sorted({int(a) for a, _ in edges}), sorted({int(b) for _, b in edges})
+    cell_w, cell_h, gap_w, gap_h = 1.3, max(0.6, 0.118 * len(ops)), 0.16, 0.3
+    left, top, bottom = 0.12 + max(_label_width(op) for op in ops) * 0.75, 0.62 if title else 0.3, 0.42
+    # The colour scale stands in the corner that the triangle leaves free; beside a single row or column there is none.
+    right = 0.15 if len(targets) > 1 and len(sources) > 2 else 1.0
+    width = left + len(sources) * (cell_w + gap_w) + right
+    height = top + len(targets) * (cell_h + gap_h) - gap_h + bottom
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="#dddddd")
+    lowest = {a: max(int(t) for s, t in edges if s == a) for a in sources}
+    image = None
+    for e, (source, target) in enumerate(edges):
+        column, row = sources.index(source), targets.index(target)
+        x = left + column * (cell_w + gap_w)
+        y = height - top - cell_h - row * (cell_h + gap_h)
+        axes = figure.add_axes((x / width, y / height, cell_w / width, cell_h / height))
+        extent = (numbers[0] - 0.5, numbers[-1] + 0.5, len(ops) - 0.5, -0.5)
+        image = axes.imshow(
+            values[:, e].T, aspect="auto", extent=extent, vmin=low, vmax=high, cmap=colours, interpolation="nearest"
+        )
+        axes.set_title(f"{state_name(source)} to {state_name(target)}", fontsize=7.5, pad=3)
+        first = min(sources.index(int(s)) for s, t in edges if t == target)
+        axes.set_yticks(
+            range(len(ops)), [_plain(op) for op in ops] if column == first else [""] * len(ops), fontsize=6.5
+        )
+        ends = sorted({numbers[0], numbers[-1]})
+        axes.set_xticks(ends, [str(n) for n in ends] if target == lowest[source] else [""] * len(ends), fontsize=6.5)
+        if target == lowest[source]:
+            axes.set_xlabel("epoch", fontsize=6.5, labelpad=-4 if len(ends) > 1 else 0)
+        axes.tick_params(length=2, pad=2)
+    assert image is not None
+    bar_h = min(cell_h, 1.2)
+    box = ((width - 0.62) / width, (height - top - bar_h) / height, 0.12 / width, bar_h / height)
+    bar = figure.colorbar(image, cax=figure.add_axes(box))
+    bar.ax.tick_params(labelsize=6.5, length=2)
+    bar.ax.set_title(label, fontsize=7.5, pad=4)
+    if title:
+        figure.text(0.1 / width, 1 - 0.1 / height, title, fontsize=_FONT + 1.5, fontweight="bold", va="top")
+    return figure
+
+
+def value_range(values: Any) -> tuple[float, float]:
+    """The range of the finite values, widened to multiples of 0.1 (a colour scale with round ends).
+
+    >>> value_range([0.12, 0.31])
+    (0.1, 0.4)
+    """
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    if not finite.size:
+        return 0.0, 1.0
+    low, high = np.floor(finite.min() * 10 + 1e-9) / 10, np.ceil(finite.max() * 10 - 1e-9) / 10
+    return float(low), float(high if high > low else low + 0.1)
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    ylabel: str,
+    *,
+    xlabel: str = "epoch",
+    title: str | None = None,
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+) -> Figure:
+    """Lines over epochs, and bands of mean and standard deviation over seeds.
+
+    Args:
+      series: name -> points (x, y); one line each.
+      ylabel: what y is.
+      xlabel: what x is.
+      title: text above.
+      bands: name -> (x, mean, standard deviation), as mean_and_std makes them; one line with a shaded band each.
+
+    >>> len(curves({"train": [(0, 2.3), (1, 1.9)]}, "loss").axes[0].lines)
+    1
+    """
+    figure = Figure(figsize=(4.4, 2.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    bands = bands or {}
+    colours = itertools.cycle(_CYCLE)
+    for name, points in series.items():
+        x, y = np.array(points, dtype=float).reshape(-1, 2).T
+        axes.plot(x, y, label=_plain(name), color=next(colours), lw=1.4, marker="o" if len(x) < 3 else None, ms=3)
+    for name, rows in bands.items():
+        x, mean, std = np.array(rows, dtype=float).reshape(-1, 3).T
+        colour = next(colours)
+        axes.plot(x, mean, label=_plain(name), color=colour, lw=1.6, marker="o" if len(x) < 3 else None, ms=3)
+        axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+    axes.set_xlabel(xlabel, fontsize=8)
+    axes.set_ylabel(ylabel, fontsize=8)
+    axes.tick_params(labelsize=7.5)
+    axes.grid(color="#e6e6e6", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if title:
+        axes.set_title(title, fontsize=9, loc="left", fontweight="bold")
+    if len(series) + len(bands) > 1:
+        many = len(series) + len(bands) > 4
+        figure.legend(loc="outside lower left", ncols=2 if many else 4, fontsize=7, frameon=False)
+    return figure
+
+
+def mean_and_std(runs: Iterable[Iterable[tuple[float, float]]]) -> list[tuple[float, float, float]]:
+    """(x, mean, sample standard deviation) over runs, at the x that all runs have.
+
+        std = sqrt(sum (y - mean)^2 / (n - 1)),   0 for a single run
+
+    >>> mean_and_std([[(0, 1.0), (1, 3.0)], [(0, 3.0)]])
+    [(0, 2.0, 1.4142135623730951)]
+    """
+    tables = [dict(run) for run in runs]
+    shared = sorted(set.intersection(*(set(t) for t in tables))) if tables else []
+    columns = [(x, [t[x] for t in tables]) for x in shared]
+    return [(x, statistics.fmean(ys), statistics.stdev(ys) if len(ys) > 1 else 0.0) for x, ys in columns]
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an <svg> element for an HTML page: text stays text, no date, nothing fetched from elsewhere.
+
+    >>> to_svg(curves({}, "loss")).startswith("<svg")
+    True
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_SVG):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    # Where a reader has no DejaVu, Verdana has the same widths, and any other sans serif is narrower.
+    svg = svg.replace(f"'{_FAMILY}'", f"'{_FAMILY}', Verdana, sans-serif")
+    return svg[svg.index("<svg") :]
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write the figure as .png (160 dots an inch) or .svg, the same bytes for the same figure.
+
+    Raises:
+      UserError: another suffix.
+
+    >>> save(curves({}, "loss"), "curve.gif")
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.UserError: path: 'curve.gif' is no picture this library writes; allowed: .png | .svg
+    """
+    target = Path(path)
+    if target.suffix == ".svg":
+        target.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + to_svg(figure), encoding="utf-8")
+    elif target.suffix == ".png":
+        figure.savefig(target, format="png", dpi=160, metadata={"Software": None})
+    else:
+        raise UserError(f"path: {str(path)!r} is no picture this library writes; allowed: .png | .svg")
+
+
+def _plain(text: str) -> str:
+    """A name as it is: a dollar sign in it must not start a formula."""
+    return text.replace("$", r"\$")
+
+
+@functools.lru_cache(maxsize=256)
+def _label_width(text: str) -> float:
+    prop = FontProperties(family=_FAMILY)
+    return TextPath((0, 0), _plain(text), size=_FONT, prop=prop).get_extents().width / 72 + 0.16
+
+
+def _op_colour(op: str | None) -> str:
+    if op is None:
+        return "#9c9c9c"
+    return "#a0a0a0" if op == "none" else FAMILY_COLOURS[op_family(op)]
+
+
+def _draw_line(axes: Any, layout: Layout, line: Line) -> None:
+    boxes = [layout.boxes[i] for i in line.path]
+    heights = [line.leaves, *(box.y for box in boxes[1:-1]), line.arrives]
+    head = 0.09
+    x, y = boxes[0].x + boxes[0].width / 2, heights[0]
+    vertices, codes = [(x, y)], [Curve.MOVETO]
+    for box, height in zip(boxes[1:], heights[1:], strict=True):
+        end = box.x - box.width / 2 - (head if box is boxes[-1] else 0)
+        vertices += [((x + end) / 2, y), ((x + end) / 2, height), (end, height)]
+        codes += [Curve.CURVE4] * 3
+        x, y = box.x + box.width / 2, height
+        if box is not boxes[-1]:
+            vertices.append((x, y))
+            codes.append(Curve.LINETO)
+    curve = Curve(vertices, codes)
+    order = 1.0 if line.op is None else 2.0
+    colour = _op_colour(line.op)
+    # A white rim under each line shows at a crossing which line goes on where.
+    axes.add_patch(PathPatch(curve, fill=False, lw=4.0, ec="white", zorder=order, capstyle="butt"))
+    width, dashes = (1.0 if line.op is None else 1.5), ((0, (4, 2)) if line.faint else "-")
+    axes.add_patch(PathPatch(curve, fill=False, lw=width, ec=colour, ls=dashes, zorder=order + 0.1, capstyle="butt"))
+    tip = boxes[-1].x - boxes[-1].width / 2
+    arrow = [(tip, y), (tip - head, y + 0.04), (tip - head, y - 0.04)]
+    axes.add_patch(Polygon(arrow, closed=True, fc=colour, ec="none", zorder=order + 0.2))
+
+
+def _draw_box(axes: Any, box: Box) -> None:
+    state = box.kind == "state"
+    ink = "#8a8a8a" if box.faint else "#222222" if state else _op_colour(box.text)
+    axes.add_patch(
+        FancyBboxPatch(
+            (box.x - box.width / 2, box.y - box.height / 2),
+            box.width,
+            box.height,
+            boxstyle=f"round,pad=0,rounding_size={0.1 if state else 0.07}",
+            fc=("#f4f4f4" if box.faint else "#e4ecf5") if state else "white",
+            ec="#5b6b7f" if state and not box.faint else ink,
+            ls=(0, (3, 2)) if box.faint else "-",
+            lw=1.1,
+            zorder=4,
+        )
+    )
+    size = _FONT + 1.5 if state else _FONT
+    style: dict[str, Any] = {"fontsize": size, "family": _FAMILY, "color": ink, "ha": "center", "va": "center_baseline"}
+    axes.text(box.x, box.y, box.text, gid=box.gid, zorder=5, parse_math=state, **style)

@@ -1,0 +1,129 @@
+"""What a workdir holds, read for the report: finished or not, whole or cut off in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prdarts_jax.errors import UserError
+from prdarts_jax.space.genotype import Genotype
+
+_KINDS = ("search", "train")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a workdir holds, as far as the run has come."""
+
+    path: Path
+    kind: str  # search | train
+    config: Mapping[str, Any]  # dotted path -> value
+    sources: Mapping[str, str]  # dotted path -> where the value comes from
+    versions: Mapping[str, Any]
+    devices: Sequence[str]
+    edges: Sequence[Sequence[int]]
+    ops: Sequence[str]
+    epochs: Sequence[Mapping[str, Any]]  # the epoch rows of metrics.jsonl
+    final: Mapping[str, Any]  # the final row, or nothing
+    genotype: Genotype | None  # the result; of an unfinished search, the cell of its last epoch
+    finished: bool
+    probabilities: Sequence[Mapping[str, Any]]  # rows {"epoch", "normal": [E, O], "reduce": [E, O]}
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last epoch's row."""
+        return self.epochs[-1] if self.epochs else {}
+
+    @property
+    def group(self) -> str:
+        """Equal for runs that differ in the seed, or in how they were run, alone."""
+        same = {k: v for k, v in self.config.items() if k != "seed" and not k.startswith("run.")}
+        # Trained networks are averaged over seeds of one architecture, not over architectures.
+        found = self.genotype.to_json() if self.kind == "train" and self.genotype else ""
+        return json.dumps([self.kind, same, found], sort_keys=True)
+
+
+def read(workdir: str | Path) -> Run:
+    """Read a workdir, finished or not.
+
+    Args:
+      workdir: a directory with config.json; metrics.jsonl, genotype.json, genotypes.jsonl and probabilities.jsonl are
+        read where they exist. A last line that a killed process left half written is passed over.
+
+    Raises:
+      UserError: no workdir, or a file in it that cannot be read; the error names it.
+    """
+    path = Path(workdir)
+    if not path.is_dir():
+        raise UserError(f"workdir: {str(workdir)!r} is no directory; allowed: the workdir of a search or a training")
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"workdir: {str(workdir)!r} holds no config.json; allowed: the workdir of a search or a training"
+        )
+    try:
+        head = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        kind = head["kind"]
+        config = dict(_flat(head["config"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path / 'config.json'}: not the config of a workdir ({type(e).__name__}: {e})") from None
+    if head.get("schema_version") != 1:
+        raise UserError(f"{path / 'config.json'}: schema_version {head.get('schema_version')!r} is unknown; allowed: 1")
+    if kind not in _KINDS:
+        raise UserError(f"{path / 'config.json'}: kind {kind!r} is unknown; allowed: {' | '.join(_KINDS)}")
+    rows = _lines(path / "metrics.jsonl")
+    epochs = {row["epoch"]: row for row in rows if row.get("kind") == "epoch" and "epoch" in row}
+    final = [row for row in rows if row.get("kind") == "final"]
+    derived = _lines(path / "genotypes.jsonl")
+    result = path / "genotype.json"
+    genotype = Genotype.load(result) if result.is_file() else None
+    finished = bool(final) or (kind == "search" and genotype is not None)
+    if genotype is None and derived:
+        genotype = Genotype.from_json(derived[-1]["genotype"])
+    devices = head.get("devices") or []
+    return Run(
+        path=path,
+        kind=kind,
+        config=config,
+        sources=head.get("sources") or {},
+        versions=head.get("versions") or {},
+        devices=[devices] if isinstance(devices, str) else [str(d) for d in devices],
+        edges=head.get("edges") or [],
+        ops=head.get("ops") or [],
+        epochs=[epochs[e] for e in sorted(epochs)],
+        final=final[-1] if final else {},
+        genotype=genotype,
+        finished=finished,
+        probabilities=_lines(path / "probabilities.jsonl"),
+    )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file, or none if there is no such file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                continue
+            raise UserError(f"{path}: line {number} is not JSON") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is not a JSON object")
+        rows.append(row)
+    return rows

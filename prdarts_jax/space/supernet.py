@@ -1,0 +1,157 @@
+"""The search network: stem, cells of mixed edges, head. Plain functions over a plain dict of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prdarts_jax.gates import Gates
+from prdarts_jax.ops.layers import (
+    Weight,
+    batch_norm,
+    batch_norm_reference,
+    conv,
+    draw,
+    factorized_reduce,
+    linear,
+    pointwise,
+)
+from prdarts_jax.space.cell import declare_edges, mixed_nodes, mixed_nodes_reference
+from prdarts_jax.space.spec import CellSpec, Space
+
+Weights = dict[str, Any]
+
+
+def _affine_weights(channels: int) -> dict[str, Weight]:
+    return {"scale": Weight((channels,), constant=1.0), "bias": Weight((channels,), constant=0.0)}
+
+
+def _affine(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    scale, bias = (params[name].reshape(1, 1, 1, -1) for name in ("scale", "bias"))
+    return (x.astype(jnp.float32) * scale + bias).astype(x.dtype)
+
+
+def _preprocess_weights(channels_in: int, channels: int, reduces: bool) -> dict[str, Weight]:
+    if not reduces:
+        return {"pointwise": Weight((channels_in, channels), channels_in)}
+    half = channels // 2
+    return {
+        "first": Weight((channels_in, half), channels_in),
+        "second": Weight((channels_in, channels - half), channels_in),
+    }
+
+
+def _cell_weights(space: Space, cell: CellSpec) -> dict[str, Any]:
+    return {
+        "preprocess0": _preprocess_weights(cell.channels_in[0], cell.channels, cell.previous_reduced),
+        "preprocess1": _preprocess_weights(cell.channels_in[1], cell.channels, False),
+        "edges": declare_edges(space, cell.kind, cell.channels),
+    }
+
+
+def declare(space: Space) -> dict[str, Any]:
+    """The weights of the search network as `Weight` declarations: {"stem": ..., "cells": [...], "head": ...}."""
+    wide = 3 * space.channels
+    features = space.nodes * space.layout[-1].channels
+    declared: dict[str, Any] = {
+        "stem": {"conv": Weight((3, 3, space.in_channels, wide), 9 * space.in_channels), **_affine_weights(wide)},
+        "cells": [_cell_weights(space, cell) for cell in space.layout],
+        "head": {"kernel": Weight((features, space.classes), features), "bias": Weight((space.classes,), features)},
+    }
+    if space.head_norm:
+        declared["head"]["norm"] = _affine_weights(features)
+    return declared
+
+
+def init(key: jax.Array, space: Space) -> Weights:
+    """Weights of the search network; architecture parameters are not among them.
+
+    Every convolution and the linear layer: uniform in +-1/sqrt(fan_in); BN scale 1, bias 0.
+
+    Args:
+      key: PRNG key.
+      space: the search space.
+
+    Returns:
+      {"stem": ..., "cells": [...], "head": ...} of float32 arrays; the edges of a cell are stacked on a leading axis.
+
+    >>> weights = jax.eval_shape(lambda key: init(key, Space(head_norm=False)), jax.random.key(0))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(weights))
+    1930618
+    """
+    return draw(key, declare(space))
+
+
+class _Mode(NamedTuple):
+    """Fast (custom rules, executed operations only) or reference (plain autodiff, dense)."""
+
+    norm: Callable[[jax.Array], jax.Array]
+    nodes: Callable[..., jax.Array]  # (edge weights, gates of a cell, s0, s1, space, kind) -> [N,B,h,w,C]
+
+
+def _preprocess(params: Weights, x: jax.Array, mode: _Mode) -> jax.Array:
+    """ReLU, 1x1 convolution (or FactorizedReduce), BN."""
+    x = jax.nn.relu(x)
+    if "pointwise" in params:
+        return mode.norm(pointwise(x, params["pointwise"]))
+    return mode.norm(factorized_reduce(x, params["first"], params["second"]))
+
+
+def _forward(
+    weights: Weights, gates: Gates, images: jax.Array, space: Space, mode: _Mode
+) -> tuple[jax.Array, dict[str, Any]]:
+    stem = weights["stem"]
+    x = _affine(stem, mode.norm(conv(images, stem["conv"])))
+    before_last, last = x, x
+    for i, (cell, params) in enumerate(zip(space.layout, weights["cells"], strict=True)):
+        s0 = _preprocess(params["preprocess0"], before_last, mode)
+        s1 = _preprocess(params["preprocess1"], last, mode)
+        nodes = mode.nodes(params["edges"], gates.of_cell(cell.kind, i), s0, s1, space=space, kind=cell.kind)
+        before_last, last = last, jnp.concatenate(list(nodes), axis=3)
+    head = weights["head"]
+    if space.head_norm:
+        last = jax.nn.relu(_affine(head["norm"], mode.norm(last)))
+    features = jnp.mean(last.astype(jnp.float32), axis=(1, 2))
+    return linear(features, head["kernel"], head["bias"]), {"features": features}
+
+
+def apply(
+    weights: Weights, gates: Gates, images: jax.Array, *, space: Space, axis_name: str | None = None
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Logits of the search network under sampled gates; only the executed operations are computed.
+
+    Args:
+      weights: as made by `init`.
+      gates: a sample of the strategy; leaves may carry a leading axis over the cells of the network.
+      images: [B,H,W,C_in], normalised; their dtype is the compute dtype.
+      space: the search space.
+      axis_name: mapped axis over which the batch is split (batch normalisation is over all of it).
+
+    Returns:
+      (logits float32[B,classes], {"features": float32[B, N*4C]}). Reverse-mode derivatives.
+    """
+
+    def nodes(edges: Any, gates: Gates, s0: jax.Array, s1: jax.Array, *, space: Space, kind: str) -> jax.Array:
+        values, executed = gates.slots(kind)
+        return mixed_nodes(edges, values, executed, s0, s1, space=space, kind=kind, axis_name=axis_name)
+
+    return _forward(weights, gates, images, space, _Mode(lambda x: batch_norm(x, axis_name), nodes))
+
+
+def apply_reference(
+    weights: Weights, gates: Gates, images: jax.Array, *, space: Space, axis_name: str | None = None
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The same logits from all operations (masked by the gates) with plain autodiff: any order and mode of derivative.
+
+    Slow to compile (every operation of every edge is unrolled): for tests and for exact second order on small spaces.
+    """
+
+    def nodes(edges: Any, gates: Gates, s0: jax.Array, s1: jax.Array, *, space: Space, kind: str) -> jax.Array:
+        dense = gates.dense(kind)
+        return mixed_nodes_reference(edges, dense, s0, s1, space=space, kind=kind, axis_name=axis_name)
+
+    return _forward(weights, gates, images, space, _Mode(partial(batch_norm_reference, axis_name=axis_name), nodes))

@@ -1,0 +1,56 @@
+"""First-order DARTS: every edge is the softmax mixture of all its operations.
+
+    node_n = sum over edges and operations of softmax(alpha)_o op_o(x);   alpha moves first, on the validation batch
+
+Liu, Simonyan, Yang: DARTS: Differentiable Architecture Search, ICLR 2019.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prdarts_jax import gates as gating
+from prdarts_jax.gates import Gates
+from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.space.spec import CELL_TYPES, Space
+from prdarts_jax.strategies.base import Arch, Progress, Strategy, Traits, derive_pairs, init_normal
+
+
+def darts(*, space: Space, init_scale: float = 1e-3) -> Strategy:
+    """The DARTS strategy, first order: dense, no sampling, no penalty.
+
+    Args:
+      space: the search space.
+      init_scale: alpha starts at init_scale * N(0,1).
+
+    >>> strategy = darts(space=Space())
+    >>> gates = strategy.sample(jax.random.key(0), strategy.init(jax.random.key(1)), {})
+    >>> bool(jnp.allclose(gates.ops["normal"].sum(axis=1), 1.0, atol=1e-6))
+    True
+    """
+
+    def weights(arch: Arch) -> dict[str, jax.Array]:
+        """Softmax over the operations an edge may use."""
+        return {
+            kind: jax.nn.softmax(jnp.where(jnp.asarray(space.allowed[kind]), arch[kind], -jnp.inf), axis=1)
+            for kind in CELL_TYPES
+        }
+
+    def sample(key: jax.Array, arch: Arch, progress: Progress) -> Gates:
+        return Gates(weights(arch), {kind: gating.all_ops(space.allowed[kind]) for kind in CELL_TYPES})
+
+    def derive(arch: Arch) -> Genotype:
+        return derive_pairs({kind: np.asarray(p) for kind, p in weights(arch).items()}, space)
+
+    return Strategy(
+        init=lambda key: init_normal(key, space, init_scale),
+        schedule=lambda epoch, epochs: {},
+        sample=sample,
+        expected=lambda arch, progress: sample(jax.random.key(0), arch, progress),
+        penalty=lambda arch, gates, progress: (jnp.zeros(()), {}),
+        probabilities=lambda arch, progress: weights(arch),
+        derive=derive,
+        traits=Traits(order="arch_first"),
+    )

@@ -1,0 +1,42 @@
+"""Test settings: forced host devices, a persistent compilation cache, strict promotion, no network."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+# Before jax initialises. PJRT_NPROC: with fewer threads than queued collectives the CPU backend deadlocks.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("PJRT_NPROC", "16")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=4"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=60"
+    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=20"
+)
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prdarts_jax" / "tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+_LOCAL = {"localhost", "127.0.0.1", "::1", ""}
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to leave the machine fails at once instead of hanging in retries."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address):  # type: ignore[no-untyped-def]
+        host = address[0] if isinstance(address, tuple) else ""
+        if host not in _LOCAL:
+            raise RuntimeError(f"a test tried to reach the network: {address!r}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
