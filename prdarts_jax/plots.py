@@ -259,6 +259,8 @@ def to_svg(figure: Figure) -> str:
     with matplotlib.rc_context(_SVG):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    # Two images of equal content get equal ids, which a page must not have; nothing refers to them.
+    svg = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\1", svg)
     # Where a reader has no DejaVu, Verdana has the same widths, and any other sans serif is narrower.
     svg = svg.replace(f"'{_FAMILY}'", f"'{_FAMILY}', Verdana, sans-serif")
     return svg[svg.index("<svg") :]
