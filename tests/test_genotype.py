@@ -147,7 +147,7 @@ def test_text_errors(text: str, message: str) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(UserError, match="genotype: unknown value 'PRDART'; did you mean 'PRDARTS'"):
         Genotype.named("PRDART")
-    with pytest.raises(UserError, match="cell: unknown value 'reduction'.*allowed: normal | reduce"):
+    with pytest.raises(UserError, match=r"cell: unknown value 'reduction'.*allowed: normal \| reduce"):
         Genotype.named("PRDARTS").depth("reduction")
     with pytest.raises(UserError, match=r"genotype.normal\[1\]: unknown value 'dil_conv_3x3'"):
         Genotype.named("PRDARTS").validate_ops(["skip_connect", "sep_conv_3x3"])
