@@ -226,7 +226,7 @@ def curves(
     axes.grid(color="#e6e6e6", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
     if title:
         axes.set_title(title, fontsize=9, loc="left", fontweight="bold")
     if len(series) + len(bands) > 1:
