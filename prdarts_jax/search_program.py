@@ -1,0 +1,211 @@
+"""The compiled programs of a search: several bilevel steps a dispatch, the full evaluation, the first state.
+
+Images stay on the devices as uint8; gathering a batch and augmenting it happen inside the program. The number of steps
+of a dispatch is an argument of one compiled loop, so dispatches of any length run the same instructions: their lengths,
+and where a resumed run begins, cannot change a bit of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from prdarts_jax import bilevel, parallel
+from prdarts_jax.bilevel import Batch, Batches, SearchState
+from prdarts_jax.config import DataConfig
+from prdarts_jax.data.augment import augment, normalize
+from prdarts_jax.space import supernet
+from prdarts_jax.space.spec import Space
+from prdarts_jax.strategies.base import Progress, Strategy
+
+Sums = dict[str, jax.Array]
+_TRAIN, _VAL, _GATES = range(3)  # purposes of a step's keys
+
+
+@flax.struct.dataclass
+class Carry:
+    """What a checkpoint holds: the state, and the sums of this epoch's metrics so far."""
+
+    state: SearchState
+    sums: Sums  # name -> float32[]
+
+
+class Images(NamedTuple):
+    """A data set on the devices."""
+
+    images: jax.Array  # uint8[N,H,W,C]
+    labels: jax.Array  # int32[N]
+
+
+class Orders(NamedTuple):
+    """The batches of a dispatch, as indices into the data set."""
+
+    train: Any  # int32[S,B]
+    val: Any  # int32[S,B]
+
+
+class Problem(NamedTuple):
+    """Static parts of a search: what is computed, without numbers that change."""
+
+    space: Space
+    strategy: Strategy
+    weight_tx: optax.GradientTransformation
+    arch_tx: optax.GradientTransformation
+    data: DataConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: str
+
+
+def _initial(problem: Problem, mesh: Mesh, images: tuple[int, ...]) -> Callable[[jax.Array, Progress], Carry]:
+    step = _step(problem, None)
+
+    def program(key: jax.Array, progress: Progress) -> Carry:
+        state = bilevel.init_state(
+            key,
+            space=problem.space,
+            strategy=problem.strategy,
+            weight_tx=problem.weight_tx,
+            arch_tx=problem.arch_tx,
+        )
+        batch = Batch(jnp.zeros((2, *images), problem.dtype), jnp.zeros((2,), jnp.int32))
+        _, metrics = jax.eval_shape(step, state, Batches(batch, batch), key, progress)
+        return Carry(state, {name: jnp.zeros((), jnp.float32) for name in metrics})
+
+    return program
+
+
+def initial_carry(problem: Problem, mesh: Mesh, key: jax.Array, progress: Progress, image: tuple[int, ...]) -> Carry:
+    """The carry before the first step, on all devices of the mesh.
+
+    Args:
+      problem, mesh: static.
+      key: base key of the search.
+      progress: of any epoch.
+      image: (H, W, C) of the data.
+    """
+    return parallel.replicate(mesh, jax.jit(_initial(problem, mesh, image))(key, progress))
+
+
+def abstract_carry(problem: Problem, mesh: Mesh, key: jax.Array, progress: Progress, image: tuple[int, ...]) -> Carry:
+    """Shapes, dtypes and shardings of the carry: what a checkpoint is restored into, without computing anything."""
+    shapes = jax.eval_shape(_initial(problem, mesh, image), key, progress)
+    sharding = jax.sharding.NamedSharding(mesh, parallel.REPLICATED)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def _step(problem: Problem, axis_name: str | None) -> Callable[..., Any]:
+    return bilevel.make_search_step(
+        space=problem.space,
+        strategy=problem.strategy,
+        weight_tx=problem.weight_tx,
+        arch_tx=problem.arch_tx,
+        axis_name=axis_name,
+    )
+
+
+def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Sums]]:
+    """The jitted program (carry, count, fresh, orders, positions, key, progress, data) -> (carry, rows).
+
+    It runs `count` steps on the first `count` batches of `orders`; `fresh` starts the sums of an epoch; `positions`
+    int32[B] are the places in the global batch, 0..B-1 (they are split over the devices with the batch). `rows` holds
+    each metric of each step, float32[S]. The carry is donated.
+    """
+    axis_name = parallel.axis_of(mesh)
+    step = _step(problem, axis_name)
+
+    def load(key: jax.Array, data: Images, index: jax.Array, positions: jax.Array) -> Batch:
+        images = augment(
+            key,
+            data.images[index],
+            positions,
+            mean=problem.mean,
+            std=problem.std,
+            crop_padding=problem.data.crop_padding,
+            flip=problem.data.flip,
+            cutout=problem.data.cutout,
+            dtype=problem.dtype,
+        )
+        return Batch(images, data.labels[index])
+
+    def program(
+        carry: Carry,
+        count: jax.Array,
+        fresh: jax.Array,
+        orders: Orders,
+        positions: jax.Array,
+        key: jax.Array,
+        progress: Progress,
+        data: Images,
+    ) -> tuple[Carry, Sums]:
+        length = orders.train.shape[0]
+        sums = {name: jnp.where(fresh, 0.0, value) for name, value in carry.sums.items()}
+        rows = {name: jnp.zeros((length,), jnp.float32) for name in carry.sums}
+
+        def body(i: jax.Array, loop: tuple[SearchState, Sums, Sums]) -> tuple[SearchState, Sums, Sums]:
+            state, sums, rows = loop
+            keys = [jax.random.fold_in(jax.random.fold_in(key, state.step), purpose) for purpose in range(3)]
+            batches = Batches(
+                load(keys[_TRAIN], data, orders.train[i], positions),
+                load(keys[_VAL], data, orders.val[i], positions),
+            )
+            state, metrics = step(state, batches, keys[_GATES], progress)
+            sums = {name: sums[name] + metrics[name] for name in sums}
+            rows = {name: rows[name].at[i].set(metrics[name]) for name in rows}
+            return state, sums, rows
+
+        state, sums, rows = lax.fori_loop(0, count, body, (carry.state, sums, rows))
+        return Carry(state, sums), rows
+
+    everywhere, batch = parallel.REPLICATED, PartitionSpec(None, parallel.AXIS)
+    in_specs = (
+        everywhere,
+        everywhere,
+        everywhere,
+        Orders(batch, batch),
+        PartitionSpec(parallel.AXIS),
+        everywhere,
+        everywhere,
+        everywhere,
+    )
+    return jax.jit(parallel.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
+
+
+def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The jitted program (state, indices [S,B], mask [S,B], progress, data) -> (mean loss, accuracy).
+
+    The network has the expected gates; batch statistics come from the whole (padded) batches, the means from the images
+    under the mask alone.
+    """
+    axis_name = parallel.axis_of(mesh)
+
+    def program(
+        state: SearchState, indices: jax.Array, mask: jax.Array, progress: Progress, data: Images
+    ) -> tuple[jax.Array, jax.Array]:
+        gates = problem.strategy.expected(state.arch, progress)
+
+        def body(sums: jax.Array, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            index, counted = batch
+            images = normalize(data.images[index], problem.mean, problem.std, problem.dtype)
+            labels = data.labels[index]
+            logits, _ = supernet.apply(state.weights, gates, images, space=problem.space, axis_name=axis_name)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            right = (jnp.argmax(logits, axis=1) == labels).astype(jnp.float32)
+            found = jnp.stack([jnp.sum(jnp.where(counted, v, 0.0)) for v in (losses, right, jnp.ones_like(losses))])
+            return sums + found, None
+
+        sums, _ = lax.scan(body, jnp.zeros((3,), jnp.float32), (indices, mask))
+        sums = sums if axis_name is None else lax.psum(sums, axis_name)
+        return sums[0] / sums[2], sums[1] / sums[2]
+
+    everywhere, batch = parallel.REPLICATED, PartitionSpec(None, parallel.AXIS)
+    return jax.jit(
+        parallel.map_over(mesh, program, (everywhere, batch, batch, everywhere, everywhere), (everywhere, everywhere))
+    )
