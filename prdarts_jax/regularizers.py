@@ -37,7 +37,7 @@ def group_term(
     counted = jnp.asarray(space.allowed[kind] & columns[None, :])
     if mask is not None:
         counted = counted & mask
-    number = jnp.sum(counted.astype(jnp.float32))
+    number = jnp.sum(counted.astype(probabilities.dtype))
     return jnp.sum(jnp.where(counted, probabilities, 0.0)) / jnp.maximum(number, 1.0)
 
 
@@ -88,7 +88,7 @@ def path_depth_term(
     counted = jnp.asarray((space.allowed[kind] & space.group("conv")[None, :])[rows])
     if mask is not None:
         counted = counted & mask[rows]
-    number = jnp.sum(counted.astype(jnp.float32), axis=1)
+    number = jnp.sum(counted.astype(probabilities.dtype), axis=1)
     factor = jnp.sum(jnp.where(counted, probabilities[rows], 0.0), axis=1)
     if reduction == "mean":
         factor = factor / jnp.maximum(number, 1.0)

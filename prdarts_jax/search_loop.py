@@ -231,9 +231,7 @@ class _Run:
         config, workdir = self.config, self.workdir
         tensorboard = workdir / "tensorboard" if config.run.tensorboard else None
         with (
-            Checkpointer(
-                workdir / "checkpoints", warn=lambda line: print(f"prdarts: {line}", file=sys.stderr)
-            ) as saved,
+            Checkpointer(workdir / "checkpoints", warn=_warn) as saved,
             MetricsLog(workdir / "metrics.jsonl", tensorboard_dir=tensorboard) as log,
         ):
             carry, step = self.restore(saved)
@@ -401,6 +399,10 @@ class _Run:
         atomic_write_text(self.workdir / "genotype.json", genotype.to_json(indent=1) + "\n")
         path = report.report([self.workdir])
         return SearchResult("finished", genotype, self.workdir, path, last)
+
+
+def _warn(line: str) -> None:
+    print(f"prdarts: {line}", file=sys.stderr)
 
 
 def _padded(order: np.ndarray, length: int) -> np.ndarray:

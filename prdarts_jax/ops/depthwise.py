@@ -39,6 +39,15 @@ class Window(NamedTuple):
         return -(-height // self.stride), -(-width // self.stride)
 
 
+def wide_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """The dtype to accumulate in: float32, or float64 where an array has it (parity tests).
+
+    >>> wide_dtype(jnp.zeros(2, jnp.bfloat16)).name
+    'float32'
+    """
+    return jnp.dtype(jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32)
+
+
 def _taps(window: Window) -> list[tuple[int, int]]:
     return [(p, q) for p in range(window.height) for q in range(window.width)]
 
@@ -57,11 +66,11 @@ def _pad(x: jax.Array, window: Window) -> jax.Array:
 
 
 def _forward_shifts(x: jax.Array, kernel: jax.Array, *, window: Window) -> jax.Array:
-    padded, size = _pad(x, window), window.output(*x.shape[1:3])
+    padded, size, wide = _pad(x, window), window.output(*x.shape[1:3]), wide_dtype(x)
     total = None
     for p, q in _taps(window):
         weight = lax.broadcast_in_dim(kernel[p, q], (x.shape[0], *size, x.shape[3]), (3,))
-        term = _shift(padded, window, (p, q), size).astype(jnp.float32) * weight.astype(jnp.float32)
+        term = _shift(padded, window, (p, q), size).astype(wide) * weight.astype(wide)
         total = term if total is None else total + term
     assert total is not None
     return total.astype(x.dtype)
@@ -90,23 +99,23 @@ def _input_gradient(dy: jax.Array, kernel: jax.Array, *, window: Window, size: t
     high_w = w + pw - (wo - 1) * s - 1
     config = ((0, 0, 0), (low_h, high_h, s - 1), (low_w, high_w, s - 1), (0, 0, 0))
     padded = lax.pad(dy, jnp.zeros((), dy.dtype), config)
-    flat = Window(window.height, window.width, 1, window.dilation)
+    flat, wide = Window(window.height, window.width, 1, window.dilation), wide_dtype(dy)
     total = None
     for p, q in _taps(window):
         flipped = kernel[window.height - 1 - p, window.width - 1 - q]
         weight = lax.broadcast_in_dim(flipped, (dy.shape[0], h, w, dy.shape[3]), (3,))
-        term = _shift(padded, flat, (p, q), size).astype(jnp.float32) * weight.astype(jnp.float32)
+        term = _shift(padded, flat, (p, q), size).astype(wide) * weight.astype(wide)
         total = term if total is None else total + term
     assert total is not None
     return total.astype(dy.dtype)
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array, *, window: Window) -> jax.Array:
-    """dw[p,q,c] in float32. One variadic reduction that keeps the batch axis; the batch is summed afterwards."""
-    padded, size = _pad(x, window), window.output(*x.shape[1:3])
-    dy = dy.astype(jnp.float32)
-    products = tuple(_shift(padded, window, tap, size).astype(jnp.float32) * dy for tap in _taps(window))
-    zero = jnp.zeros((), jnp.float32)
+    """dw[p,q,c] in the wide dtype. One variadic reduction that keeps the batch axis; the batch is summed afterwards."""
+    padded, size, wide = _pad(x, window), window.output(*x.shape[1:3]), wide_dtype(x)
+    dy = dy.astype(wide)
+    products = tuple(_shift(padded, window, tap, size).astype(wide) * dy for tap in _taps(window))
+    zero = jnp.zeros((), wide)
     sums = lax.reduce(
         products,
         (zero,) * len(products),
@@ -124,7 +133,7 @@ def _grouped_input_gradient(dy: jax.Array, kernel: jax.Array, *, window: Window,
 
 
 def _grouped_kernel_gradient(x: jax.Array, dy: jax.Array, *, window: Window) -> jax.Array:
-    kernel = jnp.zeros((window.height, window.width, x.shape[3]), jnp.float32)
+    kernel = jnp.zeros((window.height, window.width, x.shape[3]), wide_dtype(x))
     _, pull = jax.vjp(lambda k: _forward_grouped(x, k, window=window), kernel)
     return pull(dy)[0]
 
@@ -202,7 +211,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation
     Zero padding P = dilation (k - 1) / 2 keeps the size at stride 1; ceil(H / s) at stride s.
 
     Args:
-      x: [B,H,W,C], any float dtype; accumulation in float32.
+      x: [B,H,W,C], any float dtype; accumulation in float32 at least.
       kernel: [k_h,k_w,C], odd sizes.
       stride: of both spatial axes.
       dilation: spacing of the kernel taps.

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from prdarts_jax.ops import depthwise
+from prdarts_jax.ops.depthwise import wide_dtype
 
 BN_EPS = 1e-5
 
@@ -53,8 +54,8 @@ def draw(key: jax.Array, tree: Any) -> Any:
 
 
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """1x1 convolution: [B,H,W,C] x [C,D] -> [B,H,W,D] in the dtype of x, accumulated in float32."""
-    out = jnp.einsum("bhwc,cd->bhwd", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    """1x1 convolution: [B,H,W,C] x [C,D] -> [B,H,W,D] in the dtype of x, accumulated in float32 at least."""
+    out = jnp.einsum("bhwc,cd->bhwd", x, kernel.astype(x.dtype), preferred_element_type=wide_dtype(x))
     return out.astype(x.dtype)
 
 
@@ -68,8 +69,8 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int | tuple[int, int] = 1) 
 
 
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Affine map in float32: [B,C] x [C,D] + [D] -> [B,D]."""
-    return x.astype(jnp.float32) @ kernel + bias[None, :]
+    """Affine map in float32 at least: [B,C] x [C,D] + [D] -> [B,D]."""
+    return x.astype(wide_dtype(x)) @ kernel + bias[None, :]
 
 
 # --- batch normalisation with the statistics of the batch -------------------------------------------------------------
@@ -80,8 +81,8 @@ def _per_channel(v: jax.Array, ndim: int = 4) -> jax.Array:
 
 
 def _normalise(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
-    """(y, 1/sigma), both float32. Over a mapped axis the two moments travel in one collective."""
-    x = x.astype(jnp.float32)
+    """(y, 1/sigma), both in the wide dtype. Over a mapped axis the two moments travel in one collective."""
+    x = x.astype(wide_dtype(x))
     local = jnp.mean(x, axis=(0, 1, 2))
     centred = x - _per_channel(local)
     variance = jnp.mean(centred * centred, axis=(0, 1, 2))
@@ -111,7 +112,7 @@ def _batch_norm_fwd(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, tup
 
 def _batch_norm_bwd(axis_name: str | None, res: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
     y, scale = res
-    wide, ct = y.astype(jnp.float32), dy.astype(jnp.float32)
+    wide, ct = y.astype(wide_dtype(y)), dy.astype(wide_dtype(y))
     mean, cross = jnp.mean(ct, axis=(0, 1, 2)), jnp.mean(ct * wide, axis=(0, 1, 2))
     if axis_name is not None:
         mean, cross = lax.pmean((mean, cross), axis_name)
@@ -129,7 +130,7 @@ def batch_norm(x: jax.Array, axis_name: str | None = None) -> jax.Array:
     all devices, and they are the only collectives of a cell.
 
     Args:
-      x: [B,H,W,C]; statistics in float32 whatever its dtype.
+      x: [B,H,W,C]; statistics in float32 at least.
       axis_name: mapped axis over which the batch is split, or None.
 
     >>> y = batch_norm(jnp.arange(8.0).reshape(2, 2, 2, 1))
@@ -222,11 +223,11 @@ def _inverse_counts(height: int, width: int, stride: int) -> np.ndarray:
         return np.minimum(centre + 1, n - 1) - np.maximum(centre - 1, 0) + 1
 
     counts = count(height)[:, None] * count(width)[None, :]
-    return (1.0 / counts).astype(np.float32)[None, :, :, None]
+    return (1.0 / counts)[None, :, :, None]
 
 
 def _avg_pool(x: jax.Array, stride: int, depthwise_conv: Callable[..., jax.Array]) -> jax.Array:
-    ones = jnp.ones((3, 3, x.shape[3]), jnp.float32)
+    ones = jnp.ones((3, 3, x.shape[3]), x.dtype)
     total = depthwise_conv(x, ones, stride=stride)
     return total * jnp.asarray(_inverse_counts(*x.shape[1:3], stride), x.dtype)
 

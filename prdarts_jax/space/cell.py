@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from prdarts_jax.ops.depthwise import wide_dtype
 from prdarts_jax.ops.layers import Leaves, Weight, fast_leaves, reference_leaves
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.space.spec import EdgeGroup, Space
@@ -174,6 +175,8 @@ def _reverse_group(
     space, stride = program.space, group.stride
     leaves = fast_leaves(program.axis_name)
     width = max(_flat_sizes(stacks).values(), default=0) if wanted.weights else 0
+    flat_dtype = wide_dtype(*jax.tree.leaves(stacks))
+    value_dtype = slots.value.dtype
 
     def branch(op: str) -> Callable[..., _Cotangents]:
         def run(x: jax.Array, ct: jax.Array, row: jax.Array, value: jax.Array) -> _Cotangents:
@@ -187,13 +190,13 @@ def _reverse_group(
             else:
                 y, pull = jax.vjp(lambda x: _apply(space, op, params, x, stride, leaves), x)
                 (dx,) = pull(seed)
-                flat = jnp.zeros((width,), jnp.float32)
-            return dx, flat, _inner(y, ct) if wanted.values else jnp.zeros((), jnp.float32)
+                flat = jnp.zeros((width,), flat_dtype)
+            return dx, flat, _inner(y, ct).astype(value_dtype) if wanted.values else jnp.zeros((), value_dtype)
 
         return run
 
     def void(x: jax.Array, ct: jax.Array, row: jax.Array, value: jax.Array) -> _Cotangents:
-        return jnp.zeros_like(x), jnp.zeros((width,), jnp.float32), jnp.zeros((), jnp.float32)
+        return jnp.zeros_like(x), jnp.zeros((width,), flat_dtype), jnp.zeros((), value_dtype)
 
     branches = [branch(op) if runs else void for op, runs in _runs(program, group).items()] + [void]
     own = sources is None
@@ -212,7 +215,8 @@ def _reverse_group(
 
 
 def _inner(y: jax.Array, ct: jax.Array) -> jax.Array:
-    return jnp.sum(y.astype(jnp.float32) * ct.astype(jnp.float32))
+    wide = wide_dtype(y)
+    return jnp.sum(y.astype(wide) * ct.astype(wide))
 
 
 def _unflatten(
@@ -287,7 +291,7 @@ def _is_primal(a: Any) -> bool:
 def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
     wanted, weights, values, inputs, executed, nodes = res
     space, kind = program.space, program.kind
-    dvalues = jnp.zeros(values.shape, jnp.float32)
+    dvalues = jnp.zeros(values.shape, values.dtype)
     dweights: CellWeights = {}
     if isinstance(ct, SymbolicZero):
         ct = jnp.zeros(ct.shape, ct.dtype)

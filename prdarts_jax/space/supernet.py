@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from prdarts_jax.gates import Gates
+from prdarts_jax.ops.depthwise import wide_dtype
 from prdarts_jax.ops.layers import (
     Weight,
     batch_norm,
@@ -32,7 +33,7 @@ def _affine_weights(channels: int) -> dict[str, Weight]:
 
 def _affine(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     scale, bias = (params[name].reshape(1, 1, 1, -1) for name in ("scale", "bias"))
-    return (x.astype(jnp.float32) * scale + bias).astype(x.dtype)
+    return (x.astype(wide_dtype(x)) * scale + bias).astype(x.dtype)
 
 
 def _preprocess_weights(channels_in: int, channels: int, reduces: bool) -> dict[str, Weight]:
@@ -115,7 +116,7 @@ def _forward(
     head = weights["head"]
     if space.head_norm:
         last = jax.nn.relu(_affine(head["norm"], mode.norm(last)))
-    features = jnp.mean(last.astype(jnp.float32), axis=(1, 2))
+    features = jnp.mean(last.astype(wide_dtype(last)), axis=(1, 2))
     return linear(features, head["kernel"], head["bias"]), {"features": features}
 
 
