@@ -1,0 +1,219 @@
+"""Independent oracles: closed forms and loops in numpy, the search network written from torch.nn layers.
+
+The torch functions take the JAX weight tree as torch leaves in its own layout (HWIO, edges stacked) and hand each
+torch.nn layer a permuted view, so that `leaf.grad` is directly comparable. Images are NCHW inside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from prdarts_jax.space.spec import Space
+
+
+def require_torch() -> Any:
+    """torch; absent: skip with a reason, but fail where CI=true, since a skipped parity test proves nothing."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        if os.environ.get("CI", "").lower() == "true":
+            pytest.fail("torch is absent: the parity tests cannot run (pip install torch)")
+        pytest.skip("needs torch, the oracle of the parity tests")
+
+
+def sigmoid(x: Any) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-np.asarray(x, np.float64)))
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+def gate_cdf(x: float, beta: Any, tau: float, a: float = -0.1, b: float = 1.1) -> np.ndarray:
+    """P(g <= x) for 0 <= x < 1: g <= x iff logit(u) <= tau logit((x-a)/(b-a)) - beta, and P(logit(u) <= z) = sigmoid(z)."""
+    q = (x - a) / (b - a)
+    return sigmoid(tau * np.log(q / (1 - q)) - np.asarray(beta, np.float64))
+
+
+def gate_mean(beta: float, tau: float, a: float = -0.1, b: float = 1.1) -> float:
+    """E[g] = integral over [0,1] of P(g > x), by a fine trapezoid."""
+    x = np.linspace(0.0, 1.0, 200_001)
+    return float(np.trapezoid(1.0 - np.array(gate_cdf(x, beta, tau, a, b)), x))  # type: ignore[arg-type]
+
+
+# --- penalties, by loops ----------------------------------------------------------------------------------------------
+
+
+def group_mean(p: np.ndarray, counted: np.ndarray) -> float:
+    """Mean P over the counted (edge, operation) pairs, 0 if there are none."""
+    total, number = 0.0, 0
+    for e in range(p.shape[0]):
+        for o in range(p.shape[1]):
+            if counted[e, o]:
+                total, number = total + float(p[e, o]), number + 1
+    return total / number if number else 0.0
+
+
+def path_product(p: np.ndarray, counted: np.ndarray, nodes: int, reduction: str) -> float:
+    """Product over the edges 1->2, 2->3, ... that count any convolution of the sum (mean) of their P; 0 if none does."""
+    product, any_edge, row = 1.0, False, 0
+    for n in range(2, 2 + nodes):
+        for j in range(n):
+            if j == n - 1:
+                chosen = [float(p[row, o]) for o in range(p.shape[1]) if counted[row, o]]
+                if chosen:
+                    any_edge = True
+                    product *= sum(chosen) / (len(chosen) if reduction == "mean" else 1)
+            row += 1
+    return product if any_edge else 0.0
+
+
+# --- optimizers, as torch.optim computes them -------------------------------------------------------------------------
+
+
+def clip_by_global_norm(grads: list[np.ndarray], limit: float) -> list[np.ndarray]:
+    norm = np.sqrt(sum(float(np.sum(g * g)) for g in grads))
+    return [g * min(1.0, limit / norm) for g in grads]
+
+
+def sgd_nesterov(w: np.ndarray, g: np.ndarray, buffer: np.ndarray, *, lr: float, mu: float, wd: float):
+    """torch.optim.SGD(nesterov=True): (new weight, new buffer)."""
+    g = g + wd * w
+    buffer = mu * buffer + g
+    return w - lr * (g + mu * buffer), buffer
+
+
+def adam_coupled(w, g, m, v, t, *, lr, b1, b2, eps, wd):  # type: ignore[no-untyped-def]
+    """torch.optim.Adam(weight_decay=wd), step t = 1, 2, ...: (new weight, m, v)."""
+    g = g + wd * w
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+    return w - lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps), m, v
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+def torch_leaves(tree: Any) -> Any:
+    """A JAX tree as float64 torch leaves that want gradients."""
+    torch = require_torch()
+    return jax.tree.map(lambda a: torch.tensor(np.asarray(a, np.float64), requires_grad=True), tree)
+
+
+def torch_grads(tree: Any) -> Any:
+    """Their gradients as numpy; zeros where a leaf was not used."""
+    return jax.tree.map(lambda t: (np.zeros(t.shape) if t.grad is None else t.grad.numpy()), tree)
+
+
+def nchw(x: Any) -> Any:
+    return x.permute(0, 3, 1, 2)
+
+
+def nhwc(x: Any) -> Any:
+    return x.permute(0, 2, 3, 1)
+
+
+def _conv(x: Any, kernel: Any, stride: Any = 1, dilation: int = 1, groups: int = 1, same: bool = True) -> Any:
+    """torch.nn.Conv2d without bias, its weight a view of an HWIO kernel."""
+    torch = require_torch()
+    kh, kw, ci, co = kernel.shape
+    padding = (dilation * (kh - 1) // 2, dilation * (kw - 1) // 2) if same else 0
+    layer = torch.nn.Conv2d(ci * groups, co, (kh, kw), stride, padding, dilation, groups, bias=False)
+    return torch.func.functional_call(layer, {"weight": kernel.permute(3, 2, 0, 1)}, (x,))
+
+
+def _depthwise(x: Any, kernel: Any, stride: int = 1, dilation: int = 1) -> Any:
+    return _conv(x, kernel[:, :, None, :], stride, dilation, groups=kernel.shape[2])
+
+
+def _pointwise(x: Any, kernel: Any, stride: int = 1) -> Any:
+    return _conv(x, kernel[None, None], stride, same=False)
+
+
+def _norm(x: Any, affine: Mapping[str, Any] | None = None) -> Any:
+    """torch.nn.BatchNorm2d with the statistics of the batch."""
+    torch = require_torch()
+    layer = torch.nn.BatchNorm2d(x.shape[1], affine=affine is not None, track_running_stats=False)
+    named = {} if affine is None else {"weight": affine["scale"], "bias": affine["bias"]}
+    return torch.func.functional_call(layer, named, (x,))
+
+
+def _factorized_reduce(x: Any, first: Any, second: Any) -> Any:
+    torch = require_torch()
+    x = torch.nn.ZeroPad2d((0, x.shape[3] % 2, 0, x.shape[2] % 2))(x)
+    return torch.cat([_pointwise(x, first, 2), _pointwise(x[:, :, 1:, 1:], second, 2)], dim=1)
+
+
+def torch_primitive(name: str, params: Mapping[str, Any], x: Any, stride: int) -> Any:
+    """One operation of the search space, [B,C,H,W] -> [B,C,ceil(H/s),ceil(W/s)]."""
+    torch = require_torch()
+    nn = torch.nn
+    if name == "none":
+        return nn.MaxPool2d(1, stride)(x) * 0.0
+    if name == "max_pool_3x3":
+        return nn.MaxPool2d(3, stride, padding=1)(x)
+    if name == "avg_pool_3x3":
+        return nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)(x)
+    if name == "skip_connect":
+        return x if stride == 1 else _norm(_factorized_reduce(nn.ReLU()(x), params["first"], params["second"]))
+    if name.startswith("sep_conv"):
+        x = _norm(_pointwise(_depthwise(nn.ReLU()(x), params["depthwise1"], stride), params["pointwise1"]))
+        return _norm(_pointwise(_depthwise(nn.ReLU()(x), params["depthwise2"]), params["pointwise2"]))
+    if name.startswith("dil_conv"):
+        return _norm(_pointwise(_depthwise(nn.ReLU()(x), params["depthwise"], stride, 2), params["pointwise"]))
+    assert name == "conv_7x1_1x7"
+    return _norm(_conv(_conv(nn.ReLU()(x), params["conv_1x7"], (1, stride)), params["conv_7x1"], (stride, 1)))
+
+
+def torch_cell(space: Space, kind: str, weights: Any, gates: Any, s0: Any, s1: Any) -> list[Any]:
+    """The intermediate nodes: every node the gated sum of all allowed operations of all its edges; gates [E,O]."""
+    states, row = [s0, s1], 0
+    rows_seen: dict[tuple[int, str], int] = {}
+    for n in range(2, 2 + space.nodes):
+        node = None
+        for j in range(n):
+            stride = 2 if kind == "reduce" and j < 2 else 1
+            names = space.edge_ops[("normal", "reduce").index(kind)][row] if space.edge_ops else space.ops
+            for o, name in enumerate(space.ops):
+                if name not in names:
+                    continue
+                place = rows_seen.get((stride, name), 0)
+                rows_seen[stride, name] = place + 1
+                stacks = weights[f"stride{stride}"].get(name, {})
+                y = torch_primitive(name, {key: stack[place] for key, stack in stacks.items()}, states[j], stride)
+                if "pool" in name and space.pool_norm:
+                    y = _norm(y)
+                node = gates[row, o] * y + (0.0 if node is None else node)
+            row += 1
+        states.append(node)
+    return states[2:]
+
+
+def torch_preprocess(params: Mapping[str, Any], x: Any) -> Any:
+    x = require_torch().nn.ReLU()(x)
+    if "pointwise" in params:
+        return _norm(_pointwise(x, params["pointwise"]))
+    return _norm(_factorized_reduce(x, params["first"], params["second"]))
+
+
+def torch_supernet(space: Space, weights: Any, gates: Mapping[str, Any], images: Any) -> Any:
+    """Logits of the search network; images [B,H,W,C], gates {"normal", "reduce"} -> [E,O]."""
+    torch = require_torch()
+    stem = weights["stem"]
+    x = _norm(_conv(nchw(images), stem["conv"]), stem)
+    before_last, last = x, x
+    for i, cell in enumerate(weights["cells"]):
+        kind = "reduce" if i in (space.cells // 3, 2 * space.cells // 3) else "normal"
+        s0, s1 = torch_preprocess(cell["preprocess0"], before_last), torch_preprocess(cell["preprocess1"], last)
+        before_last, last = last, torch.cat(torch_cell(space, kind, cell["edges"], gates[kind], s0, s1), dim=1)
+    head = weights["head"]
+    if "norm" in head:
+        last = torch.nn.ReLU()(_norm(last, head["norm"]))
+    features = torch.nn.AdaptiveAvgPool2d(1)(last).flatten(1)
+    layer = torch.nn.Linear(*head["kernel"].shape)
+    return torch.func.functional_call(layer, {"weight": head["kernel"].T, "bias": head["bias"]}, (features,))
