@@ -9,6 +9,7 @@ maps it over a mesh, and gradients, BN statistics and metrics are means over `ax
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -166,7 +167,7 @@ def make_search_step(
             "train_accuracy": acc,
             "gradient_norm/weights": optax.global_norm(grads),
         }
-        return state.replace(weights=weights, weight_opt=opt), metrics
+        return dataclasses.replace(state, weights=weights, weight_opt=opt), metrics
 
     def arch_step(state: SearchState, batch: Batch, key: jax.Array, progress: Progress) -> tuple[SearchState, Metrics]:
         def validation(arch: Arch) -> tuple[jax.Array, tuple[jax.Array, Gates]]:
@@ -190,7 +191,7 @@ def make_search_step(
             metrics["gates/saturated"] = gates.stats["saturated"]
         opt = _set_learning_rate(state.arch_opt, progress.get("arch_learning_rate"))
         updates, opt = arch_tx.update(grads, opt, state.arch)
-        return state.replace(arch=optax.apply_updates(state.arch, updates), arch_opt=opt), metrics
+        return dataclasses.replace(state, arch=optax.apply_updates(state.arch, updates), arch_opt=opt), metrics
 
     def step(state: SearchState, batches: Batches, key: jax.Array, progress: Progress) -> tuple[SearchState, Metrics]:
         chex.assert_rank([batches.train.images, batches.val.images], 4)
@@ -204,6 +205,6 @@ def make_search_step(
                 state, found = arch_step(state, batches.val, arch_key, progress)
             metrics |= found
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
-        return state.replace(step=state.step + 1), metrics
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
     return step

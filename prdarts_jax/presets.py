@@ -66,8 +66,8 @@ PRESETS: Mapping[str, Preset] = {
             "data.cutout": 0,
             "space.channels": 8,
             "space.cells": 5,
-            "epochs": 30,
-            "batch_size": 64,
+            "epochs": 50,
+            "batch_size": 32,
         },
     ),
     "cifar10-small": Preset(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from prdarts_jax import config as cfg
@@ -210,6 +209,7 @@ class _Run:
         self.total_steps = self.epoch_steps * config.epochs
         self.key = jax.random.key(config.seed)
         self.began = time.monotonic()
+        self.evaluation = search_program.make_evaluation(self.problem, self.mesh)
 
     def say(self, text: str) -> None:
         print(text, file=self.notes, flush=True)
@@ -234,28 +234,39 @@ class _Run:
             Checkpointer(workdir / "checkpoints", warn=_warn) as saved,
             MetricsLog(workdir / "metrics.jsonl", tensorboard_dir=tensorboard) as log,
         ):
-            carry, step = self.restore(saved)
+            carry, step, stopped = self.restore(saved)
             log.truncate_after(step)
             done = step // self.epoch_steps
             self.genotypes = _EpochLog(workdir / "genotypes.jsonl", done)
             self.probabilities = _EpochLog(workdir / "probabilities.jsonl", done)
             with Progress(self.total_steps, initial=step, enabled=config.run.progress) as bar:
-                return self.loop(carry, step, saved, log, bar)
+                return self.loop(carry, step, stopped, saved, log, bar)
 
-    def restore(self, saved: Checkpointer) -> tuple[Carry, int]:
+    def restore(self, saved: Checkpointer) -> tuple[Carry, int, Stop | None]:
+        """The carry to go on from, its step, and what the strategy had decided there."""
         image = self.inputs.dataset.train_images.shape[1:]
         progress = self.progress(0)
         target = search_program.abstract_carry(self.problem, self.mesh, self.key, progress, image)
         found = saved.restore_latest(target)
         if found is None:
-            return search_program.initial_carry(self.problem, self.mesh, self.key, progress, image), 0
+            return search_program.initial_carry(self.problem, self.mesh, self.key, progress, image), 0, None
         changed = search_inputs.tolerance(self.old or {}, self.document)
         how = f"to float tolerance only ({'; '.join(changed)})" if changed else "bit for bit"
         where = f"step {found.step} of {self.total_steps} (epoch {found.step // self.epoch_steps})"
         self.say(f"resuming at {where}; the result is that of an uninterrupted search {how}")
-        return found.state, found.step
+        decided = found.info.get("stopped")
+        stopped = Stop(Genotype.from_json(decided["genotype"]), decided["reason"]) if decided else None
+        return found.state, found.step, stopped
 
-    def loop(self, carry: Carry, step: int, saved: Checkpointer, log: MetricsLog, bar: Progress) -> SearchResult:
+    def loop(
+        self,
+        carry: Carry,
+        step: int,
+        stopped: Stop | None,
+        saved: Checkpointer,
+        log: MetricsLog,
+        bar: Progress,
+    ) -> SearchResult:
         config, run = self.config, self.config.run
         dispatch = search_program.make_dispatch(self.problem, self.mesh)
         train = self.inputs.dataset
@@ -264,8 +275,9 @@ class _Run:
         length = min(run.steps_per_dispatch, self.epoch_steps)
         last_save = time.monotonic()
         row: dict[str, Any] = {}
-        stopped: Stop | None = None
         compiled = False
+        if step < self.total_steps and stopped is None:
+            self.say("compiling the search (once: compiled programs are kept for the next start)")
         while step < self.total_steps and stopped is None:
             epoch, first = divmod(step, self.epoch_steps)
             epoch_began, images = time.monotonic(), 0
@@ -302,7 +314,7 @@ class _Run:
                 due = epoch_done and ((epoch + 1) % run.checkpoint_every == 0 or step == self.total_steps)
                 late = run.checkpoint_minutes > 0 and time.monotonic() - last_save > 60 * run.checkpoint_minutes
                 if due or late or leaving or stopped is not None:
-                    saved.save(step, carry, {"epoch": step // self.epoch_steps, "step": step})
+                    saved.save(step, carry, self.info(step, stopped))
                     last_save = time.monotonic()
                 if leaving and stopped is None and step < self.total_steps:
                     saved.wait()
@@ -310,6 +322,10 @@ class _Run:
                     return SearchResult(status, None, self.workdir, None, row, self.stop.signum)
         saved.wait()
         return self.finish(carry, step, log, stopped)
+
+    def info(self, step: int, stopped: Stop | None) -> dict[str, Any]:
+        decided = stopped and {"genotype": json.loads(stopped.genotype.to_json()), "reason": stopped.reason}
+        return {"epoch": step // self.epoch_steps, "step": step, "stopped": decided}
 
     def log_steps(self, log: MetricsLog, epoch: int, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Rows of every log_every-th step (counted globally, so independent of the dispatches); stops at a NaN."""
@@ -374,8 +390,7 @@ class _Run:
     def evaluate(self, carry: Carry, progress: Mapping[str, Any], data: Images) -> tuple[float, float]:
         """Loss and accuracy on the whole validation half, with the expected gates."""
         order, mask = batches.padded_batches(len(self.val_half), self.config.batch_size)
-        program = search_program.make_evaluation(self.problem, self.mesh)
-        loss, accuracy = program(carry.state, jnp.asarray(self.val_half[order]), jnp.asarray(mask), progress, data)
+        loss, accuracy = self.evaluation(carry.state, self.val_half[order], mask, progress, data)
         return float(loss), float(accuracy)
 
     def finish(self, carry: Carry, step: int, log: MetricsLog, stopped: Stop | None) -> SearchResult:

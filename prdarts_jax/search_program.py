@@ -40,8 +40,8 @@ class Carry:
 class Images(NamedTuple):
     """A data set on the devices."""
 
-    images: jax.Array  # uint8[N,H,W,C]
-    labels: jax.Array  # int32[N]
+    images: Any  # uint8[N,H,W,C]
+    labels: Any  # int32[N]
 
 
 class Orders(NamedTuple):

@@ -229,7 +229,7 @@ def _inverse_counts(height: int, width: int, stride: int) -> np.ndarray:
 def _avg_pool(x: jax.Array, stride: int, depthwise_conv: Callable[..., jax.Array]) -> jax.Array:
     ones = jnp.ones((3, 3, x.shape[3]), x.dtype)
     total = depthwise_conv(x, ones, stride=stride)
-    return total * jnp.asarray(_inverse_counts(*x.shape[1:3], stride), x.dtype)
+    return total * jnp.asarray(_inverse_counts(x.shape[1], x.shape[2], stride), x.dtype)
 
 
 def avg_pool(x: jax.Array, stride: int) -> jax.Array:

@@ -201,7 +201,7 @@ def _reverse_group(
     branches = [branch(op) if runs else void for op, runs in _runs(program, group).items()] + [void]
     own = sources is None
 
-    def body(carry: tuple[jax.Array | None, jax.Array], slot: _Slots):  # type: ignore[no-untyped-def]
+    def body(carry: tuple[jax.Array | None, jax.Array], slot: _Slots):
         ct_sources, ct_nodes = carry
         x = _read(nodes if sources is None else sources, slot.source)
         dx, flat, dvalue = lax.switch(slot.branch, branches, x, _read(ct_nodes, slot.target), slot.row, slot.value)

@@ -140,7 +140,8 @@ def prdarts(
         masks = {kind: gates.stats["mask"][kind] if executed_mask else None for kind in CELL_TYPES}
 
         def group(columns: np.ndarray) -> jax.Array:
-            mean = sum(regularizers.group_term(p[k], columns, space, k, masks[k]) for k in CELL_TYPES) / 2
+            normal, reduce = (regularizers.group_term(p[k], columns, space, k, masks[k]) for k in CELL_TYPES)
+            mean = (normal + reduce) / 2
             return jnp.maximum(mean - hinge, 0.0) if hinge else mean
 
         skips, pools = space.group("skip"), space.group("pool")
