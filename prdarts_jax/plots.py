@@ -105,6 +105,7 @@ def probability_heatmap(
     limits: tuple[float, float] | None = None,
     title: str | None = None,
     label: str = "P",
+    colours: str = "viridis",
 ) -> Figure:
     """The probability of every op on every edge over the epochs: one small image an edge, ops down, epochs across.
 
@@ -118,6 +119,7 @@ def probability_heatmap(
       limits: the ends of the colour scale; the range of the values, widened to multiples of 0.1, if left out.
       title: text above.
       label: text at the colour scale.
+      colours: name of a matplotlib colour map.
 
     Raises:
       UserError: the three shapes do not fit, or there is no epoch.
@@ -140,7 +142,7 @@ def probability_heatmap(
     height = top + len(targets) * (cell_h + gap_h) - gap_h + bottom
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad="#dddddd")
+    colour_map = matplotlib.colormaps[colours].with_extremes(bad="#dddddd")
     lowest = {a: max(int(t) for s, t in edges if s == a) for a in sources}
     image = None
     for e, (source, target) in enumerate(edges):
@@ -150,7 +152,7 @@ def probability_heatmap(
         axes = figure.add_axes((x / width, y / height, cell_w / width, cell_h / height))
         extent = (numbers[0] - 0.5, numbers[-1] + 0.5, len(ops) - 0.5, -0.5)
         image = axes.imshow(
-            values[:, e].T, aspect="auto", extent=extent, vmin=low, vmax=high, cmap=colours, interpolation="nearest"
+            values[:, e].T, aspect="auto", extent=extent, vmin=low, vmax=high, cmap=colour_map, interpolation="nearest"
         )
         axes.set_title(f"{state_name(source)} to {state_name(target)}", fontsize=7.5, pad=3)
         first = min(sources.index(int(s)) for s, t in edges if t == target)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from prdarts_jax import plots
@@ -288,7 +289,29 @@ def _heatmap(run: Run, cell: str, ids: Iterable[str], limits: tuple[float, float
         epochs=[epoch for epoch, _ in history],
         limits=limits,
     )
-    return f"<h3>P over epochs, {cell} cell</h3>{_figure(figure, ids)}"
+    relative = _relative([matrix for _, matrix in history])
+    widest = float(np.nanmax(np.abs(relative), initial=0.0)) or 1.0
+    differences = plots.probability_heatmap(
+        relative,
+        run.edges,
+        run.ops,
+        epochs=[epoch for epoch, _ in history],
+        limits=(-widest, widest),
+        label="P - mean",
+        colours="PuOr_r",
+    )
+    return (
+        f"<h3>P over epochs, {cell} cell</h3>{_figure(figure, ids)}"
+        f"<h3>P against its mean, {cell} cell</h3>"
+        "<p>P minus the mean over all edges and operations of the same epoch: the temperature moves all P together, "
+        f"this is what tells them apart.</p>{_figure(differences, ids)}"
+    )
+
+
+def _relative(history: Sequence[Any]) -> np.ndarray:
+    """[T,E,O] minus the mean of each epoch."""
+    values = np.asarray([[[np.nan if p is None else p for p in row] for row in m] for m in history], float)
+    return values - np.nanmean(values, axis=(1, 2), keepdims=True)
 
 
 def _shared_limits(runs: Sequence[Run]) -> tuple[float, float]:
