@@ -196,6 +196,7 @@ def curves(
     xlabel: str = "epoch",
     title: str | None = None,
     bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+    log: bool = False,
 ) -> Figure:
     """Lines over epochs, and bands of mean and standard deviation over seeds.
 
@@ -205,6 +206,7 @@ def curves(
       xlabel: what x is.
       title: text above.
       bands: name -> (x, mean, standard deviation), as mean_and_std makes them; one line with a shaded band each.
+      log: a logarithmic y axis; values of zero and below are left out.
 
     >>> len(curves({"train": [(0, 2.3), (1, 1.9)]}, "loss").axes[0].lines)
     1
@@ -222,6 +224,8 @@ def curves(
         colour = next(colours)
         axes.plot(x, mean, label=_plain(name), color=colour, lw=1.6, marker="o" if len(x) < 3 else None, ms=3)
         axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+    if log:
+        axes.set_yscale("log", nonpositive="mask")
     axes.set_xlabel(xlabel, fontsize=8)
     axes.set_ylabel(ylabel, fontsize=8)
     axes.tick_params(labelsize=7.5)

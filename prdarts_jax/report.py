@@ -35,6 +35,7 @@ _HEADLINES = (
     "normal_depth",
     "reduce_depth",
 )
+_NORMS = "Norms of the gradients"  # from 1e-12 to 10 in one search: drawn on a logarithmic scale
 # (title, what y is, the fields, a name ending in / stands for all fields that start with it)
 _PANELS = (
     ("Loss", "loss", ("train_loss", "val_loss", "test_loss")),
@@ -42,7 +43,7 @@ _PANELS = (
     ("Skip connections of the derived cells", "skips", ("normal_skips", "reduce_skips")),
     ("Depth of the derived cells", "depth", ("normal_depth", "reduce_depth")),
     ("Penalty terms", "value", ("penalty/",)),
-    ("Norms of the gradients", "norm", ("gradient_norm/",)),
+    (_NORMS, "norm", ("gradient_norm/",)),
     ("Mean P of the operation groups", "P", ("mean_p/",)),
     ("Share of saturated gates", "share", ("gates/saturated",)),
     ("Temperature", "tau", ("progress/tau",)),
@@ -241,7 +242,7 @@ def _curves(run: Run, ids: Iterable[str]) -> str:
     for title, ylabel, fields in _PANELS:
         series = {_short(f, fields): p for f in _matching(fields, run.epochs) if (p := _points(run.epochs, f))}
         if series:
-            panels.append(_figure(plots.curves(series, ylabel, title=title), ids))
+            panels.append(_figure(plots.curves(series, ylabel, title=title, log=title == _NORMS), ids))
     return f'<h3>Curves</h3><div class="panels">{"".join(panels)}</div>'
 
 
