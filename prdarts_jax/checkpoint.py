@@ -1,0 +1,439 @@
+"""Checkpoints that are complete, verified and asynchronous; the only module that knows orbax.
+
+A step directory holds two orbax items and one list of file digests:
+
+    <directory>/<step>/state        the leaves of the state, one array a path
+    <directory>/<step>/info         JSON: the caller's info, and shape, dtype and SHA-256 of every leaf
+    <directory>/<step>/SHA256SUMS   SHA-256 of every file (`sha256sum -c SHA256SUMS` checks it by hand)
+
+Orbax does not checksum: a flipped byte restores as a wrong number. The file digests find it before a parser sees the
+bytes, the leaf digests prove that the arrays that come out are the arrays that went in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from prdarts_jax import digests
+from prdarts_jax.digests import HostLeaf, by_path, dtype_name, flatten_digests, host_leaves, is_key, json_digest
+from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.storage_errors import reason, require_room, silence_writers
+from prdarts_jax.workdir import atomic_write_text
+
+__all__ = ["Checkpointer", "Restored", "flatten_digests"]
+
+_FORMAT = 1
+_SUMS = "SHA256SUMS"
+_TMP = ".orbax-checkpoint-tmp"
+_ITEMS = ("info", "state")
+
+
+class Restored(NamedTuple):
+    """A verified checkpoint."""
+
+    step: int
+    state: Any  # the tree of the target
+    info: dict[str, Any]
+
+
+class _Damage(Exception):
+    """This checkpoint cannot be used; the message is the reason."""
+
+
+def _check_files(root: Path) -> None:
+    """Absent SHA256SUMS is not damage: on storage without atomic renames there is no moment to write it."""
+    if (root / _SUMS).is_file():
+        wrong = digests.wrong_files(root, _SUMS)
+        if wrong:
+            raise _Damage(f"{wrong[0]} is missing or differs from its digest")
+
+
+def _key_impl(leaf: Any) -> Any:
+    """The generator of a typed key, also of an abstract one."""
+    impl: list[Any] = []
+
+    def look(key: jax.Array) -> jax.Array:
+        impl.append(jax.random.key_impl(key))
+        return jax.random.key_data(key)
+
+    jax.eval_shape(look, leaf)
+    return impl[0]
+
+
+def _place(value: np.ndarray, like: Any) -> Any:
+    """A host array as the kind of leaf, and with the sharding, of the target's leaf."""
+    if isinstance(like, bool | int | float | complex) and not isinstance(like, np.generic):
+        return type(like)(value.item())
+    if isinstance(like, np.ndarray | np.generic):
+        return value if isinstance(like, np.ndarray) else value[()]
+    sharding = None if isinstance(like, jax.Array) and not like.committed else getattr(like, "sharding", None)
+    if is_key(like):
+        keys = jax.random.wrap_key_data(jnp.asarray(value), impl=_key_impl(like))
+        return keys if sharding is None else jax.device_put(keys, sharding)
+    if getattr(like, "weak_type", False) and value.ndim == 0 and np.isfinite(value):
+        # Weak types decide later promotions, hence the bits; only Python numbers make them.
+        weak = jnp.asarray(value.item())
+        return weak if sharding is None else jax.device_put(weak, sharding)
+    if sharding is None:
+        return jnp.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+class Checkpointer:
+    """Asynchronous, verified checkpoints of a run, newest `keep` of them.
+
+    Use it as a context manager: leaving it waits for the save in flight, also when an exception leaves it. Opening it
+    touches nothing on disk; the directory is made, and left-overs of a killed run are removed, by the first save.
+    Every process of a distributed run makes the same calls with the same arguments.
+
+    Args:
+        directory: where the step directories live (made absolute; need not exist).
+        keep: how many complete checkpoints stay; an older one goes only after the newer one is complete.
+        warn: called (on process 0) with one line for each checkpoint that cannot be used.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as d, Checkpointer(Path(d) / "checkpoints") as checkpoints:
+    ...     checkpoints.save(3, {"w": jnp.ones(2)}, {"epoch": 1})
+    ...     step, state, info = checkpoints.restore_latest({"w": jnp.zeros(2)})
+    >>> step, state["w"].tolist(), info
+    (3, [1.0, 1.0], {'epoch': 1})
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2, warn: Callable[[str], None] | None = None) -> None:
+        if keep < 1:
+            raise UserError(f"keep: {keep} checkpoints; allowed: an integer >= 1")
+        silence_writers()
+        self._directory = Path(directory).expanduser().resolve()
+        self._keep = keep
+        self._warn_line = warn or (lambda line: print(line, file=sys.stderr))
+        self._writer: ocp.AsyncCheckpointer | None = None
+        self._pending: int | None = None  # the step being written
+        self._aside: frozenset[int] = frozenset()  # newer than the restored one: moved away by the next save
+        self._prepared = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except RunError as failed:  # the exception on its way says why the run ends; it must not be replaced
+            self._warn(str(failed))
+
+    # Reading.
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, oldest first (complete: written to the end, not yet verified)."""
+        if not self._directory.is_dir():
+            return []
+        found = (re.fullmatch(r"(?:replaced-)?(\d+)", path.name) for path in self._directory.iterdir() if path.is_dir())
+        return sorted({int(match.group(1)) for match in found if match} - self._aside)
+
+    def read_info(self, step: int) -> dict[str, Any]:
+        """The `info` saved with a step.
+
+        Raises:
+            UserError: there is no such step.
+            RunError: the checkpoint is damaged.
+        """
+        self.wait()
+        with self._damage_ends(step):
+            return self._document(step)["info"]
+
+    def restore(self, step: int, target: Any) -> Restored:
+        """The checkpoint of one step; see `restore_latest` for `target`.
+
+        Raises:
+            UserError: there is no such step, or `target` has other leaves, shapes or dtypes.
+            RunError: the checkpoint is damaged.
+        """
+        self.wait()
+        with self._damage_ends(step):
+            document = self._document(step)
+            return Restored(step, self._state(step, document, target), document["info"])
+
+    def restore_latest(
+        self, target: Any, *, accept: Callable[[int, dict[str, Any]], bool] | None = None
+    ) -> Restored | None:
+        """The newest checkpoint whose digests verify, or None where there is none.
+
+        A damaged one is reported by one line and the one before it is tried. Checkpoints newer than the restored one
+        belong to a history that is no longer continued: they disappear from `steps`, and the next save moves them to
+        `set-aside-<step>`.
+
+        Args:
+            target: a state, concrete or abstract (`jax.eval_shape`); arrays take its shardings where it has them,
+                Python numbers and NumPy arrays come back as such.
+            accept: called with (step, info) before the arrays are read; False passes on to the one before. What it
+                raises leaves this method.
+
+        Raises:
+            UserError: `target` has other leaves, shapes or dtypes than an intact checkpoint.
+            RunError: there are checkpoints, and none that is accepted can be used.
+        """
+        self.wait()
+        steps, reasons = self.steps(), []
+        for step in reversed(steps):
+            try:
+                document = self._document(step)
+                if accept is not None and not accept(step, document["info"]):
+                    continue
+                state = self._state(step, document, target)
+            except _Damage as damage:
+                reasons.append(f"step {step}: {damage}")
+                where = f"checkpoint at step {step} in {self._directory}"
+                self._warn(f"{where} cannot be used: {damage}; trying the one before it")
+                continue
+            self._aside |= {newer for newer in steps if newer > step}
+            return Restored(step, state, document["info"])
+        if reasons:
+            raise RunError(f"no checkpoint in {self._directory} can be used: {'; '.join(reasons)}")
+        return None
+
+    # Writing.
+
+    def save(self, step: int, state: Any, info: Mapping[str, Any]) -> None:
+        """Save asynchronously: on return the host copy is taken (donating `state` is safe), writing goes on.
+
+        Saving a step again replaces it, or does nothing if nothing differs.
+
+        Args:
+            step: the number of the checkpoint, >= 0.
+            state: any pytree of arrays; arrays over several processes must be replicated.
+            info: what JSON can hold.
+
+        Raises:
+            RunError: the previous save or this one failed; the last good checkpoint is left as it was.
+        """
+        leaves = host_leaves(state)
+        if not any(leaf.value.size for leaf in leaves.values()):
+            raise ValueError("the state holds no number to save")
+        document = {
+            "format": _FORMAT,
+            "info": json.loads(json.dumps(dict(info))),
+            "leaves": {path: leaf.record() for path, leaf in leaves.items()},
+        }
+        document["sha256"] = json_digest(document)
+        # Orbax cannot store arrays without elements; shape and dtype in the document restore them.
+        arrays = {path: leaf.value for path, leaf in leaves.items() if leaf.value.size}
+        self.wait()
+        try:
+            self._prepare()
+            if step in self.steps():
+                with contextlib.suppress(_Damage, UserError, OSError):
+                    if self._document(step)["sha256"] == document["sha256"]:
+                        return
+                if self._primary() and self._path(step) == self._directory / str(step):
+                    _move(self._directory / str(step), self._directory / f"replaced-{step}")
+            if self._primary():
+                require_room(self._directory, sum(array.nbytes for array in arrays.values()))
+            if self._writer is None:
+                self._writer = self._open_writer()
+            self._pending = step
+            self._writer.save(
+                self._directory / str(step),
+                args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), info=ocp.args.JsonSave(document)),
+            )
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def wait(self) -> None:
+        """Block until the save in flight is complete, then delete what is older than the newest `keep`.
+
+        Raises:
+            RunError: that save failed.
+        """
+        if self._pending is None or self._writer is None:
+            return
+        step = self._pending
+        try:
+            self._writer.wait_until_finished()
+            if self._primary():
+                self._complete_sums(step)
+                shutil.rmtree(self._directory / f"replaced-{step}", ignore_errors=True)
+                for old in self.steps()[: -self._keep]:
+                    shutil.rmtree(self._path(old), ignore_errors=True)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._pending = None
+
+    def close(self) -> None:
+        """Wait, then release the threads; a later save opens them again.
+
+        Raises:
+            RunError: the save in flight failed.
+        """
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None and self._pending is None:
+                self._writer.close()
+                self._writer = None
+
+    # Inside.
+
+    @staticmethod
+    def _primary() -> bool:
+        return jax.process_index() == 0
+
+    def _warn(self, line: str) -> None:
+        if self._primary():
+            self._warn_line(line)
+
+    def _path(self, step: int) -> Path:
+        """A kill between the two renames of a replacement leaves only the set-back copy: it still counts."""
+        path = self._directory / str(step)
+        replaced = self._directory / f"replaced-{step}"
+        return replaced if replaced.is_dir() and not path.is_dir() else path
+
+    def _prepare(self) -> None:
+        """Before writing: the directory exists, nothing half-written or abandoned is in it."""
+        if self._prepared and not self._aside:
+            return
+        if self._primary():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for path in list(self._directory.iterdir()):
+                if path.is_dir() and (_TMP in path.name or (self._aside and path.name.startswith("set-aside-"))):
+                    shutil.rmtree(path)
+            for path in self._directory.glob("replaced-*"):
+                final = self._directory / path.name.removeprefix("replaced-")
+                shutil.rmtree(path) if final.is_dir() else path.rename(final)
+            for step in self._aside:
+                _move(self._directory / str(step), self._directory / f"set-aside-{step}")
+        self._prepared, self._aside = True, frozenset()
+
+    def _open_writer(self) -> ocp.AsyncCheckpointer:
+        # Were the directories made in the background, a failure there would leave threads that wait for them, and
+        # with them the process, for minutes.
+        options = ocp.options.AsyncOptions(
+            post_finalization_callback=self._write_sums, create_directories_asynchronously=False
+        )
+        handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))
+        return ocp.AsyncCheckpointer(handler, async_options=options)
+
+    def _write_sums(self) -> None:
+        """Called by orbax when all files are written and before the directory gets its final name."""
+        if not self._primary():
+            return
+        for root in self._directory.glob(f"{self._pending}{_TMP}*"):
+            files = (path for item in _ITEMS for path in (root / item).rglob("*") if path.is_file())
+            (root / _SUMS).write_text(digests.sums(root, files), encoding="utf-8")
+
+    def _complete_sums(self, step: int) -> None:
+        """Orbax finishes its own files at the top level last; a kill before this leaves the items covered."""
+        root = self._directory / str(step)
+        if (root / _SUMS).is_file():
+            rest = (path for path in root.iterdir() if path.is_file() and path.name != _SUMS)
+            with contextlib.suppress(RunError):  # the checkpoint is complete without it
+                atomic_write_text(root / _SUMS, (root / _SUMS).read_text(encoding="utf-8") + digests.sums(root, rest))
+
+    def _failed(self, step: int, error: Exception) -> RunError:
+        """Clear the wreck, put back what was being replaced, and say what is left."""
+        if self._writer is not None:
+            with contextlib.suppress(Exception):
+                self._writer.close()
+        self._pending, self._writer = None, None
+        good: list[int] = []
+        with contextlib.suppress(OSError):
+            if self._primary() and self._directory.is_dir():
+                for wreck in self._directory.glob(f"{step}{_TMP}*"):
+                    shutil.rmtree(wreck, ignore_errors=True)
+                if self._path(step) != self._directory / str(step):
+                    self._path(step).rename(self._directory / str(step))
+            good = self.steps()
+        left = f"the last good checkpoint is step {good[-1]}" if good else "there is no earlier checkpoint"
+        return RunError(f"checkpoint at step {step} could not be written to {self._directory}: {reason(error)}; {left}")
+
+    @contextlib.contextmanager
+    def _damage_ends(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except _Damage as damage:
+            raise RunError(f"checkpoint at step {step} in {self._directory} cannot be used: {damage}") from damage
+
+    def _document(self, step: int) -> dict[str, Any]:
+        """The JSON item of a step whose files are all as they were written."""
+        path = self._path(step)
+        if not path.is_dir():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"checkpoint: step {step} is not in {self._directory}; there: {there}")
+        try:
+            missing = [item for item in _ITEMS if not (path / item).is_dir()]
+            if missing:
+                raise _Damage(f"the step directory has no {' and no '.join(missing)}")
+            _check_files(path)
+            document = self._read(path, info=ocp.args.JsonRestore()).info
+            if not isinstance(document, dict) or document.get("sha256") != json_digest(document):
+                raise _Damage("info differs from its digest")
+        except _Damage:
+            raise
+        except Exception as error:
+            raise _Damage(reason(error)) from error
+        if document["format"] != _FORMAT:
+            raise UserError(
+                f"checkpoint: step {step} in {self._directory} has format {document['format']}; "
+                f"this version reads format {_FORMAT}"
+            )
+        return document
+
+    def _state(self, step: int, document: Mapping[str, Any], target: Any) -> Any:
+        records, likes = document["leaves"], by_path(target)
+        self._same_structure(step, records, likes)
+        host: dict[str, HostLeaf] = {}
+        for path, like in likes.items():
+            plain = jax.eval_shape(jax.random.key_data, like) if is_key(like) else like
+            dtype = plain.dtype if hasattr(plain, "dtype") else np.asarray(plain).dtype
+            host[path] = HostLeaf(np.zeros(np.shape(plain), dtype), records[path]["dtype"], np.shape(like))
+        wanted = {path: leaf.value for path, leaf in host.items() if leaf.value.size}
+        try:
+            read = self._read(self._path(step), state=ocp.args.StandardRestore(wanted)).state
+        except Exception as error:
+            raise _Damage(reason(error)) from error
+        host = {path: leaf._replace(value=read[path]) if path in read else leaf for path, leaf in host.items()}
+        for path, leaf in host.items():
+            if leaf.record() != records[path]:
+                raise _Damage(f"leaf {path} differs from its digest")
+        placed = [_place(leaf.value, likes[path]) for path, leaf in host.items()]
+        return jax.tree.unflatten(jax.tree.structure(target), placed)
+
+    def _same_structure(self, step: int, records: Mapping[str, Any], likes: Mapping[str, Any]) -> None:
+        """An intact checkpoint of another program: the user's mistake, never a reason to try an older one."""
+        where = f"checkpoint: step {step} in {self._directory} does not fit this configuration or version"
+        for path in [*likes, *records]:
+            if path not in records:
+                raise UserError(f"{where}: it has no leaf {path}")
+            if path not in likes:
+                raise UserError(f"{where}: its leaf {path} is unknown here")
+            dtype, shape = dtype_name(likes[path]), list(np.shape(likes[path]))
+            if (dtype, shape) != (records[path]["dtype"], records[path]["shape"]):
+                saved = f"{records[path]['dtype']}{records[path]['shape']}"
+                raise UserError(f"{where}: leaf {path} is {saved} there and {dtype}{shape} here")
+
+    @staticmethod
+    def _read(path: Path, **items: Any) -> Any:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            return reader.restore(path, args=ocp.args.Composite(**items))
+
+
+def _move(source: Path, destination: Path) -> None:
+    """Rename a directory over another one; no source is no error (another rename already moved it)."""
+    if source.is_dir():
+        if destination.is_dir():
+            shutil.rmtree(destination)
+        source.rename(destination)

@@ -1,0 +1,284 @@
+"""Metric rows (JSON lines), their mirror in TensorBoard, and the progress of a run. Imports no jax."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import numbers
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self, SupportsFloat
+
+from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.workdir import atomic_write_text
+
+Row = dict[str, Any]
+Kind = Literal["step", "epoch", "final"]
+
+
+def comparable(row: Mapping[str, Any]) -> Row:
+    """A row without the fields that depend on clock or machine: equal in two runs that computed the same bits.
+
+    >>> comparable({"kind": "step", "step": 3, "loss": 0.5, "time_s": 9.1, "images_per_s": 80.0, "memory_peak": 1})
+    {'kind': 'step', 'step': 3, 'loss': 0.5}
+    """
+    return {
+        name: value
+        for name, value in row.items()
+        if not (name.startswith(("time_", "memory_")) or name.endswith("_per_s"))
+    }
+
+
+def check_finite(values: Mapping[str, SupportsFloat], step: int) -> None:
+    """Stop the run at the first metric, in the order given, that is NaN or infinite.
+
+    Args:
+        values: metrics by name.
+        step: the global step they belong to.
+
+    Raises:
+        RunError: one is not finite; the message names it and the step.
+
+    >>> check_finite({"train_loss": 0.3, "val_loss": float("nan")}, 123)
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.RunError: val_loss is nan at step 123; the run stops and the last good checkpoint is kept
+    """
+    for name, value in values.items():
+        if not math.isfinite(float(value)):
+            found = f"{name} is {float(value)} at step {step}"
+            raise RunError(f"{found}; the run stops and the last good checkpoint is kept")
+
+
+def _scalar(name: str, value: Any) -> int | float:
+    try:
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metric {name!r} is a {type(value).__name__}, not one number") from error
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a metrics file, without a last line that was cut off; no file is no rows.
+
+    Raises:
+        UserError: another line is not a JSON object.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "metrics.jsonl").write_text('{"kind": "step", "step": 1}\\n{"kind": "st')
+    ...     read(Path(folder, "metrics.jsonl"))
+    [{'kind': 'step', 'step': 1}]
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    rows: list[Row] = []
+    for number, line in enumerate([*lines, rest], start=1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number > len(lines):  # what a kill in mid-write leaves
+                break
+            raise UserError(f"{path}: line {number} is not a JSON object; remove that line or the run") from error
+        rows += [row] if row else []
+    return rows
+
+
+class MetricsLog:
+    """Appends rows to a metrics file; every row is visible to other programs as soon as it is written.
+
+    Rows are flat. NaN and infinities are written as Python's json does (`NaN`, `Infinity`). Write the rows of a step
+    before its checkpoint is saved: then a resumed run, which drops the rows after its step, misses none.
+
+    Args:
+        path: the file; its folder must exist by the first row. Nothing is touched before.
+        tensorboard_dir: also write every number as a TensorBoard scalar (needs tensorboardX).
+
+    Raises:
+        UserError: `tensorboard_dir` is given and tensorboardX is not installed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, MetricsLog(Path(folder) / "metrics.jsonl") as log:
+    ...     log.write("epoch", epoch=0, step=45, train_loss=2.25)
+    ...     log.path.read_text()
+    '{"kind": "epoch", "epoch": 0, "step": 45, "train_loss": 2.25}\\n'
+    """
+
+    def __init__(self, path: Path, *, tensorboard_dir: Path | None = None) -> None:
+        if tensorboard_dir is not None and importlib.util.find_spec("tensorboardX") is None:
+            raise UserError(
+                f"tensorboard: {tensorboard_dir} needs the package tensorboardX; install it: pip install tensorboardX"
+            )
+        self.path = Path(path)
+        self._stream: IO[str] | None = None
+        self._tensorboard_dir = tensorboard_dir
+        self._mirror: Any = None
+        self._first_step: int | None = None  # of the rows to come, after a truncation
+        self._kept: set[tuple[str, int]] = set()  # (kind, epoch) of the rows of the restored step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def truncate_after(self, step: int) -> None:
+        """Drop all rows with a step above `step` and a half-written last line, atomically.
+
+        A row of `step` itself that the resumed run writes again (same kind and epoch) is then ignored: a kill between
+        a checkpoint and the next row must not double rows.
+        """
+        self.close()
+        rows = [row for row in read(self.path) if row["step"] <= step]
+        if self.path.exists():
+            atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._first_step = step + 1
+        self._kept = {(row["kind"], row["epoch"]) for row in rows if row["step"] == step}
+
+    def write(self, kind: Kind, epoch: int, step: int, **values: Any) -> None:
+        """Append one row; epoch and final rows are also forced to the disk.
+
+        Args:
+            kind: step, epoch or final.
+            epoch: from 0.
+            step: global step, counted over epochs.
+            **values: one number each (Python, NumPy or jax scalars).
+
+        Raises:
+            TypeError: a value is not one number.
+            RunError: the file could not be written.
+        """
+        if kind not in ("step", "epoch", "final"):
+            raise ValueError(f"kind {kind!r}: allowed: step | epoch | final")
+        if self._first_step == step + 1 and (kind, epoch) in self._kept:
+            return
+        numbers_ = {name: _scalar(name, value) for name, value in values.items()}
+        row = {"kind": kind, "epoch": int(epoch), "step": int(step), **numbers_}
+        try:
+            if self._stream is None:
+                self._stream = self._open()
+            self._stream.write(json.dumps(row) + "\n")
+            self._stream.flush()
+            if kind != "step":
+                os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise RunError(f"{self.path} could not be written: {error.strerror or error}") from error
+        if self._tensorboard_dir is not None:
+            self._mirror_row(kind, int(step), numbers_)
+
+    def _open(self) -> IO[str]:
+        """For appending, after cutting off a half-written line that would swallow the next row."""
+        if self.path.exists():
+            content = self.path.read_bytes()
+            if content and not content.endswith(b"\n"):
+                os.truncate(self.path, content.rfind(b"\n") + 1)
+        return self.path.open("a", encoding="utf-8")
+
+    def _mirror_row(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        if self._mirror is None:
+            from tensorboardX import SummaryWriter
+
+            # purge_step hides what the killed run had already mirrored of the steps that are computed again.
+            self._mirror = SummaryWriter(str(self._tensorboard_dir), purge_step=self._first_step)
+        for name, value in values.items():
+            self._mirror.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Close the files; a later `write` opens them again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        if self._mirror is not None:
+            self._mirror.close()
+            self._mirror = None
+
+
+def _short(value: Any) -> str:
+    return f"{float(value):.4g}" if isinstance(value, float) or hasattr(value, "dtype") else str(value)
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(3725.2), _duration(65)
+    ('1:02:05', '1:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """What a person sees of a run: a bar on a terminal, one line an epoch elsewhere.
+
+    Args:
+        total_steps: steps of the whole run.
+        initial: steps done before, by the run this one resumes; they do not count for the speed.
+        enabled: auto (bar if `stream` is a terminal, lines otherwise) | bar | lines | off.
+        stream: where it goes.
+
+    Raises:
+        UserError: `enabled` is none of these.
+
+    >>> progress = Progress(100, enabled="lines", stream=sys.stdout)
+    >>> progress.update(50, loss=1.25); progress.epoch_line("epoch 0")  # doctest: +ELLIPSIS
+    epoch 0 | step 50/100 | loss 1.25 | ... left
+    """
+
+    def __init__(
+        self, total_steps: int, *, initial: int = 0, enabled: str = "auto", stream: IO[str] | None = None
+    ) -> None:
+        if enabled not in ("auto", "bar", "lines", "off"):
+            raise UserError(f"progress: {enabled!r} is not a mode; allowed: auto | bar | lines | off")
+        self._stream = sys.stderr if stream is None else stream
+        if enabled == "auto":
+            enabled = "bar" if self._stream.isatty() else "lines"
+        self._mode = enabled
+        self._total, self._initial, self._done = total_steps, initial, initial
+        self._began = time.monotonic()
+        self._fields: dict[str, Any] = {}
+        self._bar: Any = None
+        if enabled == "bar":
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, initial=initial, file=self._stream, unit="step", dynamic_ncols=True)
+
+    def update(self, n: int, **fields: Any) -> None:
+        """Advance by n steps; fields (loss, accuracy, tau, skips, images/s ...) replace those shown before."""
+        self._done += n
+        self._fields.update(fields)
+        if self._bar is not None:
+            self._bar.set_postfix({name: _short(value) for name, value in self._fields.items()}, refresh=False)
+            self._bar.update(n)
+
+    def epoch_line(self, text: str) -> None:
+        """A line that stays: above the bar, or with the step, the last fields and the time left where there is none."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        elif self._mode == "lines":
+            parts = [text, f"step {self._done}/{self._total}"]
+            parts += [f"{name} {_short(value)}" for name, value in self._fields.items() if f"{name} " not in text]
+            if self._done > self._initial:
+                each = (time.monotonic() - self._began) / (self._done - self._initial)
+                parts.append(f"{_duration(each * max(self._total - self._done, 0))} left")
+            print(" | ".join(parts), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+            self._mode = "off"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,130 @@
+"""The folder of a run: whether it can be written, who holds it, files that are never half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from prdarts_jax.errors import RunError, UserError
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file so that a reader, or a kill, finds the old content or the new one, never a part.
+
+    Args:
+        path: the file; its folder must exist.
+        text: the whole new content.
+
+    Raises:
+        RunError: it could not be written (full disk, read-only); the old content is left.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     atomic_write_text(Path(folder) / "a.txt", "new")
+    ...     (Path(folder) / "a.txt").read_text()
+    'new'
+    """
+    path = Path(path)
+    # Beside the target: os.replace is atomic only within one file system. The pid keeps two writers apart.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """`atomic_write_text` of a JSON value, indented, with a final newline.
+
+    Raises:
+        RunError: it could not be written; the old content is left.
+        TypeError: JSON cannot hold the value; nothing is written.
+    """
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_writable(path: Path) -> None:
+    """Whether a workdir could be made and written, found out without leaving anything behind.
+
+    Raises:
+        UserError: it, or the nearest folder above it that exists, is a file or cannot be written.
+
+    >>> check_writable(Path("/dev/null/run"))
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.UserError: workdir: /dev/null/run cannot be made: /dev/null is not a folder; name another folder
+    """
+    path = Path(path).expanduser().absolute()
+    existing = path
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    verb = "used" if existing == path else "made"
+    if not existing.is_dir():
+        raise UserError(f"workdir: {path} cannot be {verb}: {existing} is not a folder; name another folder")
+    try:
+        # Only a real file tells: permission bits say nothing to root, on a read-only or on a full file system.
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(b"\0")
+            probe.flush()
+    except OSError as error:
+        reason = f"{existing} cannot be written ({error.strerror or error})"
+        raise UserError(f"workdir: {path} cannot be {verb}: {reason}; name another folder") from error
+
+
+class WorkdirLock:
+    """One run a workdir: an advisory lock on WORKDIR/.lock that ends with its process, however that ends.
+
+    The folder is made if absent; the file `.lock` stays (removing it would let two processes lock two files).
+    Processes of one distributed run share a workdir: only process 0 takes the lock.
+
+    Raises (on entering):
+        UserError: another process holds it, or the folder cannot be locked.
+
+    >>> with tempfile.TemporaryDirectory() as folder, WorkdirLock(Path(folder)):
+    ...     Path(folder, ".lock").read_text() == f"{os.getpid()}\\n"
+    True
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        self._workdir = Path(workdir).expanduser().absolute()
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            # Not inherited by programs this one starts (PEP 446), so that they cannot outlive it as holders.
+            descriptor = os.open(self._workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"workdir: {self._workdir} cannot be used: {error.strerror or error}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                in_use = f"{self._workdir} is in use by process {holder}"
+                raise UserError(f"workdir: {in_use}; wait for it, stop it or name another folder") from None
+            raise UserError(f"workdir: {self._workdir} cannot be locked: {error.strerror or error}") from error
+        with contextlib.suppress(OSError):  # a full disk must not stop a run that only has to read and report
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self._descriptor = descriptor
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
