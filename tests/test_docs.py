@@ -1,0 +1,251 @@
+"""What README and docs say is so: code runs, commands parse, links and names exist, tables equal the code."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import shlex
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prdarts_jax import cli, presets, search_inputs, search_loop, userfile
+from prdarts_jax import config as cfg
+from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.strategies import registry
+
+ROOT = Path(__file__).parents[1]
+_FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in _FILES}
+NEEDED = ("README", "design", "equations", "fidelity", "notation", "adding_a_method", "install", "data", "results")
+FILE = re.compile(r"# file: (\S+)\n")
+
+every_page = pytest.mark.parametrize("page", PAGES)
+
+
+def _text(page: str) -> str:
+    return PAGES[page].read_text(encoding="utf-8")
+
+
+def _blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", _text(page), re.DOTALL | re.MULTILINE)
+
+
+def _table(page: str, header: str) -> list[list[str]]:
+    """The rows, without backticks, of the table whose first header cell is `header`."""
+    lines = _text(page).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {header} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().replace("`", "") for cell in line.strip("|").split("|")])
+    assert rows
+    return rows
+
+
+def _named(dotted: str) -> Any:
+    """The object of a dotted name: the longest part that is a module, then attributes."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(dotted)
+
+
+def _search(*args: Any, **kwargs: Any) -> search_loop.SearchResult:
+    """`prdarts_jax.search` up to the first step: arguments bound, data loaded, everything checked, nothing written."""
+    bound = inspect.signature(search_loop_search).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    objects = {name: given[name] for name in ("weight_tx", "arch_tx", "strategy", "data")}
+    inputs = search_inputs.prepare(given["config"], **objects)
+    search_inputs.document(given["config"], inputs, given["sources"])
+    return search_loop.SearchResult("finished", Genotype.named("PRDARTS"), Path(given["workdir"]))
+
+
+search_loop_search = search_loop.search
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Runs the Python of a page once, in a folder that holds the files which all pages show."""
+    folder = tmp_path_factory.mktemp("docs")
+    for page in PAGES:
+        for block in _blocks(page):
+            if match := FILE.match(block):
+                assert not (folder / match[1]).exists(), f"{match[1]} is shown twice"
+                (folder / match[1]).write_text(block, encoding="utf-8")
+    done: dict[str, dict[str, Any]] = {}
+
+    def once(page: str) -> dict[str, Any]:
+        if page not in done:
+            names: dict[str, Any] = {"__name__": "docs"}
+            for i, block in enumerate(_blocks(page)):
+                if not FILE.match(block):
+                    exec(compile(block, f"{page}, block {i + 1}", "exec"), names)
+            done[page] = names
+        return done[page]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(search_loop, "search", _search)
+        yield once
+
+
+def test_the_pages_are_there() -> None:
+    assert {Path(page).stem for page in PAGES} >= set(NEEDED)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page)])
+def test_python_runs(page: str, run: Callable[[str], dict[str, Any]]) -> None:
+    run(page)
+
+
+def test_every_fence_is_known() -> None:
+    for page in PAGES:
+        fences = re.findall(r"^```(.*)$", _text(page), re.MULTILINE)
+        assert set(fences[::2]) <= {"python"} and set(fences[1::2]) <= {""}, page
+
+
+def _commands(page: str) -> list[str]:
+    """Command lines in indented blocks, and complete ones in backticks (no NAME to fill in, no command to come)."""
+    text = _text(page)
+    found = re.findall(r"^ {4,}(prdarts .*)$", text, re.MULTILINE)
+    for inline in re.findall(r"`(prdarts [^`]+)`", text):
+        if inline.split()[1] in cli._COMMANDS and not re.search(r" [A-Z]{2,}", inline):
+            found.append(inline)
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _commands(page)])
+def test_commands_parse(page: str, run: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Searches up to their complete config; what reads files up to the file that is not there."""
+    run(page)
+    for command in _commands(page):
+        words = shlex.split(command, comments=True)[1:]
+        if words[0] == "search" and not {"--help", "--print-config"} & set(words):
+            words.append("--print-config")
+        status, said = cli.main(words), capsys.readouterr().err
+        if words[0] in ("derive", "report"):
+            assert (status, said.split(" '")[0]) == (2, "prdarts: error: WORKDIR: no directory"), said
+        elif words[0] == "data":
+            assert (status, said.split(" '")[0]) == (2, "prdarts: error: --archive: no file"), said
+        else:
+            assert (status, said) == (0, ""), f"{command}: {said}"
+
+
+def test_a_wrong_command_would_be_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", "--preset", "digits", "--no-such-flag", "--print-config"]) == 2
+    assert "unknown --no-such-flag" in capsys.readouterr().err
+
+
+@every_page
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", _text(page)):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (PAGES[page].parent / target.partition("#")[0]).exists(), target
+
+
+@every_page
+def test_named_objects_exist(page: str) -> None:
+    for code in re.findall(r"`([^`\n]+)`", _text(page)):
+        for dotted in re.findall(r"(?<![\w/.])prdarts_jax(?:\.[A-Za-z_]\w*)+", code):
+            _named(dotted)
+
+
+@every_page
+def test_named_tests_exist(page: str) -> None:
+    for file, name in re.findall(r"(tests/\w+\.py)(?:::(\w+))?", _text(page)):
+        assert (ROOT / file).is_file(), file
+        if name:
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
+def test_every_equation_names_a_function() -> None:
+    rows = [line for line in _text("docs/equations.md").splitlines() if line.startswith("| ") and "---" not in line]
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+        assert cells[1] == "function" or re.search(r"`prdarts_jax\.\w+\.\w+", cells[1]), row
+
+
+@every_page
+def test_make_targets_exist(page: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:^ {4}|`)make ([a-z-]+)", _text(page), re.MULTILINE)) <= targets
+
+
+def test_modules_of_the_design_exist() -> None:
+    named = [name.strip() for row in _table("docs/design.md", "file") for name in row[0].split(",")]
+    found = {path.name for name in named for path in (ROOT / "prdarts_jax").glob(name.strip("/"))}
+    for name in named:
+        assert list((ROOT / "prdarts_jax").glob(name.strip("/"))), name
+    assert found >= {path.name for path in (ROOT / "prdarts_jax").glob("*.py")} - {"__init__.py", "__main__.py"}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_readme_lists_presets_and_strategies() -> None:
+    rows = {row[0]: row for row in _table("README.md", "preset")}
+    assert list(rows) == list(presets.PRESETS)
+    fields = ("data.source", "space.cells", "space.channels", "epochs", "batch_size")
+    for name, row in rows.items():
+        config = presets.resolve(name).config
+        assert row[1:6] == [str(cfg.get(config, field)) for field in fields]
+    assert [row[0] for row in _table("README.md", "strategy")] == [row.name for row in registry.rows()]
+
+
+def test_readme_names_every_command() -> None:
+    text = _text("README.md")
+    assert all(f"prdarts {name}" in text for name in cli._COMMANDS)
+
+
+def test_fidelity_has_every_default_with_its_source() -> None:
+    rows = {row[0]: row[1:5] for row in _table("docs/fidelity.md", "field")}
+    configs = [presets.resolve(*names).config for names in (("paper",), ("released",), ("paper", "darts"))]
+
+    def shown(config: cfg.SearchConfig, path: str) -> str:
+        try:
+            value = cfg.get(config, path)
+        except KeyError:
+            return "-"
+        return "all eight" if value == cfg.OPS else cli._shown(value)
+
+    assert rows == {
+        path: [*(shown(config, path) for config in configs), source] for path, source in presets.PROVENANCE.items()
+    }
+
+
+def test_notation_has_the_order_of_edges_and_operations() -> None:
+    from prdarts_jax.space import Space
+
+    space = Space()
+    edges = re.search(r"^    (\(0,2\).*)$", _text("docs/notation.md"), re.MULTILINE)
+    assert edges and re.findall(r"\((\d),(\d)\)", edges[1]) == [(str(j), str(n)) for j, n in space.edges]
+    rows = [[str(i), name, space.table[name].group] for i, name in enumerate(space.ops)]
+    assert _table("docs/notation.md", "column") == rows
+
+
+def test_the_example_works_as_a_row(run: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method of adding_a_method.md, put where the page says, is found by name with its options and settings."""
+    row = run("docs/adding_a_method.md")["row"]
+    module = userfile.load_module("one_hot.py", "method.strategy").value
+    assert isinstance(module, types.ModuleType)
+    monkeypatch.setitem(sys.modules, row.factory.partition(":")[0], module)
+    monkeypatch.setattr(registry, "_ROWS", (*registry.rows(), row))
+    made = presets.resolve("digits", "one_hot", {"method.options.sharpen": "0.2"})
+    assert made.config.method.options == {"sharpen": 0.2, "decided": 0.99}
+    assert (made.config.arch.learning_rate, made.config.epochs) == (3e-3, presets.resolve("digits").config.epochs)
+    inputs = search_inputs.prepare(made.config)
+    assert inputs.problem.strategy.schedule(0, 10) == {"sharpen": 0.0}
