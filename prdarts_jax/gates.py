@@ -64,7 +64,7 @@ def executed_mask(executed: jax.Array, num_ops: int) -> jax.Array:
     >>> executed_mask(jnp.array([[2, 0]]), 3).tolist()
     [[True, False, True]]
     """
-    return jnp.any(executed[:, :, None] == jnp.arange(num_ops)[None, None, :], axis=1)
+    return jnp.any(executed[:, :, None] == jnp.arange(num_ops, dtype=executed.dtype)[None, None, :], axis=1)
 
 
 def uniform_open(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

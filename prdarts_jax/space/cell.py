@@ -224,8 +224,8 @@ def _unflatten(
 ) -> dict[str, Params]:
     """Flat gradients per slot [n, P] -> gradients of the stacks. An operation runs at most once an edge."""
     gradients: dict[str, Params] = {}
-    per_edge = flats.reshape(len(group.edges), -1, flats.shape[1])
     branch = slots.branch.reshape(len(group.edges), -1)
+    per_edge = flats.reshape(*branch.shape, flats.shape[1])  # no -1: the width is 0 where no operation has weights
     for o, (op, members) in enumerate(program.space.rows(program.kind, group).items()):
         if op not in stacks:
             continue
