@@ -175,32 +175,60 @@ def _max_pool(x: jax.Array, stride: int) -> jax.Array:
     return out
 
 
-def _max_pool_fwd(x: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    y = _max_pool(x, stride)
-    return y, (x, y)
+def _max_pool_fwd(x: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
+    return _max_pool(x, stride), x
 
 
-def _max_pool_bwd(stride: int, res: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+def _first_maximum(x: jax.Array, stride: int) -> jax.Array:
+    """int8 [B,H',W',C]: which of the nine taps of each window holds its first maximal element."""
+    best, *others = _pool_slices(x, stride)
+    first = jnp.zeros(best.shape, jnp.int8)
+    for tap, part in enumerate(others, start=1):
+        better = part > best
+        best, first = jnp.where(better, part, best), jnp.where(better, jnp.int8(tap), first)
+    return first
+
+
+def _materialised(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """function(x), computed once and stored.
+
+    XLA:CPU ignores optimization barriers when it fuses, and would repeat the function for each use of each element. A
+    conditional is a boundary it keeps; only a NaN, after which a run stops anyway, takes the other branch.
+    """
+    shape = jax.eval_shape(function, x)
+
+    def guarded(x: jax.Array) -> jax.Array:
+        probe = x.reshape(-1)[0]
+        return lax.cond(probe == probe, function, lambda _: jnp.zeros(shape.shape, shape.dtype), x)
+
+    return lax.platform_dependent(x, cpu=guarded, default=function)
+
+
+def _max_pool_bwd(stride: int, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
     """The whole cotangent of a window goes to its first maximal element, as torch does."""
-    x, y = res
-    first = jnp.full(y.shape, 9, jnp.int8)
-    for tap, part in reversed(list(enumerate(_pool_slices(x, stride)))):
-        first = jnp.where(part == y, jnp.int8(tap), first)
-    # Without the barrier the nine comparisons are fused into, and repeated for, each of the nine terms below.
-    first = lax.optimization_barrier(first)
-    h, w = x.shape[1:3]
-    ho, wo = y.shape[1:3]
+    b, h, w, c = x.shape
+    ho, wo = dy.shape[1:3]
     zero = jnp.zeros((), dy.dtype)
-    total = None
-    for tap, (p, q) in enumerate(_TAPS):
-        share = jnp.where(first == tap, dy, zero)
-        # Output (i, j) reads input (i s + p - 1, j s + q - 1): place it there, cropping what lies in the padding.
-        rows = (p - 1, h - (p - 1) - (ho - 1) * stride - 1, stride - 1)
-        cols = (q - 1, w - (q - 1) - (wo - 1) * stride - 1, stride - 1)
-        term = lax.pad(share, zero, ((0, 0, 0), rows, cols, (0, 0, 0)))
-        total = term if total is None else total + term
-    assert total is not None
-    return (total,)
+    if stride == 1:
+        # Gathered: input (i, j) is tap (p, q) of the window centred at (i - p + 1, j - q + 1). Four times faster than
+        # placing nine shares, once the taps are stored (40 ms if they are not: 32x32x16, batch 32, two cores).
+        around = ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0))
+        first = lax.pad(_materialised(partial(_first_maximum, stride=1), x), jnp.int8(9), around)
+        padded = lax.pad(dy, zero, around)
+        starts = [(0, 2 - p, 2 - q, 0) for p, q in _TAPS]
+        taps, cts = (
+            [lax.slice(a, start, (b, start[1] + h, start[2] + w, c)) for start in starts] for a in (first, padded)
+        )
+        shares = [jnp.where(t == tap, ct, zero) for tap, (t, ct) in enumerate(zip(taps, cts, strict=True))]
+    else:
+        first = _first_maximum(x, stride)
+        shares = []
+        for tap, (p, q) in enumerate(_TAPS):
+            # Output (i, j) reads input (i s + p - 1, j s + q - 1): place it there, cropping what lies in the padding.
+            rows = (p - 1, h - (p - 1) - (ho - 1) * stride - 1, stride - 1)
+            cols = (q - 1, w - (q - 1) - (wo - 1) * stride - 1, stride - 1)
+            shares.append(lax.pad(jnp.where(first == tap, dy, zero), zero, ((0, 0, 0), rows, cols, (0, 0, 0))))
+    return (sum(shares[1:], shares[0]),)
 
 
 _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
