@@ -109,7 +109,7 @@ def test_unknown_reduction_names_the_nearest() -> None:
         regularizers.path_depth_term(jnp.ones((14, 8)), FULL, reduction="man")
 
 
-# --- the whole penalty of the strategy ---------------------------------------------------------------------------------
+# --- the whole penalty of the strategy --------------------------------------------------------------------------------
 
 
 def _by_hand(

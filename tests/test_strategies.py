@@ -1,0 +1,276 @@
+"""Every method of the registry through one test, then the two methods against brute force."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+
+from prdarts_jax import bilevel
+from prdarts_jax.bilevel import Batch, Batches
+from prdarts_jax.config import OPS
+from prdarts_jax.errors import UserError
+from prdarts_jax.space.spec import CELL_TYPES, Space
+from prdarts_jax.strategies import registry
+from prdarts_jax.strategies.base import Strategy
+from prdarts_jax.strategies.darts import darts
+from prdarts_jax.strategies.prdarts import prdarts
+
+_LISTS = (("skip_connect",), ("none", "max_pool_3x3"), OPS, ("sep_conv_3x3", "skip_connect"), ("dil_conv_5x5",))
+SPACES = {
+    "full": Space(nodes=2),
+    "restricted": Space(nodes=2, edge_ops=(_LISTS, _LISTS[::-1])),
+    "two-ops": Space(nodes=2, ops=("skip_connect", "sep_conv_3x3")),
+}
+METHODS = [row.name for row in registry.rows()]
+STEP_SPACE = Space(nodes=1, cells=3, channels=2, classes=3, in_channels=1, ops=("skip_connect", "max_pool_3x3"))
+
+
+def _make(name: str, space: Space) -> Strategy:
+    return registry.factory(name)(space=space)
+
+
+def _same(a: Any, b: Any) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(bool((x == y).all()) for x, y in pairs)
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+@pytest.mark.parametrize("name", METHODS)
+def test_contract(name: str, space: Space) -> None:
+    strategy = _make(name, space)
+    arch = strategy.init(jax.random.key(0))
+    assert _same(arch, strategy.init(jax.random.key(0)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(arch)} == {np.dtype(np.float32)}
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(arch))
+
+    rows = [strategy.schedule(epoch, 20) for epoch in range(20)]
+    assert all(row.keys() == rows[0].keys() for row in rows)
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    progress = {key: jnp.float32(value) for key, value in rows[10].items()}
+
+    @oracles.quick_jit
+    def run(key: jax.Array, arch: Any, progress: Any) -> Any:
+        gates, expected = strategy.sample(key, arch, progress), strategy.expected(arch, progress)
+        probabilities = strategy.probabilities(arch, progress)
+        return gates, expected, strategy.penalty(arch, gates, progress), probabilities
+
+    gates, expected, (total, terms), probabilities = run(jax.random.key(1), arch, progress)
+    again = run(jax.random.key(2), arch, progress)
+    for sample in (gates, expected):
+        for kind in CELL_TYPES:
+            ops, executed = np.asarray(sample.ops[kind]), np.asarray(sample.executed[kind])
+            assert ops.shape[-2:] == (space.num_edges, space.num_ops) and ops.dtype == np.float32
+            assert executed.shape[-2] == space.num_edges and executed.dtype == np.int32
+            assert np.isfinite(ops).all() and (executed >= 0).all() and (executed <= space.num_ops).all()
+            for row in executed.reshape(-1, space.num_edges, executed.shape[-1]):
+                for e, chosen in enumerate(row):
+                    real = [o for o in chosen.tolist() if o < space.num_ops]
+                    assert len(set(real)) == len(real), "an operation runs at most once an edge"
+                    assert all(space.allowed[kind][e, o] for o in real)
+            assert (ops[..., ~space.allowed[kind]] == 0).all()
+    assert _same(expected, again[1]), "the expected gates are deterministic"
+    assert total.shape == () and float(total) == pytest.approx(sum(map(float, terms.values())), abs=1e-6)
+    for kind in CELL_TYPES:
+        p = np.asarray(probabilities[kind])
+        assert p.shape == (space.num_edges, space.num_ops) and (p >= 0).all() and (p <= 1).all()
+
+    genotype = strategy.derive(jax.tree.map(np.asarray, arch))
+    for kind, cell in (("normal", genotype.normal), ("reduce", genotype.reduce)):
+        assert len(cell) == space.nodes
+        for node, pairs in enumerate(cell, start=2):
+            usable = [
+                j
+                for e, (j, n) in enumerate(space.edges)
+                if n == node and (space.allowed[kind][e] & ~space.group("none")).any()
+            ]
+            assert len(pairs) == min(2, len(usable))
+            assert len({j for _, j in pairs}) == len(pairs), "distinct inputs by default"
+            for op, j in pairs:
+                e = space.edges.index((j, node))
+                assert op != "none" and space.allowed[kind][e, space.ops.index(op)]
+    assert genotype.normal_concat == genotype.reduce_concat == tuple(range(2, 2 + space.nodes))
+    assert strategy.traits.order in ("weights_first", "arch_first")
+    assert strategy.end_epoch(arch, {}, 0) is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_bilevel_step_runs_and_moves_both_groups(name: str) -> None:
+    strategy = _make(name, STEP_SPACE)
+    weight_tx, arch_tx = optax.sgd(0.1), optax.sgd(0.1)
+    made = {"space": STEP_SPACE, "strategy": strategy, "weight_tx": weight_tx, "arch_tx": arch_tx}
+    state = jax.jit(lambda key: bilevel.init_state(key, **made))(jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (4, 4, 4, 1))
+    batch = Batch(images, jnp.array([0, 1, 2, 0], jnp.int32))
+    progress = {key: jnp.float32(value) for key, value in strategy.schedule(19, 20).items()}
+    step = oracles.quick_jit(bilevel.make_search_step(**made))
+    new, metrics = step(state, Batches(batch, batch), jax.random.key(2), progress)
+    assert int(new.step) == 1 and all(np.isfinite(float(m)) for m in metrics.values())
+    assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "penalty/total"} <= metrics.keys()
+    for group in ("weights", "arch"):
+        assert not _same(getattr(state, group), getattr(new, group))
+
+
+# --- PR-DARTS ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"executed_ops": 9}, r"method\.options\.executed_ops: 9 .* allowed: 1 to 8"),
+        ({"executed_ops": 0}, r"method\.options\.executed_ops: 0"),
+        ({"a": 0.0}, r"method\.options\.a: 0\.0 .* allowed: < 0"),
+        ({"a": 0.2}, r"method\.options\.a: 0\.2"),
+        ({"b": 1.0}, r"method\.options\.b: 1\.0 .* allowed: > 1"),
+        ({"tau_min": 0.0}, r"method\.options\.tau_min: 0\.0 .* allowed: > 0"),
+        ({"tau_max": -1.0}, r"method\.options\.tau_max: -1\.0"),
+        ({"tau_min": float("nan")}, r"method\.options\.tau_min: nan"),
+        ({"gate_dropout": 1.0}, r"method\.options\.gate_dropout: 1\.0"),
+        ({"init_scale": -1e-3}, r"method\.options\.init_scale"),
+        ({"op_subsample": "unifrom"}, r"op_subsample: unknown value 'unifrom'; did you mean 'uniform'\?"),
+        ({"path_reduction": "summ"}, r"path_reduction: unknown value 'summ'; did you mean 'sum'\?"),
+        ({"derive_score": "softmx"}, r"derive_score: unknown value 'softmx'; did you mean 'softmax'\?"),
+    ],
+)
+def test_impossible_options_are_named(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        prdarts(space=Space(), **option)
+    assert "\n" not in str(error.value)
+
+
+def test_temperature_is_linear_from_the_first_to_the_last_epoch() -> None:
+    strategy = prdarts(space=Space(), tau_max=10.0, tau_min=0.1)
+    taus = [strategy.schedule(e, 200)["tau"] for e in range(200)]
+    np.testing.assert_allclose(taus, np.linspace(10.0, 0.1, 200), rtol=1e-12)
+    assert strategy.schedule(0, 1)["tau"] == 10.0
+
+
+def _brute_force(beta: np.ndarray, space: Space, kind: str, score: str, distinct: bool) -> list[set[tuple[str, int]]]:
+    """The pair of (operation, input) pairs with the largest sum of scores, over all pairs of pairs."""
+    allowed = space.allowed[kind]
+    table = np.where(allowed, np.exp(beta.astype(np.float64)), 0.0)
+    if score == "softmax":
+        table = table / table.sum(axis=1, keepdims=True)
+    nodes = []
+    for node in range(2, 2 + space.nodes):
+        pairs = [
+            (table[e, o], space.ops[o], j)
+            for e, (j, n) in enumerate(space.edges)
+            for o in range(space.num_ops)
+            if n == node and allowed[e, o] and space.ops[o] != "none"
+        ]
+        teams = [team for team in itertools.combinations(pairs, 2) if not distinct or team[0][2] != team[1][2]]
+        # Lexicographic: the best pair first, then the best of the rest, so sums of unlike scores cannot mislead.
+        best = max(teams, key=lambda team: sorted((p[0] for p in team), reverse=True))
+        nodes.append({(op, j) for _, op, j in best})
+    return nodes
+
+
+@pytest.mark.parametrize("score", ["probability", "softmax"])
+@pytest.mark.parametrize("distinct", [True, False])
+@pytest.mark.parametrize("space", [Space(), SPACES["two-ops"]], ids=["full", "two-ops"])
+def test_derivation_by_brute_force(score: str, distinct: bool, space: Space) -> None:
+    strategy = prdarts(space=space, derive_score=score, distinct_inputs=distinct)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        arch = {k: rng.normal(size=(space.num_edges, space.num_ops)).astype(np.float32) for k in CELL_TYPES}
+        genotype = strategy.derive(arch)
+        for kind, cell in (("normal", genotype.normal), ("reduce", genotype.reduce)):
+            assert [set(pairs) for pairs in cell] == _brute_force(arch[kind], space, kind, score, distinct)
+
+
+def test_scores_of_the_two_kinds_differ() -> None:
+    """Edge 0 has the larger beta, but its softmax is shared with another large one."""
+    space = Space(nodes=1, ops=("none", "skip_connect", "sep_conv_3x3"))
+    beta = np.array([[3.0, 2.0, 1.9], [0.0, 1.0, 0.5]], np.float32)
+    arch = {kind: beta for kind in CELL_TYPES}
+    pairs = {
+        score: prdarts(space=space, derive_score=score, distinct_inputs=False).derive(arch).normal[0]
+        for score in ("probability", "softmax")
+    }
+    assert pairs["probability"] == (("skip_connect", 0), ("sep_conv_3x3", 0))
+    assert pairs["softmax"] == (("skip_connect", 1), ("sep_conv_3x3", 1))
+
+
+@pytest.mark.parametrize("subsample", ["topk_gate", "uniform", "all"])
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_samples_of_the_options(subsample: str, straight_through: bool) -> None:
+    space = Space(nodes=2)
+    strategy = prdarts(space=space, op_subsample=subsample, straight_through=straight_through)
+    arch = {kind: jax.random.normal(jax.random.key(i), (5, 8)) for i, kind in enumerate(CELL_TYPES)}
+    plain = prdarts(space=space, op_subsample="all").sample(jax.random.key(5), arch, {"tau": 0.5})
+
+    def total(arch: Any) -> Any:
+        gates = strategy.sample(jax.random.key(5), arch, {"tau": 0.5})
+        return sum(jnp.sum(gates.ops[kind] ** 2) for kind in CELL_TYPES), gates
+
+    (_, gates), grads = jax.value_and_grad(total, has_aux=True)(arch)
+    k = 8 if subsample == "all" else 2
+    for kind in CELL_TYPES:
+        every, mask = np.asarray(plain.ops[kind]), np.asarray(gates.stats["mask"][kind])
+        assert (mask.sum(axis=1) == k).all()
+        expected = np.where(mask, 1.0 if straight_through else every, 0.0)
+        np.testing.assert_allclose(gates.ops[kind], expected, atol=1e-6)
+        if subsample == "topk_gate":
+            assert (np.where(mask, every, np.inf).min(axis=1) >= np.where(mask, -np.inf, every).max(axis=1)).all()
+        bar = (every.astype(np.float64) + 0.1) / 1.2
+        slope = np.where((every > 0) & (every < 1) & mask, 1.2 * bar * (1 - bar) / 0.5, 0.0)
+        np.testing.assert_allclose(grads[kind], 2 * expected * slope, rtol=1e-3, atol=1e-5)
+
+
+def test_uniform_choice_ignores_the_gates() -> None:
+    space = Space(nodes=1, ops=("skip_connect", "sep_conv_3x3", "max_pool_3x3"))
+    strategy = prdarts(space=space, op_subsample="uniform", executed_ops=1)
+    arch = {kind: jnp.array([[9.0, 0.0, -9.0]] * 2) for kind in CELL_TYPES}
+    sample = jax.jit(jax.vmap(lambda key: strategy.sample(key, arch, {"tau": 0.1}).stats["mask"]["normal"]))
+    share = np.asarray(sample(jax.random.split(jax.random.key(0), 3000))).mean(axis=(0, 1))
+    np.testing.assert_allclose(share, 1 / 3, atol=4.5 * np.sqrt(2 / 9 / 6000))
+
+
+def test_expected_gates_execute_the_largest_beta() -> None:
+    strategy = prdarts(space=Space(nodes=2))
+    arch = {kind: jax.random.normal(jax.random.key(i), (5, 8)) for i, kind in enumerate(CELL_TYPES)}
+    gates = strategy.expected(arch, {"tau": 1.0})
+    for kind in CELL_TYPES:
+        np.testing.assert_array_equal(gates.executed[kind], np.argsort(-np.asarray(arch[kind]), axis=1)[:, :2])
+        for e, o in itertools.product(range(5), range(2)):
+            op = int(gates.executed[kind][e, o])
+            expected = oracles.gate_mean(float(arch[kind][e, op]), 1.0)
+            assert float(gates.ops[kind][e, op]) == pytest.approx(expected, abs=3e-3)
+
+
+def test_cell_types_draw_different_noise() -> None:
+    arch = {kind: jnp.zeros((5, 8)) for kind in CELL_TYPES}
+    gates = prdarts(space=Space(nodes=2), op_subsample="all").sample(jax.random.key(0), arch, {"tau": 1.0})
+    assert not bool((gates.ops["normal"] == gates.ops["reduce"]).all())
+
+
+# --- DARTS ------------------------------------------------------------------------------------------------------------
+
+
+def test_darts_is_a_softmax_over_the_allowed_operations() -> None:
+    space = SPACES["restricted"]
+    strategy = darts(space=space)
+    arch = {kind: jax.random.normal(jax.random.key(i), (5, 8)) for i, kind in enumerate(CELL_TYPES)}
+    gates = strategy.sample(jax.random.key(0), arch, {})
+    for kind in CELL_TYPES:
+        e = np.where(space.allowed[kind], np.exp(np.asarray(arch[kind], np.float64)), 0.0)
+        np.testing.assert_allclose(gates.ops[kind], e / e.sum(axis=1, keepdims=True), rtol=1e-5)
+        expected = np.where(space.allowed[kind], np.arange(8), 8)
+        np.testing.assert_array_equal(gates.executed[kind], expected)
+    grads = jax.grad(lambda arch: jnp.sum(strategy.sample(jax.random.key(0), arch, {}).ops["normal"] ** 2))(arch)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+    assert strategy.traits.order == "arch_first"
+
+
+def test_orders_of_the_two_methods_differ() -> None:
+    assert {name: _make(name, Space()).traits.order for name in ("prdarts", "darts")} == {
+        "prdarts": "weights_first",
+        "darts": "arch_first",
+    }
