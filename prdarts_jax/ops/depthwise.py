@@ -122,7 +122,8 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, window: Window) -> jax.Arra
         lambda a, b: tuple(map(jnp.add, a, b)),
         (1, 2),
     )
-    stacked = jnp.stack([jnp.sum(s, axis=0) for s in sums])
+    # Stacked before the batch is summed: a sum a tap would be k*k kernels to compile and to start.
+    stacked = jnp.sum(jnp.stack(sums), axis=1)
     return stacked.reshape(window.height, window.width, x.shape[3])
 
 
