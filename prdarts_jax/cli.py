@@ -291,7 +291,8 @@ def _search(words: list[str]) -> int:
 
     workdir = Path(config.run.workdir)
     result = search_loop.search(config, workdir, sources=resolved.sources)
-    return _finish(result, workdir, shlex.join(["prdarts", "search", *words]))
+    again = [word for word in words if not word.startswith("--overwrite")]  # going on must not start again
+    return _finish(result, workdir, shlex.join(["prdarts", "search", *again]))
 
 
 def _finish(result: Any, workdir: Path, command: str) -> int:
@@ -381,15 +382,24 @@ def _strategies(words: list[str]) -> int:
 
 
 def _zoo(words: list[str]) -> int:
-    parser = _Parser("prdarts zoo", description="The published genotypes: their names, or the cells of one.")
+    parser = _Parser("prdarts zoo", description="The published genotypes: their names, or the cells and costs of one.")
     parser.add_argument("name", metavar="NAME", nargs="?")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="as JSON; without NAME: the costs of all")
     args = parser.parse_args(words)
     from prdarts_jax.space import genotype
 
+    def costs(found: genotype.Genotype) -> dict[str, dict[str, int]]:
+        from prdarts_jax import network_counts
+
+        return {data: network_counts.profile(found, data)._asdict() for data in network_counts.SCALES}
+
     if args.name is None:
         names = genotype.names()
-        print(json.dumps([{"name": name} for name in names], indent=1) if args.json else "\n".join(names))
+        if args.json:
+            rows = [{"name": name, **costs(genotype.Genotype.named(name))} for name in names]
+            print(json.dumps(rows, indent=1))
+        else:
+            print("\n".join(names))
         return 0
     found = genotype.Genotype.named(args.name)
     if args.json:
@@ -401,6 +411,9 @@ def _zoo(words: list[str]) -> int:
         for node, pairs in enumerate(nodes, start=genotype.CELL_INPUTS):
             print(f"  node {node} = {' + '.join(f'{op}({source})' for op, source in pairs) or '0'}")
         print(f"  output = concat({', '.join(map(str, concat))})")
+    for data, cost in costs(found).items():
+        params, with_aux, macs = (f"{count / 1e6:.2f} M" for count in cost.values())
+        print(f"{data}: {params} parameters ({with_aux} with the auxiliary head), {macs} multiply-adds")
     return 0
 
 
