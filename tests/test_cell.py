@@ -27,6 +27,7 @@ _LISTS = (("skip_connect",), FEW[1:], ("none", "dil_conv_3x3"), ("dil_conv_3x3",
 SPACES = {
     "two-nodes": Space(nodes=2, ops=("skip_connect", "dil_conv_3x3", "none")),
     "per-edge": Space(nodes=2, ops=FEW, edge_ops=(_LISTS, _LISTS[::-1])),
+    "three-nodes": Space(nodes=3, ops=("skip_connect", "sep_conv_3x3")),  # S2 of RobustDARTS
     "no-pool-norm": Space(nodes=1, ops=("avg_pool_3x3", "max_pool_3x3"), pool_norm=False),
 }
 
