@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
+import os
 import platform
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -13,16 +15,15 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import bilevel, parallel, userfile
+from prdarts_jax import bilevel, parallel, strategies, userfile
 from prdarts_jax import config as cfg
-from prdarts_jax.config import SearchConfig
+from prdarts_jax.config import MethodConfig, SearchConfig
 from prdarts_jax.data.augment import check_augment
 from prdarts_jax.data.batches import check_batch
 from prdarts_jax.data.sources import Dataset, load
 from prdarts_jax.errors import UserError
 from prdarts_jax.search_program import Problem
 from prdarts_jax.space.spec import Space
-from prdarts_jax.strategies import registry
 from prdarts_jax.strategies.base import Strategy
 
 _PACKAGES = ("prdarts-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -50,7 +51,7 @@ def prepare(
     Args:
       config: of the search.
       weight_tx, arch_tx: in place of the config's optimizers: a transformation, or a function of the config.
-      strategy: in place of the config's: a Strategy, or a factory called with `space` and the config's options.
+      strategy: in place of the config's method: a Strategy, or a function of `space` that makes one.
       data: in place of the config's source.
 
     Raises:
@@ -86,6 +87,15 @@ def prepare(
     return Inputs(problem, dataset, mesh, digests)
 
 
+def with_method(config: SearchConfig, strategy: Strategy | Callable[..., Strategy] | None) -> SearchConfig:
+    """The config with the method of the caller in the place of its own, so that config.json says what ran."""
+    if strategy is None:
+        return config
+    function = strategy.sample if isinstance(strategy, Strategy) else strategy
+    name = getattr(function, "__qualname__", type(function).__name__).partition(".")[0]
+    return dataclasses.replace(config, method=MethodConfig(f"argument:{name}"))
+
+
 def _strategy(
     config: SearchConfig, space: Space, given: Strategy | Callable[..., Strategy] | None, digests: dict[str, str]
 ) -> Strategy:
@@ -93,14 +103,13 @@ def _strategy(
     if isinstance(given, Strategy):
         digests["method.strategy"] = _source_digest(given.sample)
         return given
-    options = dict(config.method.options)
     if given is not None:
         digests["method.strategy"] = _source_digest(given)
         made = given(space=space)
     else:
         if userfile.is_path(name):
             digests["method.strategy"] = userfile.load(name, "method.strategy").digest
-        made = registry.factory(name)(space=space, **registry.resolve_options(name, options))
+        made = strategies.get(name, space=space, **config.method.options)
     if not isinstance(made, Strategy):
         raise UserError(f"method.strategy: {name!r} made a {type(made).__name__}; allowed: a factory of a Strategy")
     return made
@@ -170,8 +179,6 @@ def document(config: SearchConfig, inputs: Inputs, sources: Mapping[str, str] | 
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

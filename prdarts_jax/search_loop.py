@@ -93,6 +93,7 @@ def search(
     """
     workdir = Path(workdir).expanduser()
     check_writable(workdir)
+    config = search_inputs.with_method(config, strategy)
     inputs = search_inputs.prepare(config, weight_tx=weight_tx, arch_tx=arch_tx, strategy=strategy, data=data)
     document = search_inputs.document(config, inputs, sources)
     _check_workdir(workdir, document, config.run.overwrite)
@@ -119,7 +120,9 @@ def _check_workdir(workdir: Path, document: Mapping[str, Any], overwrite: bool) 
     if overwrite or not workdir.is_dir():
         return None
     if not path.is_file():
-        foreign = sorted(p.name for p in workdir.iterdir() if p.name != ".lock")
+        # A process killed in its first moment leaves its lock, perhaps a half-written config.
+        unfinished = (".lock", ".config.json.*.tmp")
+        foreign = sorted(p.name for p in workdir.iterdir() if not any(p.match(name) for name in unfinished))
         if foreign:
             raise UserError(
                 f"workdir: {workdir} holds {foreign[0]!r} and no config.json; allowed: a new folder or one of a search"
