@@ -1,0 +1,357 @@
+"""The derived network: a genotype's cells, stacked and trained from scratch, as a flax.linen Module.
+
+The parameters have one entry a cell. Neighbouring cells that are equal but for their weights and their inputs are run
+by one `lax.scan` over their stacked entries, so that the compiler sees five cells instead of twenty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import unfreeze
+from jax import lax
+
+from prdarts_jax.errors import UserError
+from prdarts_jax.network_counts import Profile, profile
+from prdarts_jax.network_layers import Layer, batch_norm, dense_preprocess, preprocess, widened
+from prdarts_jax.network_plan import CellPlan, Edge, NetworkPlan, check_auxiliary, make_plan, wire
+from prdarts_jax.ops.layers import Weight, draw, fast_leaves
+from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
+from prdarts_jax.space.genotype import Genotype
+
+__all__ = ["DerivedNetwork", "Profile", "drop_path", "drop_path_draws", "profile"]
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+# --- drop-path --------------------------------------------------------------------------------------------------------
+
+
+def drop_path_draws(key: jax.Array, positions: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform draws in [0,1) a sample: float32[B, *shape], from fold_in(key, position) alone.
+
+    Args:
+      key: PRNG key, the same on all devices.
+      positions: int[B], of the samples in the global batch.
+      shape: of the draws of one sample.
+
+    >>> drop_path_draws(jax.random.key(0), jnp.arange(4), (20, 7)).shape
+    (4, 20, 7)
+    """
+
+    def one(position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), shape, jnp.float32)
+
+    return jax.vmap(one)(positions)
+
+
+def drop_path(x: jax.Array, draws: jax.Array, rate: jax.Array) -> jax.Array:
+    """x / (1 - rate) where draw >= rate, else 0: a whole sample at a time.
+
+    Args:
+      x: [B,H,W,C].
+      draws: float32[B], uniform in [0,1).
+      rate: float32 scalar in [0,1): the probability that a sample is dropped.
+
+    Source: Larsson, Maire and Shakhnarovich, "FractalNet" (ICLR 2017), in the form the DARTS programs train with.
+
+    >>> drop_path(jnp.ones((2, 1, 1, 1)), jnp.asarray([0.1, 0.7]), jnp.float32(0.5)).ravel().tolist()
+    [0.0, 2.0]
+    """
+    factor = jnp.where(draws >= rate, 1.0 / (1.0 - rate), jnp.zeros((), rate.dtype))
+    return x * factor.reshape(-1, 1, 1, 1).astype(x.dtype)
+
+
+# --- what is computed, as pure functions ------------------------------------------------------------------------------
+
+
+def _run_layer(
+    layer: Layer, params: Params, statistics: Params, x: jax.Array, *, train: bool, axis_name: str | None
+) -> tuple[jax.Array, Params]:
+    """(y, the running statistics afterwards)."""
+    after: Params = {}
+
+    def norm(name: str, x: jax.Array) -> jax.Array:
+        y, after[name] = batch_norm(x, params[name], statistics[name], train=train, axis_name=axis_name)
+        return y
+
+    return layer.apply(params, x, fast_leaves()._replace(norm=norm)), after
+
+
+def _run_cell(
+    plan: CellPlan,
+    params: Params,
+    statistics: Params,
+    inputs: Pair,
+    dropping: Callable[[Edge, jax.Array], jax.Array],
+    *,
+    train: bool,
+    axis_name: str | None,
+) -> tuple[jax.Array, Params]:
+    """(output of the cell, its running statistics afterwards)."""
+    after: Params = {}
+
+    def run(edge: Edge, x: jax.Array) -> jax.Array:
+        weights, running = params.get(edge.name, {}), statistics.get(edge.name, {})
+        y, new = _run_layer(edge.layer, weights, running, x, train=train, axis_name=axis_name)
+        if new:
+            after[edge.name] = new
+        return dropping(edge, y)
+
+    return wire(plan, inputs, run, jnp.add, lambda states: jnp.concatenate(states, axis=3)), after
+
+
+def _dropping(draws: jax.Array | None, rate: jax.Array | None) -> Callable[[Edge, jax.Array], jax.Array]:
+    """Drop-path of a cell from its draws [B, width]; with None nothing is dropped."""
+
+    def apply(edge: Edge, y: jax.Array) -> jax.Array:
+        if edge.drop is None or draws is None or rate is None:
+            return y
+        return drop_path(y, draws[:, edge.drop], rate)
+
+    return apply
+
+
+# --- the modules ------------------------------------------------------------------------------------------------------
+
+
+def _variables(module: nn.Module, declared: Params, statistics: Params) -> tuple[Params, dict[str, Any]]:
+    """Parameters (values) and running statistics (flax variables) of a module, made as declared if it has none.
+
+    All weights of a module come from one draw: hundreds of small ones would take half a minute to compile.
+    """
+    drawn = draw(module.make_rng("params"), declared) if module.is_initializing() else None
+
+    def initial(key: jax.Array, name: str) -> Any:
+        del key
+        return drawn[name] if drawn is not None else _constants(declared[name])
+
+    def constants(name: str) -> Any:
+        return _constants(statistics[name])
+
+    params = {name: module.param(name, initial, name) for name in declared if declared[name]}
+    running = {name: module.variable("batch_stats", name, constants, name) for name in statistics if statistics[name]}
+    return params, running
+
+
+def _constants(declared: Any) -> Any:
+    return jax.tree.map(
+        lambda w: jnp.full(w.shape, w.constant, jnp.float32), declared, is_leaf=lambda node: isinstance(node, Weight)
+    )
+
+
+def _keep(running: Mapping[str, Any], after: Params) -> None:
+    for name, new in after.items():
+        running[name].value = new
+
+
+class Part(nn.Module):
+    """A part that is one layer: a stem, the classifier, the auxiliary head."""
+
+    layer: Layer
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """[B,H,W,C] -> what the layer computes."""
+        params, running = _variables(self, self.layer.declared, self.layer.statistics)
+        values = {name: variable.value for name, variable in running.items()}
+        y, after = _run_layer(self.layer, params, values, x, train=train, axis_name=self.axis_name)
+        if train and not self.is_initializing():
+            _keep(running, after)
+        return y
+
+
+class Cell(nn.Module):
+    """One cell of the derived network."""
+
+    plan: CellPlan
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        before_last: jax.Array,
+        last: jax.Array,
+        *,
+        train: bool,
+        draws: jax.Array | None = None,
+        rate: jax.Array | None = None,
+    ) -> jax.Array:
+        """c_{k-2}, c_{k-1} -> c_k, all [B,H,W,C] of their own H, W, C."""
+        layers = self.plan.layers
+        declared = {name: layer.declared for name, layer in layers.items()}
+        statistics = {name: layer.statistics for name, layer in layers.items()}
+        params, running = _variables(self, declared, statistics)
+        values = {name: variable.value for name, variable in running.items()}
+        y, after = _run_cell(
+            self.plan,
+            params,
+            values,
+            (before_last, last),
+            _dropping(draws, rate),
+            train=train,
+            axis_name=self.axis_name,
+        )
+        if train and not self.is_initializing():
+            _keep(running, after)
+        return y
+
+
+class DerivedNetwork(nn.Module):
+    """The network that is trained from scratch and evaluated with the cells of a genotype.
+
+    `init(key, images)` gives {"params", "batch_stats"}; `apply(variables, images, train=True, mutable=["batch_stats"])`
+    gives ((logits, auxiliary logits), new statistics). Both trees have the entries stem (stem0, stem1 for ImageNet),
+    cell_0 .. cell_{cells-1}, classifier and, if asked for, auxiliary. Parameters and running statistics are float32.
+
+    Attributes:
+      genotype: the two cells.
+      channels: C of the first cell; doubled at cells//3 and 2*cells//3.
+      cells: number of cells.
+      classes: outputs of the classifier.
+      stem: "cifar": 3x3 convolution to 3C, BN. "imagenet": three convolutions of stride 2.
+      auxiliary: whether there is an auxiliary head after the second reduction cell.
+      dtype: of the computation; BN statistics, the classifier and its inputs are float32 at least.
+      axis_name: mapped axis over which the batch is split, for the statistics of BN.
+      scan_cells: whether equal neighbouring cells are run by a scan (the same numbers up to rounding, faster to
+        compile); without it `capture_intermediates` sees every cell.
+      primitives: (name, Primitive) pairs the genotype's operations refer to.
+
+    Source: Liu et al., "DARTS: Differentiable Architecture Search" (ICLR 2019): its evaluation networks.
+
+    >>> net = DerivedNetwork(Genotype.named("PRDARTS"), channels=4, cells=3)
+    >>> images = jnp.zeros((2, 8, 8, 3))
+    >>> variables = net.init(jax.random.key(0), images)
+    >>> (logits, auxiliary), _ = net.apply(variables, images, train=True, mutable=["batch_stats"])
+    >>> logits.shape, auxiliary, sorted(variables["params"])
+    ((2, 10), None, ['cell_0', 'cell_1', 'cell_2', 'classifier', 'stem'])
+    """
+
+    genotype: Genotype
+    channels: int = 36
+    cells: int = 20
+    classes: int = 10
+    stem: str = "cifar"
+    auxiliary: bool = False
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+    scan_cells: bool = True
+    primitives: tuple[tuple[str, Primitive], ...] = tuple(PRIMITIVES.items())
+
+    def plan(self, in_channels: int = 3) -> NetworkPlan:
+        """The static plan of the network, for images of so many channels."""
+        return make_plan(
+            self.genotype,
+            channels=self.channels,
+            cells=self.cells,
+            classes=self.classes,
+            stem=self.stem,
+            auxiliary=self.auxiliary,
+            in_channels=in_channels,
+            primitives=dict(self.primitives),
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        drop_path: jax.Array | float | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Logits of normalised images.
+
+        Args:
+          images: [B,H,W,C_in].
+          train: BN with the statistics of the batch, which update "batch_stats" (make it mutable).
+          drop_path: rate in [0,1) at which every operation output of a sample but identities is dropped; needs `train`
+            and rngs={"drop_path": key}, the same key on all devices. An array may change without recompilation.
+          positions: int[B], of the samples in the global batch; default 0..B-1.
+
+        Returns:
+          (logits float32[B,classes], the auxiliary head's or None).
+
+        Raises:
+          UserError: a field out of range, or images that do not fit the auxiliary head.
+        """
+        if images.ndim != 4:
+            raise UserError(f"images: an array of shape {images.shape}; allowed: [batch, height, width, channels]")
+        plan = self.plan(images.shape[3])
+        if plan.auxiliary is not None:
+            check_auxiliary(self.stem, *images.shape[1:3])
+        axis_name = None if self.is_initializing() else self.axis_name
+        draws = rate = None
+        width = max(cell.drops for cell in plan.cells)
+        if train and drop_path is not None and width:
+            rate = jnp.asarray(drop_path, jnp.float32)
+            positions = jnp.arange(images.shape[0]) if positions is None else positions
+            draws = drop_path_draws(self.make_rng("drop_path"), positions, (len(plan.cells), width))
+
+        states = [images.astype(self.dtype)]
+        for name, layer in plan.stem:
+            states.append(Part(layer, axis_name, name=name)(states[-1], train=train))
+        pair, auxiliary = (states[-len(plan.stem)], states[-1]), None
+        for first, end in plan.runs:
+            mine = None if draws is None else jnp.moveaxis(draws[:, first:end], 1, 0)
+            if self.scan_cells and end - first > 1 and self._ready(first, end):
+                pair = self._scan(plan, range(first, end), pair, mine, rate, train)
+            else:
+                for i in range(first, end):
+                    cell = Cell(plan.cells[i], axis_name, name=f"cell_{i}")
+                    one = None if mine is None else mine[i - first]
+                    pair = pair[1], cell(*pair, train=train, draws=one, rate=rate)
+            if plan.auxiliary is not None and first <= plan.auxiliary_after < end:
+                auxiliary = Part(plan.auxiliary, axis_name, name="auxiliary")(pair[1], train=train)
+        return Part(plan.classifier, axis_name, name="classifier")(pair[1], train=train), auxiliary
+
+    def _ready(self, first: int, end: int) -> bool:
+        """Whether the variables of these cells are there; if not, the cells make them, or say which are missing."""
+        if self.is_initializing():
+            return False
+        names = [f"cell_{i}" for i in range(first, end)]
+        return all(self.has_variable(collection, name) for collection in ("params", "batch_stats") for name in names)
+
+    def _scan(
+        self,
+        plan: NetworkPlan,
+        cells: range,
+        pair: Pair,
+        draws: jax.Array | None,
+        rate: jax.Array | None,
+        train: bool,
+    ) -> Pair:
+        """Runs equal cells by a scan over their stacked variables."""
+
+        # The inputs of the first cells differ from the rest in channels, or in size: as 1x1 convolutions of one width
+        # (zeros where there is no input) all the cells are the same.
+        first = plan.cells[cells[0]]
+        width = max(first.channels_out, *(plan.cells[i].width for i in cells))
+        dense = preprocess(width, first.channels, False)
+        cell = first._replace(preprocess=(Edge("preprocess0", 0, dense), Edge("preprocess1", 1, dense)))
+
+        def stacked(collection: str) -> Params:
+            entries = [dict(unfreeze(self.get_variable(collection, f"cell_{i}"))) for i in cells]
+            if collection == "params":
+                for entry in entries:
+                    entry |= {name: dense_preprocess(entry[name], width) for name in ("preprocess0", "preprocess1")}
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *entries)
+
+        def body(pair: Pair, inputs: tuple[Params, Params, jax.Array | None]) -> tuple[Pair, Params]:
+            params, statistics, draws = inputs
+            dropping = _dropping(draws, rate)
+            y, after = _run_cell(cell, params, statistics, pair, dropping, train=train, axis_name=self.axis_name)
+            return (pair[1], widened(y, width, False)), after
+
+        wide = widened(pair[0], width, first.halves), widened(pair[1], width, False)
+        pair, after = lax.scan(body, wide, (stacked("params"), stacked("batch_stats"), draws))
+        if train:
+            for row, i in enumerate(cells):
+                self.put_variable("batch_stats", f"cell_{i}", jax.tree.map(lambda leaf, row=row: leaf[row], after))
+        before_last, last = (x[..., : first.channels_out] for x in pair)
+        return before_last, last
