@@ -315,7 +315,7 @@ def test_three_training_steps_equal_those_of_torch() -> None:
             batch = np.roll(images, i, axis=2) * (1 + 0.1 * i)
             a, b = (0.1 * np.roll(t, i, axis=0) for t in targets((images.shape[0], CLASSES)))
             (_, (_, statistics)), (gradients, _) = step(params, jnp.asarray(batch), statistics, a, b)
-            params = jax.tree.map(lambda p, g: p - 0.02 * g, params, gradients)
+            params = jax.tree.map(lambda p, g: np.asarray(p) - 0.02 * np.asarray(g), params, gradients)
             sgd.zero_grad()
             backward(other, batch, a, b)
             sgd.step()
