@@ -30,9 +30,9 @@ from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.strategies.base import Stop
 from prdarts_jax.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable
 
-# Everything a search writes: what --overwrite may remove, and nothing else.
+# Everything a search writes: what --overwrite may remove, and nothing else. The config goes last: while it is there,
+# a folder that a kill left half-cleared is known as that of a search.
 _OWN = (
-    "config.json",
     "metrics.jsonl",
     "genotype.json",
     "genotypes.jsonl",
@@ -41,6 +41,7 @@ _OWN = (
     "plots",
     "tensorboard",
     "report.html",
+    "config.json",
 )
 
 
@@ -99,9 +100,10 @@ def search(
     _check_workdir(workdir, document, config.run.overwrite)
     with WorkdirLock(workdir), StopRequest() as stop:
         notes = out if out is not None else sys.stdout
+        # Again, now that no other process can change it.
+        old = _check_workdir(workdir, document, config.run.overwrite)
         if config.run.overwrite:
             _clear(workdir)
-        old = _check_workdir(workdir, document, overwrite=False)
         if old is not None and (workdir / "genotype.json").is_file():
             found = Genotype.load(workdir)
             return SearchResult("already-finished", found, workdir, _report_path(workdir))
@@ -117,7 +119,7 @@ def search(
 def _check_workdir(workdir: Path, document: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """The config.json of the search in the workdir, or None; refuses another search and a folder of something else."""
     path = workdir / "config.json"
-    if overwrite or not workdir.is_dir():
+    if not workdir.is_dir():
         return None
     if not path.is_file():
         # A process killed in its first moment leaves its lock, perhaps a half-written config.
@@ -127,6 +129,8 @@ def _check_workdir(workdir: Path, document: Mapping[str, Any], overwrite: bool) 
             raise UserError(
                 f"workdir: {workdir} holds {foreign[0]!r} and no config.json; allowed: a new folder or one of a search"
             )
+        return None
+    if overwrite:
         return None
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
