@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,45 @@ def load(source: str, data_dir: str | None = None, *, cache_dir: Path | None = N
         return _dataset(path.resolve().name, source, load_folder(path, cache_dir))
     hint = f"; did you mean 'tfds:{source}'?" if source in NORMALIZATION else ""
     raise UserError(f"data.source: {source!r} is not a source{hint}; allowed: {ALLOWED}")
+
+
+def from_arrays(
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    test_images: np.ndarray | None = None,
+    test_labels: np.ndarray | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Dataset:
+    """An image set from arrays in memory, with the checks of the other sources; for the argument `data` of a search.
+
+    Args:
+        name: what reports call it.
+        images: uint8 [N, H, W, C] or [N, H, W].
+        labels: integers [N], 0..K-1.
+        test_images, test_labels: the same, never seen by a search.
+        class_names: K names; default 0..K-1.
+
+    Raises:
+        UserError: one line that names the array, the value and what is allowed.
+
+    >>> images = np.arange(4 * 8 * 8, dtype=np.uint8).reshape(4, 8, 8)
+    >>> from_arrays("mine", images, np.array([0, 1, 0, 1])).train_images.shape
+    (4, 8, 8, 1)
+    """
+    if (test_images is None) != (test_labels is None):
+        raise UserError(f"{name}: test images without labels, or labels without images; allowed: both or neither")
+    # Copies: a data set is read-only, the caller's arrays are the caller's.
+    train = as_images(f"{name}: images", np.array(images))
+    train_labels = as_labels(f"{name}: labels", np.array(labels), len(train))
+    test, held = train[:0].copy(), train_labels[:0].copy()
+    if test_images is not None and test_labels is not None:
+        test = as_images(f"{name}: test_images", np.array(test_images))
+        held = as_labels(f"{name}: test_labels", np.array(test_labels), len(test))
+    # A stray huge label must not make as many names; `check` says which one it is.
+    names = tuple(class_names or map(str, range(min(int(train_labels.max()) + 1, len(train)))))
+    return _dataset(name, name, Arrays(train, train_labels, test, held, names))
 
 
 def _dataset(
