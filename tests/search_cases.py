@@ -1,0 +1,181 @@
+"""One tiny search that the tests of the whole program share, so that it is compiled once, and what it left behind.
+
+Within one process they also share its traced form (`shared_programs`); the tests that start
+processes show that it makes no difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from prdarts_jax import cli, metrics, plots, presets, report, search_inputs, search_loop, search_program
+from prdarts_jax import config as cfg
+from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.config import SearchConfig
+from prdarts_jax.data.sources import Dataset, from_arrays, load
+from prdarts_jax.digests import host_leaves
+from prdarts_jax.search_loop import SearchResult
+from prdarts_jax.search_program import Carry
+
+IMAGES, BATCH, EPOCHS = 112, 8, 3
+EPOCH_STEPS = IMAGES // 2 // BATCH  # 7, a prime: dispatches of 3 leave a remainder
+TOTAL = EPOCHS * EPOCH_STEPS
+FLAGS: Mapping[str, Any] = {
+    "data.source": "digits",
+    "space.cells": 3,
+    "space.channels": 4,
+    "space.nodes": 1,
+    "space.ops": "none,skip_connect,sep_conv_3x3",
+    "method.options.executed_ops": 1,
+    "epochs": EPOCHS,
+    "batch_size": BATCH,
+    "run.devices": "1",
+    "run.progress": "off",
+    "run.steps_per_dispatch": 3,
+    "run.log_every": 1,
+}
+
+
+@functools.cache
+def digits() -> Dataset:
+    """The first digits of each class, enough for an epoch of seven steps, and no test images."""
+    full = load("digits")
+    picked = np.sort(np.concatenate([np.flatnonzero(full.train_labels == k)[: IMAGES // 10 + 2] for k in range(10)]))
+    images, labels = full.train_images[picked[:IMAGES]], full.train_labels[picked[:IMAGES]]
+    return from_arrays("digits", images, labels)
+
+
+def write_npz(path: Path) -> Path:
+    np.savez(path, images=digits().train_images, labels=digits().train_labels)
+    return path
+
+
+def config(**flags: Any) -> SearchConfig:
+    """The tiny search with other values; `__` in a name stands for a dot."""
+    return presets.resolve("digits", flags={**FLAGS, **{k.replace("__", "."): v for k, v in flags.items()}}).config
+
+
+def words(workdir: Path, npz: Path, **flags: Any) -> list[str]:
+    """The command line of the tiny search on a npz file."""
+    values = {**FLAGS, "data.source": f"npz:{npz}", **{k.replace("__", "."): v for k, v in flags.items()}}
+    command = ["search", "--preset", "digits", "--workdir", str(workdir)]
+    return command + [f"--{path}={value}" for path, value in values.items()]
+
+
+def search(workdir: Path, *, given: Mapping[str, Any] | None = None, **flags: Any) -> SearchResult:
+    return search_loop.search(config(**flags), workdir, **{"data": digits(), **(given or {})})
+
+
+def final_state(workdir: Path) -> Carry:
+    """The newest checkpoint, restored and verified."""
+    config_ = cfg.from_dict(SearchConfig, json.loads((workdir / "config.json").read_text())["config"])
+    inputs = search_inputs.prepare(config_, data=digits())
+    progress = inputs.problem.strategy.schedule(0, 1) | {"weight_learning_rate": 0.0, "arch_learning_rate": 0.0}
+    target = search_program.abstract_carry(
+        inputs.problem,
+        inputs.mesh,
+        jax.random.key(0),
+        {name: np.float32(value) for name, value in progress.items()},
+        digits().train_images.shape[1:],
+    )
+    with Checkpointer(workdir / "checkpoints") as saved:
+        found = saved.restore_latest(target)
+    assert found is not None
+    return found.state
+
+
+def outcome(workdir: Path) -> dict[str, Any]:
+    """Everything that must be equal, bit for bit, however a search came to its end."""
+    leaves = host_leaves(final_state(workdir))
+    return {
+        "genotype": (workdir / "genotype.json").read_text(),
+        "genotypes": (workdir / "genotypes.jsonl").read_text(),
+        "probabilities": (workdir / "probabilities.jsonl").read_text(),
+        "rows": [metrics.comparable(row) for row in metrics.read(workdir / "metrics.jsonl")],
+        "leaves": {path: (leaf.dtype, leaf.shape, leaf.value.tobytes()) for path, leaf in leaves.items()},
+    }
+
+
+def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for part in expected:
+        assert found[part] == expected[part], part
+
+
+def rows(workdir: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in metrics.read(workdir / "metrics.jsonl") if row["kind"] == kind]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of change and content of every file; the lock is written by everyone who tries."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def one_error(capsys: pytest.CaptureFixture[str], command: list[str], status: int, *said: str) -> str:
+    """The single stderr line that a command fails with."""
+    capsys.readouterr()
+    assert cli.main(command) == status
+    message = capsys.readouterr().err
+    assert message.startswith("prdarts: error: "), message
+    assert message.count("\n") == 1, message
+    for word in said:
+        assert word in message, message
+    return message
+
+
+# Sharing
+
+
+def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[str, Any] = {}
+
+    @functools.wraps(prepare)
+    def remembered(config: SearchConfig, **given: Any) -> Any:
+        if any(value is not None for name, value in given.items() if name != "data"):
+            return prepare(config, **given)
+        files = (config.space.primitives, config.weights.transform, config.arch.transform)
+        if any(files) or ":" in config.method.strategy:
+            return prepare(config, **given)
+        computed = {k: v for k, v in cfg.computed(config).items() if k not in ("seed", "epochs", "evaluate_every")}
+        data = given.get("data")
+        key = json.dumps([computed, config.run.devices, config.run.data_dir, data.digest if data else None])
+        if key not in known:
+            known[key] = prepare(config, **given)
+        return known[key]
+
+    return remembered
+
+
+@functools.cache
+def _shared() -> dict[tuple[Any, str], Callable[..., Any]]:
+    programs = ("make_dispatch", "make_evaluation", "_initial")
+    return {
+        (search_inputs, "prepare"): _remembering(search_inputs.prepare),
+        **{(search_program, name): functools.cache(getattr(search_program, name)) for name in programs},
+    }
+
+
+def standard_promotion() -> contextlib.AbstractContextManager[None]:
+    """optax.adam raises a Python float to an integer power, which strict promotion forbids."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+@contextlib.contextmanager
+def shared_programs() -> Iterator[None]:
+    """Searches of one configuration are traced once, and draw neither diagrams nor reports (their own tests do)."""
+    with standard_promotion(), pytest.MonkeyPatch.context() as patch:
+        for (module, name), value in _shared().items():
+            patch.setattr(module, name, value)
+        patch.setattr(plots, "cell_diagram", lambda *_, **__: None)
+        patch.setattr(plots, "save", lambda *_, **__: None)
+        patch.setattr(report, "report", lambda *_, **__: None)
+        yield

@@ -1,0 +1,158 @@
+"""Wrong input and failing disks, from the command line through the real search: one line, the right exit status."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import types
+
+import jax
+import pytest
+import search_cases
+from search_cases import EPOCH_STEPS, FLAGS, final_state, one_error, rows, words
+
+from prdarts_jax import cli, storage_errors
+from prdarts_jax.checkpoint import Checkpointer
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    with search_cases.shared_programs():
+        yield
+
+
+NAN_AT = EPOCH_STEPS + 4  # in the second epoch, in the middle of a dispatch
+
+# The step of the NaN is in the state, not in the program: both transforms are one compiled program.
+POISON = f"""
+import jax.numpy as jnp, optax
+
+def _transform(at):
+    def update(grads, state, params=None):
+        count, poisoned = state
+        factor = jnp.where(count == poisoned, jnp.nan, -1e-3)
+        return optax.tree.scale(factor, grads), (count + 1, poisoned)
+    return optax.GradientTransformation(lambda params: (jnp.int32(0), jnp.int32(at)), update)
+
+def late(config):
+    return _transform({NAN_AT - 1})
+
+def first(config):
+    return _transform(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    return search_cases.write_npz(tmp_path_factory.mktemp("data") / "digits.npz")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--preset", "digit"], ["preset: ", "'digit'", "did you mean 'digits'?"]),
+        (["--strategy", "prdart"], ["method.strategy: ", "'prdart'", "did you mean 'prdarts'?"]),
+        (["--strategy", "absent.py:factory"], ["method.strategy: ", "no file 'absent.py'"]),
+        (["--weight-tx", "absent.py:factory"], ["weights.transform: ", "no file 'absent.py'"]),
+        (["--arch-tx", "absent.py:factory"], ["arch.transform: ", "no file 'absent.py'"]),
+        (["--space.primitives", "absent.py"], ["space.primitives: ", "no file 'absent.py'"]),
+        (["--epohcs", "3"], ["unknown --epohcs", "did you mean --epochs?"]),
+        (["--method.lamda1", "3"], ["'lamda1'", "did you mean 'lambda1'?"]),
+        (["--cells", "2"], ["space.cells: 2 ", ">= 3"]),
+        (["--epochs", "0"], ["epochs: 0 ", ">= 1"]),
+        (["--space.ops", "none,sep_conv_4x4"], ["space.ops: ", "'sep_conv_4x4'", "did you mean"]),
+        (["--method.executed_ops", "4"], ["method.options.executed_ops: 4 ", "1 to 3"]),
+        (["--method.executed_ops", "0"], ["method.options.executed_ops: 0 ", "1 to 3"]),
+        (["--method.a", "0"], ["method.options.a", " 0.0", "< 0"]),
+        (["--method.b", "1"], ["method.options.b", " 1.0", "> 1"]),
+        (["--method.tau_min", "0"], ["method.options.tau_min: 0.0 ", "> 0"]),
+        (["--method.tau_max", "-1"], ["method.options.tau_max: -1.0 ", "> 0"]),
+        (["--batch-size", "57"], ["batch_size: 57 ", "56 examples"]),
+        (["--devices", "4", "--batch-size", "6"], ["batch_size: 6 ", "multiple of 4"]),
+        (["--devices", "all", "--batch-size", "6"], ["batch_size: 6 ", "multiple of 4"]),
+        (["--devices", "5", "--batch-size", "10"], ["run.devices: 5 ", "1..4"]),
+        (["--devices", "none"], ["run.devices: 'none' "]),
+        (["--data", "npz:absent.npz"], ["data.source: ", "absent.npz", "no such file"]),
+        (["--data", "digit"], ["data.source: 'digit' "]),
+        (["--data.crop_padding", "-1"], ["data.crop_padding: -1 "]),
+        (["--data.cutout", "99"], ["data.cutout: 99 "]),
+        (["--workdir", "/dev/null/run"], ["workdir: ", "/dev/null is not a folder"]),
+        (["--workdir", "/dev/null"], ["workdir: ", "/dev/null is not a folder"]),
+        (["--workdir", "/proc/run"], ["workdir: ", "/proc cannot be written"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_impossible_input(npz, tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(tmp_path)
+    before = set(os.listdir(tmp_path))
+    command = words(tmp_path / "runs" / "w", npz)
+    if "--space.ops" in flags:
+        command = [word for word in command if "executed_ops" not in word]
+    one_error(capsys, [*command, *flags], 2, *said)
+    assert set(os.listdir(tmp_path)) == before
+
+
+def test_a_missing_data_set_is_not_fetched(tmp_path, capsys):
+    flags = {name: value for name, value in FLAGS.items() if name != "data.source"}
+    command = ["search", "--preset", "cifar10-small", "--workdir", str(tmp_path / "w")]
+    command += [f"--{path}={value}" for path, value in flags.items()]
+    one_error(capsys, [*command, "--data-dir", str(tmp_path)], 2, "cifar10", "prdarts data prepare")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("content", "said"), [("x = 1 / 0\n", "mine.py:1: ZeroDivisionError"), ("y = 1\n", "no 'f'")])
+def test_a_broken_user_file(npz, tmp_path, capsys, content, said):
+    (tmp_path / "mine.py").write_text(content)
+    for flag in ("strategy", "weight-tx", "arch-tx"):
+        one_error(capsys, [*words(tmp_path / "w", npz), f"--{flag}", f"{tmp_path}/mine.py:f"], 2, said)
+    assert os.listdir(tmp_path) == ["mine.py"]
+
+
+@pytest.mark.parametrize("flag", ["strategy", "weight-tx", "arch-tx"])
+def test_a_factory_of_something_else(npz, tmp_path, capsys, flag):
+    (tmp_path / "mine.py").write_text("def f(config=None, *, space=None):\n    return 5\n")
+    field = {"strategy": "method.strategy", "weight-tx": "weights.transform", "arch-tx": "arch.transform"}[flag]
+    command = [word for word in words(tmp_path / "w", npz) if "method." not in word]
+    one_error(capsys, [*command, f"--{flag}", f"{tmp_path}/mine.py:f"], 2, f"{field}: ", "int; allowed: ")
+    assert os.listdir(tmp_path) == ["mine.py"]
+
+
+def test_nan_stops_the_run(npz, tmp_path, capsys):
+    """The metric and the step are named, and the checkpoint before it is whole."""
+    (tmp_path / "mine.py").write_text(POISON)
+    workdir = tmp_path / "w"
+    command = [*words(workdir, npz), f"--weight-tx={tmp_path}/mine.py:late"]
+    # The poisoned update is that of step NAN_AT; the first metric to see it is of its architecture step.
+    one_error(capsys, command, 1, f"val_loss is nan at step {NAN_AT}", "last good checkpoint is kept")
+    assert Checkpointer(workdir / "checkpoints").steps() == [EPOCH_STEPS]
+    state = final_state(workdir)
+    assert int(state.state.step) == EPOCH_STEPS
+    assert all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(state))
+    assert [row["step"] for row in rows(workdir, "step")] == list(range(1, NAN_AT))
+    assert not (workdir / "genotype.json").exists()
+    one_error(capsys, command, 1, f"val_loss is nan at step {NAN_AT}")  # it resumes, and says the same
+
+    one_error(capsys, [*words(tmp_path / "v", npz), f"--weight-tx={tmp_path}/mine.py:first"], 1, "nan at step 1;")
+    assert Checkpointer(tmp_path / "v" / "checkpoints").steps() == []
+
+
+def test_a_full_disk(npz, tmp_path, monkeypatch, capsys):
+    """Found at the second checkpoint: the first one stays, and the same command goes on once there is room."""
+    command = words(tmp_path / "w", npz)
+    assert cli.main([*command, "--run.time_limit=1e-9"]) == 0
+    full = types.SimpleNamespace(f_bavail=0, f_frsize=4096, f_files=0, f_favail=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage_errors.os, "statvfs", lambda _: full)
+        one_error(capsys, command, 1, "No space left on device", "the last good checkpoint is step 3")
+    assert Checkpointer(tmp_path / "w" / "checkpoints").steps() == [3]
+    assert cli.main(command) == 0
+
+
+def test_a_damaged_config(npz, tmp_path, capsys):
+    command = words(tmp_path / "w", npz)
+    assert cli.main([*command, "--run.time_limit=1e-9"]) == 0
+    for content in ("{", "[]", '{"config": {"cells": 3}}'):
+        (tmp_path / "w" / "config.json").write_text(content)
+        one_error(capsys, command, 2, "config.json is not the config of a search", "--overwrite")
+    assert cli.main([*command, "--overwrite", "--run.time_limit=1e-9"]) == 0
+    shutil.rmtree(tmp_path / "w")
