@@ -168,24 +168,19 @@ def test_killed_and_started_again(npz, tmp_path):
 @pytest.mark.timeout(3600)
 def test_killed_twenty_times(npz, tmp_path):
     """At any moment: while it starts, compiles, computes, saves, or draws its report."""
-    epochs = 30
+    epochs = 60
     command, log = words(tmp_path / "w", npz, epochs=epochs, run__checkpoint_minutes=1e-6), tmp_path / "log"
-    moments, kills = [], 0
-    while kills < 20:
-        began = time.monotonic()
-        process = _start(command, log)
-        longest = 25.0 if kills % 4 == 3 else 10.0  # now and then long enough to get on under any load
-        moments.append(random.uniform(0, longest))
-        try:
-            process.wait(moments[-1])
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-        else:
-            assert process.returncode == 0, log.read_text()
-            assert time.monotonic() - began < longest
-            break
+    saved, moments = Checkpointer(tmp_path / "w" / "checkpoints"), []
+    for number in range(20):
+        before, process = saved.steps(), _start(command, log)
+        while number % 2 and saved.steps()[-1:] <= before[-1:]:  # every second time: once it has got further
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.02)
+        moments.append(random.uniform(0, 1 if number % 2 else 8))
+        time.sleep(moments[-1])
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, log.read_text()
+    assert 0 < saved.steps()[-1] < epochs * EPOCH_STEPS
     again = subprocess.run([sys.executable, "-m", "prdarts_jax", *command], capture_output=True, text=True)
     assert again.returncode == 0, f"killed after {moments} s: {again.stderr}"
     assert search(tmp_path / "whole", epochs=epochs).status == "finished"
