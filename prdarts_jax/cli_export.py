@@ -1,0 +1,127 @@
+"""`prdarts export` and `prdarts import-torch`: parse, call, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from prdarts_jax.errors import UserError, unknown
+
+FORMATS = ("stablehlo", "safetensors")
+_PIXELS = {"cifar": 32, "imagenet": 224}
+
+
+def _parser(prog: str, description: str) -> Any:
+    from prdarts_jax.cli import _Parser  # here, since the command line imports this module
+
+    return _Parser(prog, description=description)
+
+
+def export_command(words: list[str]) -> int:
+    """`prdarts export WORKDIR --format stablehlo|safetensors --out FILE [--platforms cpu,cuda,tpu]`.
+
+    Args:
+      words: the command line after the command.
+
+    Raises:
+      UserError: bad usage, or a workdir without a trained network.
+      RunError: a file cannot be written.
+    """
+    parser = _parser("prdarts export", "A trained network as a program without this library, or as a flat file.")
+    parser.add_argument("workdir", metavar="WORKDIR", help="of prdarts train or import-torch, or a safetensors file")
+    parser.add_argument("--format", metavar="FORMAT", required=True, help=" | ".join(FORMATS))
+    parser.add_argument("--out", metavar="FILE", required=True)
+    parser.add_argument("--platforms", default="cpu,cuda,tpu", help="of a program: of cpu, cuda, rocm, tpu")
+    args = parser.parse_args(words)
+    if args.format not in FORMATS:
+        raise unknown("--format", args.format, FORMATS)
+    source, out = Path(args.workdir), Path(args.out)
+    if not source.exists():
+        raise UserError(f"WORKDIR: no directory or file {str(source)!r}")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"--out: {str(out)!r} is a folder, or in none that exists; allowed: a file in a folder")
+    from prdarts_jax import export
+
+    if source.is_dir() and not (source / export.NETWORK_FILE).is_file():
+        raise UserError(
+            f"WORKDIR: {str(source)!r} holds no {export.NETWORK_FILE}; allowed: a finished prdarts train, "
+            "a prdarts import-torch, or a safetensors file"
+        )
+    network = export.load_network(source)
+    if args.format == "safetensors":
+        export.safetensors(network.variables, out, network.description)
+        print(f"written: {out}")
+        return 0
+    platforms = [name for name in args.platforms.split(",") if name]
+    beside = export.write_stablehlo(out, network.variables, network.description, platforms=platforms)
+    print(f"written: {out}\nwritten: {beside}")
+    return 0
+
+
+def import_command(words: list[str]) -> int:
+    """`prdarts import-torch FILE --genotype NAME --workdir DIR`: a PyTorch state_dict as a workdir of ours.
+
+    Args:
+      words: the command line after the command.
+
+    Raises:
+      UserError: bad usage, or a checkpoint that is not the genotype's network; nothing is created then.
+      RunError: a file cannot be written.
+    """
+    parser = _parser("prdarts import-torch", "A PyTorch checkpoint of the DARTS family's evaluation networks.")
+    parser.add_argument("file", metavar="FILE", help="a state_dict of NetworkCIFAR or NetworkImageNet")
+    parser.add_argument("--genotype", metavar="NAME", required=True, help="a name, a file or a workdir")
+    parser.add_argument("--workdir", metavar="DIR", required=True)
+    parser.add_argument("--stem", metavar="STEM", help="cifar | imagenet (default: as the names say)")
+    parser.add_argument("--mean", metavar="M,M,M", help="of the images (default: of CIFAR-10, CIFAR-100 or ImageNet)")
+    parser.add_argument("--std", metavar="S,S,S", help="of the images (default: likewise)")
+    parser.add_argument("--image-size", metavar="PIXELS", help="default: 32, or 224 for ImageNet")
+    parser.add_argument("--overwrite", action="store_true", help="replace the network that is in DIR")
+    args = parser.parse_args(words)
+    from prdarts_jax.space.genotype import Genotype
+    from prdarts_jax.workdir import check_writable
+
+    given = {name: _numbers(f"--{name}", getattr(args, name)) for name in ("mean", "std")}
+    if any(value <= 0 for value in given["std"] or ()):
+        raise UserError(f"--std: {args.std}; allowed: numbers > 0")
+    size = _numbers("--image-size", args.image_size)
+    if size is not None and (len(size) != 1 or size[0] < 1 or size[0] % 1):
+        raise UserError(f"--image-size: {args.image_size}; allowed: one integer >= 1")
+    genotype, workdir = Genotype.load(args.genotype), Path(args.workdir)
+    check_writable(workdir)
+    from prdarts_jax import export, import_torch
+    from prdarts_jax.data.sources import NORMALIZATION
+    from prdarts_jax.network import DerivedNetwork
+    from prdarts_jax.network_plan import check_auxiliary
+
+    there = [name for name in (export.NETWORK_FILE, "genotype.json", "config.json") if (workdir / name).exists()]
+    if there and not (args.overwrite and export.NETWORK_FILE in there and "config.json" not in there):
+        allowed = "another folder" if "config.json" in there else "another folder, or --overwrite"
+        raise UserError(f"--workdir: {str(workdir)!r} holds {there[0]} already; allowed: {allowed}")
+    converted = import_torch.convert(import_torch.load_state_dict(Path(args.file)), genotype, stem=args.stem)
+    net = DerivedNetwork(genotype, **converted.network)
+    if net.stem == "imagenet":
+        data = "imagenet2012"
+    else:
+        data = "cifar100" if net.classes == 100 else "cifar10"
+    pixels = int(size[0]) if size else _PIXELS[net.stem]
+    if net.auxiliary:
+        check_auxiliary(net.stem, pixels, pixels)
+    mean, std = (given[name] or usual for name, usual in zip(("mean", "std"), NORMALIZATION[data], strict=True))
+    image = (pixels, pixels, converted.channels)
+    export.save_network(workdir, net, converted.variables, export.describe(net, image, mean=mean, std=std))
+    for note in converted.notes:
+        print(f"prdarts: note: {note}", file=sys.stderr)
+    heading = f"{net.cells} cells, {net.channels} channels, {net.classes} classes, stem {net.stem}"
+    print(f"{heading}{', auxiliary head' if net.auxiliary else ''}\nwritten: {workdir / export.NETWORK_FILE}")
+    return 0
+
+
+def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag}: {text!r}; allowed: numbers with commas between") from None

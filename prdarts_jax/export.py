@@ -1,0 +1,394 @@
+"""What a trained network is taken away as: a program that runs without this library, or a flat file of its weights.
+
+The program (`stablehlo`) is serialised by jax.export with the weights inside: uint8 images in, logits out, any batch
+size. The flat file (`safetensors`) has one tensor a variable, and a description from which the network is rebuilt.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax import export as jax_export
+
+from prdarts_jax.data.augment import normalize
+from prdarts_jax.errors import RunError, UserError, unknown
+from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.space.genotype import Genotype
+
+SCHEMA_VERSION = 1
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+NETWORK_FILE = "network.safetensors"  # in a workdir: the network itself, when there is no run behind it
+_KEY = "prdarts_jax"  # safetensors metadata: strings only, so one JSON document under one key
+_COLLECTIONS = ("params", "batch_stats")
+_SEPARATOR = "/"
+
+
+class Network(NamedTuple):
+    """A network that was read from a file."""
+
+    net: DerivedNetwork
+    variables: dict[str, Any]  # {"params", "batch_stats"}, NumPy arrays
+    description: dict[str, Any]  # see `describe`
+
+
+# --- the description --------------------------------------------------------------------------------------------------
+
+
+def describe(
+    net: DerivedNetwork,
+    image: Sequence[int],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    class_names: Sequence[str] = (),
+) -> dict[str, Any]:
+    """All that a user of the weights has to know, as JSON values.
+
+    Args:
+      net: the network.
+      image: (H, W, C) of an image.
+      mean, std: [C], of images scaled to 0..1, as the network was trained.
+      class_names: one a class; empty: unknown.
+
+    Returns:
+      {"schema_version", "genotype", "channels", "cells", "classes", "stem", "auxiliary", "image", "mean", "std",
+      "class_names"}.
+
+    Raises:
+      UserError: lengths that do not fit each other.
+
+    >>> net = DerivedNetwork(Genotype.named("PRDARTS"), channels=4, cells=3)
+    >>> describe(net, (8, 8, 1), mean=(0.5,), std=(0.25,))["channels"]
+    4
+    """
+    if len(image) != 3 or any(size < 1 for size in image):
+        raise UserError(f"image: {list(image)}; allowed: height, width, channels, each >= 1")
+    for name, value in (("mean", mean), ("std", std)):
+        if len(value) != image[2]:
+            raise UserError(f"{name}: {len(value)} values for {image[2]} channels; allowed: one a channel")
+    if class_names and len(class_names) != net.classes:
+        raise UserError(f"class_names: {len(class_names)} for {net.classes} classes; allowed: one a class, or none")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "genotype": json.loads(net.genotype.to_json()),
+        "channels": net.channels,
+        "cells": net.cells,
+        "classes": net.classes,
+        "stem": net.stem,
+        "auxiliary": net.auxiliary,
+        "image": [int(size) for size in image],
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
+        "class_names": [str(name) for name in class_names],
+    }
+
+
+def rebuild(description: Mapping[str, Any]) -> DerivedNetwork:
+    """The network of a description.
+
+    Raises:
+      UserError: a field is missing, or the description is of another version.
+
+    >>> net = DerivedNetwork(Genotype.named("PDARTS"), channels=4, cells=3, auxiliary=True)
+    >>> rebuild(describe(net, (32, 32, 3), mean=(0,) * 3, std=(1,) * 3)) == net
+    True
+    """
+    version = description.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(f"schema_version: {version!r} of the network is unknown; allowed: {SCHEMA_VERSION}")
+    fields = ("channels", "cells", "classes", "stem", "auxiliary")
+    for field in ("genotype", *fields, "image", "mean", "std"):
+        if field not in description:
+            raise UserError(f"{field}: missing in the description of the network; allowed: what `describe` gives")
+    genotype = Genotype.from_json(description["genotype"])
+    return DerivedNetwork(genotype, **{field: description[field] for field in fields})
+
+
+# --- a program --------------------------------------------------------------------------------------------------------
+
+
+def stablehlo(
+    variables: Mapping[str, Any],
+    net: DerivedNetwork,
+    image: Sequence[int],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    platforms: Sequence[str] = ("cpu",),
+) -> bytes:
+    """The evaluated network as a serialised program: uint8 [batch,H,W,C], 0..255, to logits float32 [batch,classes].
+
+        logits = net((x / 255 - mean) / std)         running statistics in BN, no auxiliary head, weights inside
+
+    It runs with JAX alone: `jax.export.deserialize(bytearray(data)).call(images)`, for any batch size.
+
+    Args:
+      variables: {"params", "batch_stats"} of the network.
+      net: the network.
+      image: (H, W, C).
+      mean, std: [C], of images scaled to 0..1.
+      platforms: where the program is to run, of cpu | cuda | rocm | tpu; none of them has to be present here.
+
+    Raises:
+      UserError: an unknown platform, figures that do not fit the image.
+      RunError: the package flatbuffers, which jax.export writes with, is absent.
+
+    >>> net = DerivedNetwork(Genotype([[("skip_connect", 0)]], [2], [[("max_pool_3x3", 0)]], [2]), channels=2, cells=3)
+    >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> data = stablehlo(variables, net, (8, 8, 1), mean=(0.5,), std=(0.25,))
+    >>> jax.export.deserialize(bytearray(data)).call(np.zeros((3, 8, 8, 1), np.uint8)).shape
+    (3, 10)
+    """
+    describe(net, image, mean=mean, std=std)
+    for platform in platforms:
+        if platform not in PLATFORMS:
+            raise unknown("platforms", platform, PLATFORMS)
+    if not platforms:
+        raise UserError(f"platforms: none; allowed: at least one of {' | '.join(PLATFORMS)}")
+    _require("flatbuffers", "StableHLO programs are written")
+    evaluated = net.clone(auxiliary=False, axis_name=None)
+    inside = {name: {k: v for k, v in variables[name].items() if k != "auxiliary"} for name in _COLLECTIONS}
+
+    def logits(images: jax.Array) -> jax.Array:
+        return evaluated.apply(inside, normalize(images, mean, std))[0].astype(jnp.float32)
+
+    (batch,) = jax_export.symbolic_shape("batch")
+    argument = jax.ShapeDtypeStruct((batch, *image), jnp.uint8)
+    return bytes(jax_export.export(jax.jit(logits), platforms=tuple(platforms))(argument).serialize())
+
+
+def write_stablehlo(
+    path: Path, variables: Mapping[str, Any], description: Mapping[str, Any], *, platforms: Sequence[str] = ("cpu",)
+) -> Path:
+    """Writes the program, and beside it FILE.json: the description, the platforms, what goes in and what comes out.
+
+    Args:
+      path: of the program.
+      variables: {"params", "batch_stats"}.
+      description: see `describe`.
+      platforms: see `stablehlo`.
+
+    Returns:
+      The path of the JSON file.
+
+    Raises:
+      UserError: as `stablehlo` and `rebuild`.
+      RunError: a file cannot be written; none is left half-written.
+
+    >>> import tempfile
+    >>> net = DerivedNetwork(Genotype([[("skip_connect", 0)]], [2], [[("max_pool_3x3", 0)]], [2]), channels=2, cells=3)
+    >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     description = describe(net, (8, 8, 1), mean=(0.5,), std=(0.25,))
+    ...     write_stablehlo(Path(folder) / "net.stablehlo", variables, description).name
+    'net.stablehlo.json'
+    """
+    image = description["image"]
+    data = stablehlo(
+        variables,
+        rebuild(description),
+        image,
+        mean=description["mean"],
+        std=description["std"],
+        platforms=platforms,
+    )
+    contract = {
+        "format": "jax.export",
+        "platforms": list(platforms),
+        "input": {"dtype": "uint8", "shape": ["batch", *image], "meaning": "pixels 0..255, not normalised"},
+        "output": {"dtype": "float32", "shape": ["batch", description["classes"]], "meaning": "logits"},
+    }
+    beside = Path(f"{path}.json")
+    _write(path, data)
+    _write(beside, (json.dumps({**description, **contract}, indent=1) + "\n").encode())
+    return beside
+
+
+# --- a flat file ------------------------------------------------------------------------------------------------------
+
+
+def safetensors(variables: Mapping[str, Any], path: Path, metadata: Mapping[str, Any]) -> None:
+    """Writes all variables to one safetensors file, under their path in the tree: "params/cell_0/preprocess0/bn/scale".
+
+    Args:
+      variables: a tree of dicts with arrays, such as {"params", "batch_stats"}.
+      path: of the file; replaced if it is there.
+      metadata: JSON values, such as those of `describe`.
+
+    Raises:
+      RunError: the package safetensors is absent, or the file cannot be written; nothing is left half-written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     safetensors({"params": {"w": jnp.ones(2)}}, Path(folder) / "a.safetensors", {"classes": 10})
+    ...     load_safetensors(Path(folder) / "a.safetensors")
+    ({'params': {'w': array([1., 1.], dtype=float32)}}, {'classes': 10})
+    """
+    numpy_format = _require("safetensors.numpy", "safetensors files are written")
+    flat = traverse_util.flatten_dict(dict(variables), sep=_SEPARATOR)
+    # The format stores the bytes of the buffer: a transposed view would come back as another array.
+    tensors = {name: np.asarray(leaf, order="C") for name, leaf in flat.items()}
+    _write(path, numpy_format.save(tensors, metadata={_KEY: json.dumps(dict(metadata))}))
+
+
+def load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the variables as a tree of NumPy arrays, the metadata) of a file that `safetensors` wrote: exactly what went in.
+
+    Raises:
+      UserError: no such file, or no safetensors file of this library.
+      RunError: the package safetensors is absent.
+
+    >>> load_safetensors(Path("absent.safetensors"))
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.UserError: safetensors: no file 'absent.safetensors'
+    """
+    package = _require("safetensors", "safetensors files are read")
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"safetensors: no file {str(path)!r}")
+    try:
+        with package.safe_open(path, framework="numpy") as file:
+            document = (file.metadata() or {}).get(_KEY)
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (package.SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"safetensors: {str(path)!r} cannot be read: {reason}") from None
+    if document is None:
+        raise UserError(f"safetensors: {str(path)!r} has no metadata {_KEY!r}; allowed: a file of prdarts export")
+    return traverse_util.unflatten_dict(flat, sep=_SEPARATOR), json.loads(document)
+
+
+def save_network(
+    workdir: Path, net: DerivedNetwork, variables: Mapping[str, Any], description: Mapping[str, Any]
+) -> None:
+    """Writes network.safetensors and genotype.json into a workdir, which is made if absent.
+
+    Args:
+      workdir: the folder.
+      net: the network.
+      variables: {"params", "batch_stats"} of it.
+      description: see `describe`.
+
+    Raises:
+      UserError: variables that are not those of the network; nothing is created then.
+      RunError: a file cannot be written.
+
+    >>> import tempfile
+    >>> net = DerivedNetwork(Genotype([[("skip_connect", 0)]], [2], [[("max_pool_3x3", 0)]], [2]), channels=2, cells=3)
+    >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_network(Path(folder), net, variables, describe(net, (8, 8, 1), mean=(0.5,), std=(0.25,)))
+    ...     load_network(Path(folder)).net == net
+    True
+    """
+    workdir = Path(workdir)
+    check_variables(net, variables, description["image"][2], "variables")
+    _require("safetensors.numpy", "safetensors files are written")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{workdir} could not be made: {error.strerror or error}") from error
+    _write(workdir / "genotype.json", (net.genotype.to_json() + "\n").encode())
+    safetensors(variables, workdir / NETWORK_FILE, description)
+
+
+def load_network(path: Path) -> Network:
+    """The network of a safetensors file, ready for `net.apply(variables, images)`.
+
+    Args:
+      path: the file, or a workdir that holds network.safetensors.
+
+    Raises:
+      UserError: no such file, no description in it, or tensors that do not fit the description.
+
+    >>> load_network(Path("absent.safetensors"))
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.UserError: safetensors: no file 'absent.safetensors'
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / NETWORK_FILE
+    variables, description = load_safetensors(path)
+    net = rebuild(description)
+    check_variables(net, variables, description["image"][2], str(path))
+    return Network(net, variables, description)
+
+
+def shapes(net: DerivedNetwork, channels: int = 3) -> dict[str, jax.ShapeDtypeStruct]:
+    """Flat name -> shape and dtype of every variable of a network, for images of so many channels.
+
+    >>> net = DerivedNetwork(Genotype.named("PRDARTS"), channels=4, cells=3)
+    >>> shapes(net)["params/stem/conv"].shape
+    (3, 3, 3, 12)
+    """
+    plan = net.plan(channels)
+    layers = {"classifier": plan.classifier, **dict(plan.stem)}
+    if plan.auxiliary is not None:
+        layers["auxiliary"] = plan.auxiliary
+    trees = {name: {"params": layer.declared, "batch_stats": layer.statistics} for name, layer in layers.items()}
+    for i, cell in enumerate(plan.cells):
+        trees[f"cell_{i}"] = {
+            "params": {name: layer.declared for name, layer in cell.layers.items()},
+            "batch_stats": {name: layer.statistics for name, layer in cell.layers.items()},
+        }
+    nested = {collection: {name: tree[collection] for name, tree in trees.items()} for collection in _COLLECTIONS}
+    flat = traverse_util.flatten_dict(nested, sep=_SEPARATOR)
+    return {name: jax.ShapeDtypeStruct(weight.shape, jnp.float32) for name, weight in flat.items()}
+
+
+def check_variables(net: DerivedNetwork, variables: Mapping[str, Any], channels: int, where: str) -> None:
+    """Refuses variables that are not those of the network.
+
+    Raises:
+      UserError: names the first variable that is missing, unknown or of another shape.
+
+    >>> check_variables(DerivedNetwork(Genotype.named("PRDARTS")), {}, 3, "a.safetensors")
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.UserError: a.safetensors: params/classifier/kernel is missing; allowed: the variables of the described network
+    """  # noqa: E501 (the message is one line)
+    wanted, found = shapes(net, channels), traverse_util.flatten_dict(dict(variables), sep=_SEPARATOR)
+    for name in (*wanted, *found):
+        if name not in found:
+            raise UserError(f"{where}: {name} is missing; allowed: the variables of the described network")
+        if name not in wanted:
+            raise UserError(f"{where}: {name} is unknown; allowed: the variables of the described network")
+        if np.shape(found[name]) != wanted[name].shape:
+            shape = list(np.shape(found[name]))
+            raise UserError(f"{where}: {name} has shape {shape}; allowed: {list(wanted[name].shape)}")
+
+
+# --- files and packages -----------------------------------------------------------------------------------------------
+
+
+def _require(package: str, what: str) -> Any:
+    """Only these functions need the package, so that the rest of the library works without it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.partition(".")[0]
+        raise RunError(f"{what} with the package {name}, which is not installed (pip install {name})") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A reader, or a kill, finds the old content or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
