@@ -54,7 +54,7 @@ def export_command(words: list[str]) -> int:
         print(f"written: {out}")
         return 0
     platforms = [name for name in args.platforms.split(",") if name]
-    beside = export.write_stablehlo(out, network.variables, network.description, platforms=platforms)
+    beside = export.write_stablehlo(out, network.variables, network.net, network.description, platforms=platforms)
     print(f"written: {out}\nwritten: {beside}")
     return 0
 

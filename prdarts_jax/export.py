@@ -167,13 +167,19 @@ def stablehlo(
 
 
 def write_stablehlo(
-    path: Path, variables: Mapping[str, Any], description: Mapping[str, Any], *, platforms: Sequence[str] = ("cpu",)
+    path: Path,
+    variables: Mapping[str, Any],
+    net: DerivedNetwork,
+    description: Mapping[str, Any],
+    *,
+    platforms: Sequence[str] = ("cpu",),
 ) -> Path:
     """Writes the program, and beside it FILE.json: the description, the platforms, what goes in and what comes out.
 
     Args:
       path: of the program.
-      variables: {"params", "batch_stats"}.
+      variables: {"params", "batch_stats"} of the network.
+      net: the network; its dtype is that of the computation.
       description: see `describe`.
       platforms: see `stablehlo`.
 
@@ -181,7 +187,7 @@ def write_stablehlo(
       The path of the JSON file.
 
     Raises:
-      UserError: as `stablehlo` and `rebuild`.
+      UserError: as `stablehlo`.
       RunError: a file cannot be written; none is left half-written.
 
     >>> import tempfile
@@ -189,18 +195,12 @@ def write_stablehlo(
     >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     description = describe(net, (8, 8, 1), mean=(0.5,), std=(0.25,))
-    ...     write_stablehlo(Path(folder) / "net.stablehlo", variables, description).name
+    ...     write_stablehlo(Path(folder) / "net.stablehlo", variables, net, description).name
     'net.stablehlo.json'
     """
     image = description["image"]
-    data = stablehlo(
-        variables,
-        rebuild(description),
-        image,
-        mean=description["mean"],
-        std=description["std"],
-        platforms=platforms,
-    )
+    mean, std = description["mean"], description["std"]
+    data = stablehlo(variables, net, image, mean=mean, std=std, platforms=platforms)
     contract = {
         "format": "jax.export",
         "platforms": list(platforms),

@@ -82,7 +82,7 @@ assert not ours, ours
 
 
 def test_the_program_runs_with_jax_alone(trained: Trained, tmp_path: Path) -> None:
-    beside = export.write_stablehlo(tmp_path / "net.stablehlo", trained.variables, trained.description)
+    beside = export.write_stablehlo(tmp_path / "net.stablehlo", trained.variables, trained.net, trained.description)
     rng = np.random.default_rng(1)
     batches = {f"of{n}": rng.integers(0, 256, (n, *IMAGE), np.uint8) for n in (2, 7)}
     np.savez(tmp_path / "images.npz", **batches)
@@ -207,7 +207,7 @@ def test_an_absent_package_is_one_line(trained: Trained, tmp_path: Path, monkeyp
     with pytest.raises(RunError, match="pip install safetensors"):
         export.save_network(tmp_path / "new", *trained)
     with pytest.raises(RunError, match="pip install flatbuffers"):
-        export.write_stablehlo(tmp_path / "a", trained.variables, trained.description)
+        export.write_stablehlo(tmp_path / "a", trained.variables, trained.net, trained.description)
     assert not list(tmp_path.iterdir())
 
 
