@@ -37,8 +37,7 @@ doctest: $(STAMP)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --doctest-modules prdarts_jax $(ARGS)
 
 bench: $(STAMP)
-	@test -e benchmarks/__main__.py || { echo "no benchmarks yet"; exit 0; }; \
-	  $(BIN)/python -m benchmarks --scale smoke $(ARGS)
+	$(BIN)/python -m benchmarks --scale smoke $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

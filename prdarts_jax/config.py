@@ -128,6 +128,7 @@ class DataConfig:
     """The data and its augmentation. Where it lies (`run.data_dir`) is not part of what is computed."""
 
     source: str = "tfds:cifar10"  # digits | tfds:NAME | npz:FILE | folder:DIR
+    examples: int = 0  # use at most so many training images, a seeded random subset; 0 = all
     crop_padding: int = 4  # random crop after zero padding by so many pixels; 0 = none
     flip: bool = True  # random horizontal flip
     cutout: int = 0  # side of the square set to zero after normalisation; 0 = none
@@ -139,7 +140,7 @@ class DataConfig:
             raise UserError(
                 f"data.source: {self.source!r} is not a source; allowed: digits | tfds:NAME | npz:FILE | folder:DIR"
             )
-        _minimum(self, "data.", crop_padding=0, cutout=0)
+        _minimum(self, "data.", examples=0, crop_padding=0, cutout=0)
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,13 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "cifar10-small": Preset(
-        "CIFAR-10 at a scale for two cores",
+        "CIFAR-10 at a scale for two cores: a fifth of the images, a narrow and shallow network",
         settings={
             "data.source": "tfds:cifar10",
+            "data.examples": 10_000,
             "space.channels": 8,
             "space.cells": 5,
-            "epochs": 10,
+            "epochs": 15,
             "batch_size": 64,
         },
     ),

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -19,7 +20,7 @@ from prdarts_jax import bilevel, parallel, strategies, userfile
 from prdarts_jax import config as cfg
 from prdarts_jax.config import MethodConfig, SearchConfig
 from prdarts_jax.data.augment import check_augment
-from prdarts_jax.data.batches import check_batch
+from prdarts_jax.data.batches import check_batch, split_indices
 from prdarts_jax.data.sources import Dataset, load
 from prdarts_jax.errors import UserError
 from prdarts_jax.search_program import Problem
@@ -63,7 +64,7 @@ def prepare(
     digests["data"] = dataset.digest
     images = dataset.train_images
     check_augment(images.shape[1:3], crop_padding=config.data.crop_padding, cutout=config.data.cutout)
-    check_batch(config.batch_size, len(images) // 2, mesh.size)
+    check_batch(config.batch_size, len(halves(config, len(images))[0]), mesh.size)
 
     primitives = None
     if config.space.primitives:
@@ -85,6 +86,16 @@ def prepare(
         dtype=config.dtype,
     )
     return Inputs(problem, dataset, mesh, digests)
+
+
+def halves(config: SearchConfig, examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the images for the weights and of those for the architecture: disjoint, of one size.
+
+    The split is a seeded permutation, so the beginnings of its halves are random subsets (`data.examples`).
+    """
+    used = config.data.examples // 2 or None
+    weights, arch = split_indices(examples, config.seed)
+    return weights[:used], arch[:used]
 
 
 def with_method(config: SearchConfig, strategy: Strategy | Callable[..., Strategy] | None) -> SearchConfig:

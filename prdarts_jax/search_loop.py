@@ -211,7 +211,7 @@ class _Run:
         self.config, self.inputs, self.workdir, self.notes, self.stop = config, inputs, workdir, notes, stop
         self.old, self.document = old, document
         self.problem, self.mesh = inputs.problem, inputs.mesh
-        self.train_half, self.val_half = batches.split_indices(len(inputs.dataset.train_images), config.seed)
+        self.train_half, self.val_half = search_inputs.halves(config, len(inputs.dataset.train_images))
         self.epoch_steps = len(self.train_half) // config.batch_size
         self.total_steps = self.epoch_steps * config.epochs
         self.key = jax.random.key(config.seed)

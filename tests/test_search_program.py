@@ -11,7 +11,8 @@ import pytest
 import search_cases
 from search_cases import BATCH, EPOCH_STEPS, EPOCHS, FLAGS, IMAGES, TOTAL, digits, final_state, rows, search
 
-from prdarts_jax import search_inputs, search_program
+from prdarts_jax import config as cfg
+from prdarts_jax import presets, search_inputs, search_program
 from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.data import batches
 from prdarts_jax.data.augment import normalize
@@ -221,3 +222,15 @@ def test_an_evaluation_counts_every_image_once(finished):
     found = program(state, order, mask, progress, data)
     expected = _by_hand(inputs, state, progress["tau"], order, mask)
     assert [float(value) for value in found] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_subset_of_the_images_keeps_the_split():
+    config = presets.resolve("digits").config
+    weights, arch = search_inputs.halves(config, 1437)
+    assert len(weights) == len(arch) == 718 and not set(weights) & set(arch)
+    few = cfg.replace(config, {"data.examples": 101})
+    small, other = search_inputs.halves(few, 1437)
+    np.testing.assert_array_equal(small, weights[:50])
+    np.testing.assert_array_equal(other, arch[:50])
+    many = cfg.replace(config, {"data.examples": 5000})
+    np.testing.assert_array_equal(search_inputs.halves(many, 1437)[0], weights)

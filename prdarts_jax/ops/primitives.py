@@ -26,7 +26,8 @@ class Primitive(NamedTuple):
     """One candidate operation.
 
     Attributes:
-      group: "none" | "skip" | "pool" | "conv"; penalties and reports speak of groups.
+      group: "none" | "skip" | "pool" | "conv"; penalties and reports speak of groups. Another name is a group of its
+        own, which counts as not skip. "none" is never computed nor derived; "pool" is normalised in the search.
       weights: (channels, stride) -> {name: Weight}; empty: an operation without weights.
       apply: (params, x [B,H,W,C], stride, leaves) -> y [B,ceil(H/s),ceil(W/s),C].
     """

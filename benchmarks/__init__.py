@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks --scale smoke|full`. Ratios are measured in one run on one machine."""
