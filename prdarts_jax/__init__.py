@@ -15,21 +15,42 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prdarts_jax.config import SearchConfig
     from prdarts_jax.errors import RunError, UserError
+    from prdarts_jax.evaluation import Evaluation, evaluate
     from prdarts_jax.presets import resolve
     from prdarts_jax.search_loop import SearchResult, search
     from prdarts_jax.space.genotype import Genotype
+    from prdarts_jax.train_config import TrainConfig
+    from prdarts_jax.train_loop import TrainResult, train
 
 __version__ = "0.1.0"
-__all__ = ["Genotype", "RunError", "SearchConfig", "SearchResult", "UserError", "resolve", "search"]
+__all__ = [
+    "Evaluation",
+    "Genotype",
+    "RunError",
+    "SearchConfig",
+    "SearchResult",
+    "TrainConfig",
+    "TrainResult",
+    "UserError",
+    "evaluate",
+    "resolve",
+    "search",
+    "train",
+]
 
 _HOME = {
+    "Evaluation": "evaluation",
     "Genotype": "space.genotype",
     "RunError": "errors",
     "SearchConfig": "config",
     "SearchResult": "search_loop",
+    "TrainConfig": "train_config",
+    "TrainResult": "train_loop",
     "UserError": "errors",
+    "evaluate": "evaluation",
     "resolve": "presets",
     "search": "search_loop",
+    "train": "train_loop",
 }
 
 

@@ -110,7 +110,7 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean((jnp.argmax(logits, axis=1) == labels).astype(jnp.float32))
 
 
-def _set_learning_rate(opt_state: Any, rate: Any) -> Any:
+def set_learning_rate(opt_state: Any, rate: Any) -> Any:
     """Sets the learning rate of an `inject_hyperparams` state; a transformation without one keeps its own."""
     if rate is None or not isinstance(getattr(opt_state, "hyperparams", None), dict):
         return opt_state
@@ -121,7 +121,8 @@ def _set_learning_rate(opt_state: Any, rate: Any) -> Any:
     return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
 
 
-def _mean_over(axis_name: str | None, tree: Any) -> Any:
+def mean_over(axis_name: str | None, tree: Any) -> Any:
+    """The mean of a tree over a mapped axis; None on one device, where there is nothing to do."""
     return tree if axis_name is None else lax.pmean(tree, axis_name)
 
 
@@ -158,8 +159,8 @@ def make_search_step(
     ) -> tuple[SearchState, Metrics]:
         gates = strategy.sample(key, state.arch, progress)
         (loss, acc), grads = jax.value_and_grad(losses, has_aux=True)(state.weights, gates, batch)
-        loss, acc, grads = _mean_over(axis_name, (loss, acc, grads))
-        opt = _set_learning_rate(state.weight_opt, progress.get("weight_learning_rate"))
+        loss, acc, grads = mean_over(axis_name, (loss, acc, grads))
+        opt = set_learning_rate(state.weight_opt, progress.get("weight_learning_rate"))
         updates, opt = weight_tx.update(grads, opt, state.weights)
         weights = optax.apply_updates(state.weights, updates)
         metrics = {
@@ -176,7 +177,7 @@ def make_search_step(
             return loss, (acc, gates)
 
         (loss, (acc, gates)), grads = jax.value_and_grad(validation, has_aux=True)(state.arch)
-        loss, acc, grads = _mean_over(axis_name, (loss, acc, grads))
+        loss, acc, grads = mean_over(axis_name, (loss, acc, grads))
         metrics = {"val_loss": loss, "val_accuracy": acc, "gradient_norm/cross_entropy": optax.global_norm(grads)}
         # The penalty depends on arch alone, not on data, so its gradient is the same on every device. One gradient a
         # term (they are a few hundred numbers) shows which force moves the architecture.
@@ -189,7 +190,7 @@ def make_search_step(
         metrics["penalty/total"] = total
         if "saturated" in gates.stats:
             metrics["gates/saturated"] = gates.stats["saturated"]
-        opt = _set_learning_rate(state.arch_opt, progress.get("arch_learning_rate"))
+        opt = set_learning_rate(state.arch_opt, progress.get("arch_learning_rate"))
         updates, opt = arch_tx.update(grads, opt, state.arch)
         return dataclasses.replace(state, arch=optax.apply_updates(state.arch, updates), arch_opt=opt), metrics
 

@@ -5,9 +5,7 @@ JAX is imported by the commands that compute, never by `--help`.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import errno
 import json
 import os
@@ -15,60 +13,40 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import prdarts_jax
+from prdarts_jax import cli_flags, cli_train, presets
 from prdarts_jax import config as cfg
-from prdarts_jax import presets
+from prdarts_jax.cli_flags import COMMON, Command, compilation_cache, help_text, print_config
+from prdarts_jax.cli_flags import Parser as _Parser
+from prdarts_jax.cli_flags import shown as _shown
 from prdarts_jax.config import SearchConfig
 from prdarts_jax.errors import RunError, UserError, unknown
 from prdarts_jax.strategies import registry
 
-# The flags worth a short name: flag -> config path. Every other field is its path, `--arch.beta1 0.9`.
 ALIASES: Mapping[str, str] = {
     "strategy": "method.strategy",
-    "data": "data.source",
-    "data-dir": "run.data_dir",
-    "workdir": "run.workdir",
-    "epochs": "epochs",
-    "batch-size": "batch_size",
     "channels": "space.channels",
     "cells": "space.cells",
-    "seed": "seed",
-    "dtype": "dtype",
-    "devices": "run.devices",
-    "checkpoint-every": "run.checkpoint_every",
-    "checkpoint-minutes": "run.checkpoint_minutes",
-    "steps-per-dispatch": "run.steps_per_dispatch",
-    "time-limit": "run.time_limit",
-    "overwrite": "run.overwrite",
-    "weight-tx": "weights.transform",
     "arch-tx": "arch.transform",
-    "progress": "run.progress",
-    "tensorboard": "run.tensorboard",
+    **COMMON,
 }
-_OWN = {"preset", "print_config", "json", "help"}  # of `prdarts search`, no config fields
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a UserError, so that every error is the same single line."""
-
-    def __init__(self, prog: str, **kwargs: Any) -> None:
-        super().__init__(prog=prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, extra = self.parse_known_args(args, namespace)
-        for word in extra:
-            if word.startswith("--"):
-                raise _no_flag(word.partition("=")[0], self._option_string_actions, f"{self.prog} --help")
-        if extra:
-            raise UserError(f"unexpected {extra[0]!r} (see {self.prog} --help)")
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+SEARCH = Command(
+    name="search",
+    kind=SearchConfig,
+    aliases=ALIASES,
+    own={
+        "--preset NAME": " | ".join(presets.PRESETS) + " (default: paper)",
+        "--print-config": "print every value and its source, and stop",
+        "--json": "with --print-config: as JSON",
+    },
+    intro="usage: prdarts search [--preset NAME] [--FIELD VALUE ...]\n\n"
+    "Searches a cell. The same command again resumes; --flag, --no-flag and --flag=false set a switch.",
+    presets=presets.PRESETS,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,145 +106,21 @@ def _overview() -> str:
     return "\n".join(["usage: prdarts COMMAND ...  (prdarts COMMAND --help)", "", *lines])
 
 
-# Flags of config fields
-
-
-def _find(name: str, fields: Mapping[str, Any]) -> tuple[str, bool] | None:
-    """The config path a flag means, and whether the flag negates it; None for no config field."""
-    name = name.replace("-", "_")
-    aliases = {flag.replace("-", "_"): path for flag, path in ALIASES.items()}
-    for spelled, negated in ((name, False), (_without_no(name), True)):
-        path = aliases.get(spelled, spelled)
-        if path in fields and path != "method.options":
-            return path, negated
-        option = path.removeprefix("method.").removeprefix("options.")
-        if path.startswith("method.") and option and (negated or not _without_no(name)):
-            return f"{presets.OPTIONS}{option}", negated
-    return None
-
-
-def _without_no(name: str) -> str:
-    """`no_data.flip` or `data.no_flip` as `data.flip`; empty if there is no `no`."""
-    if name.startswith("no_"):
-        return name.removeprefix("no_")
-    section, dot, last = name.rpartition(".")
-    return f"{section}{dot}{last.removeprefix('no_')}" if last.startswith("no_") else ""
-
-
-def split_flags(words: Sequence[str], kind: type = SearchConfig) -> tuple[dict[str, Any], list[str]]:
-    """Takes the flags of config fields out of a command line.
-
-    Args:
-      words: the command line after the command.
-      kind: the config class.
-
-    Returns:
-      dotted path -> string or bool, and the other words.
-
-    Raises:
-      UserError: a flag that does not exist (with the nearest one), or a flag without its value.
+def split_flags(words: Sequence[str], command: Command = SEARCH) -> tuple[dict[str, Any], list[str]]:
+    """Takes the flags of config fields out of a command line, see `cli_flags.split_flags`.
 
     >>> split_flags(["--space.head-norm=false", "--cells", "5", "--no-data.flip", "--preset", "digits"])
     ({'space.head_norm': 'false', 'space.cells': '5', 'data.flip': False}, ['--preset', 'digits'])
     """
-    fields = {path: hint for path, hint, _ in cfg.fields(kind)}
-    found: dict[str, Any] = {}
-    rest: list[str] = []
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name.replace("-", "_") in _OWN:
-            rest.append(word)
-            if word == "--preset" and queue:
-                rest.append(queue.pop(0))
-            continue
-        match = _find(name, fields)
-        if match is None:
-            own = (flag.replace("_", "-") for flag in sorted(_OWN))
-            known = [f"--{flag}" for flag in (*ALIASES, *own, *fields) if flag != "method.options"]
-            raise _no_flag(f"--{name}", known, "prdarts search --help")
-        path, negated = match
-        follows = bool(queue) and not queue[0].startswith("--")
-        # An option's type is known by its strategy only: without a value it is a switch, and the strategy objects.
-        switch = fields.get(path) is bool or path.startswith(presets.OPTIONS)
-        if negated:
-            if equals or not switch:
-                raise UserError(f"{path}: --{name} takes no value; allowed: a true | false field")
-            found[path] = False
-        elif equals:
-            found[path] = value
-        elif follows:
-            found[path] = queue.pop(0)
-        elif switch:
-            found[path] = True
-        else:
-            raise UserError(f"{path}: --{name} needs a value")
-    return found, rest
-
-
-def _no_flag(given: str, known: Iterable[str], where: str) -> UserError:
-    same = {flag.replace("-", "_"): flag for flag in known}
-    near = difflib.get_close_matches(given.replace("-", "_"), same, n=1)
-    hint = f"did you mean {same[near[0]]}? " if near else ""
-    return UserError(f"flag: unknown {given}; {hint}({where} lists all)")
+    return cli_flags.split_flags(words, command)
 
 
 # Commands
 
 
-def _search_help() -> str:
-    own = [
-        ("--preset NAME", " | ".join(presets.PRESETS) + " (default: paper)"),
-        ("--print-config [--json]", "print every value and its source, and stop"),
-    ]
-    short = {path: flag for flag, path in ALIASES.items()}
-    comments = cfg.comments(SearchConfig)
-    sections: dict[str, list[tuple[str, str]]] = {"": []}
-    for path, _, default in cfg.fields(SearchConfig):
-        section = path.rpartition(".")[0]
-        if path == "method.options":
-            row = ("--method.NAME", "an option of the strategy (prdarts strategies lists them)")
-        else:
-            flags = [f"--{path.replace('_', '-') if not section else path}"]
-            if path in short and short[path] != path.replace("_", "-"):
-                flags.insert(0, f"--{short[path]}")
-            row = (", ".join(flags), comments[path] + (f" (default: {_shown(default)})" if default != "" else ""))
-        sections.setdefault(section, []).append(row)
-    docs = {name: type(cfg.get(SearchConfig(), name)).__doc__ or "" for name in sections if name}
-    width = max(len(flag) for rows in sections.values() for flag, _ in rows) + 2
-    lines = ["usage: prdarts search [--preset NAME] [--FIELD VALUE ...]", ""]
-    lines += ["Searches a cell. The same command again resumes; --flag, --no-flag and --flag=false set a switch.", ""]
-    for section, rows in [("", own + sections.pop("")), *sections.items()]:
-        lines += [f"{section}: {docs[section].splitlines()[0]}"] if section else []
-        lines += [f"  {flag:<{width}}{text}" for flag, text in rows] + [""]
-    lines += ["Summary of the presets:"]
-    lines += [f"  {name:<{width}}{preset.summary}" for name, preset in presets.PRESETS.items()]
-    return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value):
-        return ",".join(value)
-    return json.dumps(value) if isinstance(value, list | tuple | dict) or value == "" else str(value)
-
-
-def _print_config(resolved: presets.Resolved, as_json: bool) -> None:
-    rows = presets.table(resolved)
-    if as_json:
-        print(json.dumps({path: {"value": value, "source": source} for path, value, source in rows}, indent=1))
-        return
-    width = max(len(path) for path, _, _ in rows)
-    longest = max(len(text) for _, value, _ in rows if len(text := _shown(value)) <= 40)
-    for path, value, source in rows:
-        print(f"{path:<{width}} = {_shown(value):<{longest}}  # {source}")
-
-
 def _search(words: list[str]) -> int:
     if "--help" in words or "-h" in words:
-        print(_search_help())
+        print(help_text(SEARCH))
         return 0
     flags, rest = split_flags(words)
     parser = _Parser("prdarts search", add_help=False)
@@ -278,14 +132,14 @@ def _search(words: list[str]) -> int:
         raise UserError("flag: --json goes with --print-config")
     if args.preset not in presets.PRESETS:
         raise unknown("preset", args.preset, presets.PRESETS)
-    _compilation_cache()  # before a strategy's module imports JAX
+    compilation_cache()  # before a strategy's module imports JAX
     resolved = presets.resolve(args.preset, flags.pop("method.strategy", None), flags)
     config = resolved.config
     if not config.run.workdir:
         config = cfg.replace(config, {"run.workdir": f"runs/search-{args.preset}-seed{config.seed}"})
         resolved = dataclasses.replace(resolved, config=config)
     if args.print_config:
-        _print_config(resolved, args.json)
+        print_config(presets.table(resolved), args.json)
         return 0
     from prdarts_jax import search_loop
 
@@ -311,19 +165,6 @@ def _finish(result: Any, workdir: Path, command: str) -> int:
     if result.report:
         print(f"report: {result.report}")
     return 0
-
-
-def _compilation_cache() -> None:
-    """Compiled programs are kept in the user's cache directory, so that another seed starts without compiling.
-
-    JAX reads the environment when it is imported; what the user has set there wins.
-    """
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # no home directory: every start compiles
-        return
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(base / "prdarts_jax" / "jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def _derive(words: list[str]) -> int:
@@ -436,6 +277,8 @@ def _data(words: list[str]) -> int:
 
 _COMMANDS: Mapping[str, tuple[Callable[[list[str]], int], str]] = {
     "search": (_search, "search a cell; the same command again resumes"),
+    "train": (cli_train.train, "train a genotype from scratch; the same command again resumes"),
+    "evaluate": (cli_train.evaluate, "how good a trained network is: accuracy, classes, calibration"),
     "derive": (_derive, "the genotype of a search, as JSON"),
     "report": (_report, "one self-contained HTML report of one or several searches"),
     "strategies": (_strategies, "the search methods and their options"),

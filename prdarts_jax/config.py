@@ -33,15 +33,17 @@ OPS = (
 DTYPES = ("float32", "bfloat16")
 
 
-def _require(holds: bool, path: str, value: object, allowed: str) -> None:
+def require(holds: bool, path: str, value: object, allowed: str) -> None:
+    """Refuses the value of a field in one line, unless it `holds`."""
     if not holds:
         raise UserError(f"{path}: {value!r} is not possible; allowed: {allowed}")
 
 
-def _minimum(config: object, section: str, **least: float) -> None:
+def minimum(config: object, section: str, **least: float) -> None:
+    """Refuses fields of a config below their least value; `section` is their path with its dot."""
     for name, low in least.items():
         value = getattr(config, name)
-        _require(value >= low, f"{section}{name}", value, f">= {low}")
+        require(value >= low, f"{section}{name}", value, f">= {low}")
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,23 @@ class SpaceConfig:
     primitives: str = ""  # FILE.py with PRIMITIVES = {name: Primitive(...)} of the user
 
     def __post_init__(self) -> None:
-        _minimum(self, "space.", cells=3, channels=2, nodes=1)
-        _require(self.channels % 2 == 0, "space.channels", self.channels, "an even number (reductions halve it)")
-        _require(len(self.ops) >= 1, "space.ops", self.ops, "at least one operation")
-        _require(len(set(self.ops)) == len(self.ops), "space.ops", ",".join(self.ops), "each operation once")
-        _require(set(self.ops) != {"none"}, "space.ops", "none", "at least one operation besides none")
+        minimum(self, "space.", cells=3, channels=2, nodes=1)
+        require(self.channels % 2 == 0, "space.channels", self.channels, "an even number (reductions halve it)")
+        require(len(self.ops) >= 1, "space.ops", self.ops, "at least one operation")
+        require(len(set(self.ops)) == len(self.ops), "space.ops", ",".join(self.ops), "each operation once")
+        require(set(self.ops) != {"none"}, "space.ops", "none", "at least one operation besides none")
         if not self.primitives:
             for name in self.ops:
                 if name not in OPS:
                     raise unknown("space.ops", name, OPS)
         if self.edge_ops:
             edges = sum(2 + n for n in range(self.nodes))
-            _require(len(self.edge_ops) == 2, "space.edge_ops", len(self.edge_ops), "a list for normal and for reduce")
+            require(len(self.edge_ops) == 2, "space.edge_ops", len(self.edge_ops), "a list for normal and for reduce")
             for kind, lists in zip(("normal", "reduce"), self.edge_ops, strict=True):
                 path = f"space.edge_ops.{kind}"
-                _require(len(lists) == edges, path, len(lists), f"{edges} lists, one an edge")
+                require(len(lists) == edges, path, len(lists), f"{edges} lists, one an edge")
                 for edge, names in enumerate(lists):
-                    _require(len(names) > 0, f"{path}[{edge}]", names, "at least one operation an edge")
+                    require(len(names) > 0, f"{path}[{edge}]", names, "at least one operation an edge")
                     for name in names:
                         if name not in self.ops:
                             raise unknown(f"{path}[{edge}]", name, self.ops)
@@ -101,8 +103,8 @@ class WeightsConfig:
     transform: str = ""  # path.py:factory(config) -> an optax transformation in place of all of the above
 
     def __post_init__(self) -> None:
-        _minimum(self, "weights.", learning_rate=0, learning_rate_min=0, momentum=0, weight_decay=0)
-        _require(self.clip_norm > 0, "weights.clip_norm", self.clip_norm, "> 0 (inf = no clipping)")
+        minimum(self, "weights.", learning_rate=0, learning_rate_min=0, momentum=0, weight_decay=0)
+        require(self.clip_norm > 0, "weights.clip_norm", self.clip_norm, "> 0 (inf = no clipping)")
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,10 @@ class ArchConfig:
     transform: str = ""  # path.py:factory(config) -> an optax transformation in place of all of the above
 
     def __post_init__(self) -> None:
-        _minimum(self, "arch.", learning_rate=0, beta1=0, beta2=0, weight_decay=0)
-        _require(self.beta1 < 1, "arch.beta1", self.beta1, "in [0, 1)")
-        _require(self.beta2 < 1, "arch.beta2", self.beta2, "in [0, 1)")
-        _require(self.eps > 0, "arch.eps", self.eps, "> 0")
+        minimum(self, "arch.", learning_rate=0, beta1=0, beta2=0, weight_decay=0)
+        require(self.beta1 < 1, "arch.beta1", self.beta1, "in [0, 1)")
+        require(self.beta2 < 1, "arch.beta2", self.beta2, "in [0, 1)")
+        require(self.eps > 0, "arch.eps", self.eps, "> 0")
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class DataConfig:
             raise UserError(
                 f"data.source: {self.source!r} is not a source; allowed: digits | tfds:NAME | npz:FILE | folder:DIR"
             )
-        _minimum(self, "data.", examples=0, crop_padding=0, cutout=0)
+        minimum(self, "data.", examples=0, crop_padding=0, cutout=0)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class RunConfig:
     devices: str = "all"  # N | all
     checkpoint_every: int = 1  # epochs between checkpoints
     checkpoint_minutes: float = 10.0  # and at the latest after so many minutes
-    steps_per_dispatch: int = 10  # bilevel steps in one call of the compiled program
+    steps_per_dispatch: int = 10  # steps in one call of the compiled program
     time_limit: float = 0.0  # minutes after which the run stops with a checkpoint; 0 = none
     overwrite: bool = False  # start again in a workdir that holds another run
     progress: str = "auto"  # auto | bar | lines | off
@@ -161,8 +163,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.devices != "all":
-            _require(self.devices.isdigit() and int(self.devices) > 0, "run.devices", self.devices, "a number or all")
-        _minimum(
+            require(self.devices.isdigit() and int(self.devices) > 0, "run.devices", self.devices, "a number or all")
+        minimum(
             self, "run.", checkpoint_every=1, checkpoint_minutes=0, steps_per_dispatch=1, time_limit=0, log_every=1
         )
         if self.progress not in ("auto", "bar", "lines", "off"):
@@ -194,12 +196,12 @@ class SearchConfig:
     evaluate_every: int = 0  # epochs between full evaluations with the expected gates; 0 = never
 
     def __post_init__(self) -> None:
-        _minimum(self, "", epochs=1, batch_size=1, seed=0, evaluate_every=0)
+        minimum(self, "", epochs=1, batch_size=1, seed=0, evaluate_every=0)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.run.devices != "all":
             devices = int(self.run.devices)
-            _require(self.batch_size % devices == 0, "batch_size", self.batch_size, f"a multiple of {devices} devices")
+            require(self.batch_size % devices == 0, "batch_size", self.batch_size, f"a multiple of {devices} devices")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -349,7 +351,7 @@ def replace(config: Any, changes: Mapping[str, Any]) -> Any:
     return from_dict(type(config), nested)
 
 
-def computed(config: SearchConfig) -> dict[str, Any]:
+def computed(config: Any) -> dict[str, Any]:
     """What is computed: the flat fields that must be equal for a run to be resumed (all but `run`)."""
     flat = {path: get(config, path) for path, _, _ in fields(type(config)) if not path.startswith("run.")}
     options = flat.pop("method.options", {})

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-import resource
-import shutil
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -16,19 +11,23 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from prdarts_jax import config as cfg
-from prdarts_jax import parallel, search_inputs, search_program
-from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax import parallel, runs, search_inputs, search_program
 from prdarts_jax.config import SearchConfig
 from prdarts_jax.data import batches
+from prdarts_jax.dispatch import Images
+from prdarts_jax.epoch_loop import Epoch, EpochLoop, Speed, Start
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.metrics import MetricsLog, Progress, check_finite
+from prdarts_jax.runs import EpochLog
+from prdarts_jax.schedules import cosine as learning_rate
 from prdarts_jax.search_inputs import Inputs
-from prdarts_jax.search_program import Carry, Images, Orders
+from prdarts_jax.search_program import Carry, Orders
 from prdarts_jax.signals import StopRequest
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.strategies.base import Stop
 from prdarts_jax.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable
+
+__all__ = ["RunError", "SearchResult", "UserError", "learning_rate", "search"]
 
 # Everything a search writes: what --overwrite may remove, and nothing else. The config goes last: while it is there,
 # a folder that a kill left half-cleared is known as that of a search.
@@ -97,129 +96,43 @@ def search(
     config = search_inputs.with_method(config, strategy)
     inputs = search_inputs.prepare(config, weight_tx=weight_tx, arch_tx=arch_tx, strategy=strategy, data=data)
     document = search_inputs.document(config, inputs, sources)
-    _check_workdir(workdir, document, config.run.overwrite)
+    overwrite, compared = config.run.overwrite, search_inputs.compared
+    runs.check_workdir(workdir, document, overwrite=overwrite, compared=compared)
     with WorkdirLock(workdir), StopRequest() as stop:
         notes = out if out is not None else sys.stdout
         # Again, now that no other process can change it.
-        old = _check_workdir(workdir, document, config.run.overwrite)
-        if config.run.overwrite:
-            _clear(workdir)
+        old = runs.check_workdir(workdir, document, overwrite=overwrite, compared=compared)
+        if overwrite:
+            runs.clear(workdir, _OWN)
         if old is not None and (workdir / "genotype.json").is_file():
             found = Genotype.load(workdir)
-            return SearchResult("already-finished", found, workdir, _report_path(workdir))
+            return SearchResult("already-finished", found, workdir, runs.report_path(workdir))
         if old is None:
             atomic_write_json(workdir / "config.json", document)
-        run = _Run(config, inputs, workdir, notes, stop, old, document)
-        return run.run()
-
-
-# --- the workdir ------------------------------------------------------------------------------------------------------
-
-
-def _check_workdir(workdir: Path, document: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The config.json of the search in the workdir, or None; refuses another search and a folder of something else."""
-    path = workdir / "config.json"
-    if not workdir.is_dir():
-        return None
-    if not path.is_file():
-        # A process killed in its first moment leaves its lock, perhaps a half-written config.
-        unfinished = (".lock", ".config.json.*.tmp")
-        foreign = sorted(p.name for p in workdir.iterdir() if not any(p.match(name) for name in unfinished))
-        if foreign:
-            raise UserError(
-                f"workdir: {workdir} holds {foreign[0]!r} and no config.json; allowed: a new folder or one of a search"
-            )
-        return None
-    if overwrite:
-        return None
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        before = search_inputs.compared(old)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"workdir: {path} is not the config of a search ({reason}); --overwrite starts again") from None
-    differences = cfg.differences(before, search_inputs.compared(document))
-    if differences:
-        raise UserError(
-            f"workdir: {workdir} holds another search ({'; '.join(differences)}); "
-            "use another --workdir, or --overwrite to start again"
-        )
-    return old
-
-
-def _clear(workdir: Path) -> None:
-    for name in _OWN:
-        path = workdir / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _report_path(workdir: Path) -> Path | None:
-    path = workdir / "report.html"
-    return path if path.is_file() else None
-
-
-class _EpochLog:
-    """A file of one JSON row an epoch; on resume the rows of epochs that are computed again are dropped."""
-
-    def __init__(self, path: Path, epochs_done: int) -> None:
-        self._path = path
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            with contextlib.suppress(ValueError):  # the last line of a killed process
-                if json.loads(line)["epoch"] < epochs_done:
-                    kept.append(line)
-        if path.is_file():
-            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
-        self._done = len(kept)
-
-    def write(self, epoch: int, **values: Any) -> None:
-        try:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"epoch": epoch, **values}) + "\n")
-        except OSError as error:
-            raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
+        return _Search(config, inputs, Start(config.run, workdir, notes, stop, old, document)).go()
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def learning_rate(epoch: int, epochs: int, high: float, low: float) -> float:
-    """Cosine, constant within an epoch: low + (high - low)/2 (1 + cos(pi e / E)), e = 0..E-1.
+class _Search(EpochLoop[Carry, SearchResult]):
+    """A search as epochs of bilevel steps."""
 
-    >>> learning_rate(0, 200, 0.025, 0.001)
-    0.025
-    """
-    return low + 0.5 * (high - low) * (1.0 + math.cos(math.pi * epoch / epochs))
+    noun = "search"
 
-
-class _Run:
-    """One start of a search, from the restored (or first) step to the end, a stop, or the time limit."""
-
-    def __init__(
-        self,
-        config: SearchConfig,
-        inputs: Inputs,
-        workdir: Path,
-        notes: IO[str],
-        stop: StopRequest,
-        old: Mapping[str, Any] | None,
-        document: Mapping[str, Any],
-    ) -> None:
-        self.config, self.inputs, self.workdir, self.notes, self.stop = config, inputs, workdir, notes, stop
-        self.old, self.document = old, document
+    def __init__(self, config: SearchConfig, inputs: Inputs, start: Start) -> None:
+        self.config, self.inputs = config, inputs
         self.problem, self.mesh = inputs.problem, inputs.mesh
         self.train_half, self.val_half = search_inputs.halves(config, len(inputs.dataset.train_images))
-        self.epoch_steps = len(self.train_half) // config.batch_size
-        self.total_steps = self.epoch_steps * config.epochs
         self.key = jax.random.key(config.seed)
-        self.began = time.monotonic()
-        self.evaluation = search_program.make_evaluation(self.problem, self.mesh)
-
-    def say(self, text: str) -> None:
-        print(text, file=self.notes, flush=True)
+        self.stopped: Stop | None = None
+        self.positions = np.arange(config.batch_size, dtype=np.int32)
+        super().__init__(
+            start,
+            epochs=config.epochs,
+            epoch_steps=len(self.train_half) // config.batch_size,
+            images_per_step=2 * config.batch_size,
+        )
 
     def numbers(self, epoch: int) -> dict[str, float]:
         """What changes between epochs: the strategy's schedule and the learning rates."""
@@ -231,143 +144,62 @@ class _Run:
             "arch_learning_rate": self.config.arch.learning_rate,
         }
 
-    def progress(self, epoch: int) -> dict[str, Any]:
+    def progress(self, epoch: int) -> dict[str, np.float32]:
         return {name: np.float32(value) for name, value in self.numbers(epoch).items()}
 
-    def run(self) -> SearchResult:
-        config, workdir = self.config, self.workdir
-        tensorboard = workdir / "tensorboard" if config.run.tensorboard else None
-        with (
-            Checkpointer(workdir / "checkpoints", warn=_warn) as saved,
-            MetricsLog(workdir / "metrics.jsonl", tensorboard_dir=tensorboard) as log,
-        ):
-            carry, step, stopped = self.restore(saved)
-            log.truncate_after(step)
-            done = step // self.epoch_steps
-            self.genotypes = _EpochLog(workdir / "genotypes.jsonl", done)
-            self.probabilities = _EpochLog(workdir / "probabilities.jsonl", done)
-            with Progress(self.total_steps, initial=step, enabled=config.run.progress) as bar:
-                return self.loop(carry, step, stopped, saved, log, bar)
-
-    def restore(self, saved: Checkpointer) -> tuple[Carry, int, Stop | None]:
-        """The carry to go on from, its step, and what the strategy had decided there."""
+    def first(self) -> Carry:
         image = self.inputs.dataset.train_images.shape[1:]
-        progress = self.progress(0)
-        target = search_program.abstract_carry(self.problem, self.mesh, self.key, progress, image)
-        found = saved.restore_latest(target)
-        if found is None:
-            return search_program.initial_carry(self.problem, self.mesh, self.key, progress, image), 0, None
-        changed = search_inputs.tolerance(self.old or {}, self.document)
-        how = f"to float tolerance only ({'; '.join(changed)})" if changed else "bit for bit"
-        where = f"step {found.step} of {self.total_steps} (epoch {found.step // self.epoch_steps})"
-        self.say(f"resuming at {where}; the result is that of an uninterrupted search {how}")
-        decided = found.info.get("stopped")
-        stopped = Stop(Genotype.from_json(decided["genotype"]), decided["reason"]) if decided else None
-        return found.state, found.step, stopped
+        return search_program.initial_carry(self.problem, self.mesh, self.key, self.progress(0), image)
 
-    def loop(
-        self,
-        carry: Carry,
-        step: int,
-        stopped: Stop | None,
-        saved: Checkpointer,
-        log: MetricsLog,
-        bar: Progress,
-    ) -> SearchResult:
-        config, run = self.config, self.config.run
-        dispatch = search_program.make_dispatch(self.problem, self.mesh)
+    def target(self) -> Carry:
+        image = self.inputs.dataset.train_images.shape[1:]
+        return search_program.abstract_carry(self.problem, self.mesh, self.key, self.progress(0), image)
+
+    def decided(self) -> dict[str, Any] | None:
+        if self.stopped is None:
+            return None
+        return {"genotype": json.loads(self.stopped.genotype.to_json()), "reason": self.stopped.reason}
+
+    def recall(self, decided: Any) -> None:
+        self.stopped = Stop(Genotype.from_json(decided["genotype"]), decided["reason"]) if decided else None
+
+    def open(self, step: int) -> None:
+        done = step // self.epoch_steps
+        self.genotypes = EpochLog(self.workdir / "genotypes.jsonl", done)
+        self.probabilities = EpochLog(self.workdir / "probabilities.jsonl", done)
+        self.program = search_program.make_dispatch(self.problem, self.mesh)
+        self.evaluation = search_program.make_evaluation(self.problem, self.mesh)
         train = self.inputs.dataset
-        data = parallel.replicate(self.mesh, Images(train.train_images, train.train_labels))
-        positions = np.arange(config.batch_size, dtype=np.int32)
-        length = min(run.steps_per_dispatch, self.epoch_steps)
-        last_save = time.monotonic()
-        row: dict[str, Any] = {}
-        compiled = False
-        if step < self.total_steps and stopped is None:
-            self.say("compiling the search (once: compiled programs are kept for the next start)")
-        while step < self.total_steps and stopped is None:
-            epoch, first = divmod(step, self.epoch_steps)
-            epoch_began, images = time.monotonic(), 0
-            orders = Orders(
-                *(
-                    batches.epoch_order(half, config.batch_size, config.seed, epoch, purpose)
-                    for half, purpose in ((self.train_half, "train"), (self.val_half, "val"))
-                )
+        self.data = parallel.replicate(self.mesh, Images(train.train_images, train.train_labels))
+
+    def epoch(self, epoch: int) -> Epoch:
+        orders = Orders(
+            *(
+                batches.epoch_order(half, self.config.batch_size, self.config.seed, epoch, purpose)
+                for half, purpose in ((self.train_half, "train"), (self.val_half, "val"))
             )
-            progress = self.progress(epoch)
-            for start in range(first, self.epoch_steps, length):
-                count = min(length, self.epoch_steps - start)
-                chunk = Orders(*(_padded(order[start : start + count], length) for order in orders))
-                began = time.monotonic()
-                carry, rows = dispatch(
-                    carry, np.int32(count), np.bool_(start == 0), chunk, positions, self.key, progress, data
-                )
-                values = {name: np.asarray(value)[:count] for name, value in rows.items()}
-                elapsed = time.monotonic() - began
-                if not compiled:
-                    self.say(f"compiled and ran the first {count} steps in {elapsed:.1f} s")
-                    compiled, epoch_began = True, time.monotonic()
-                else:
-                    images += 2 * count * config.batch_size
-                self.log_steps(log, epoch, step, values)
-                step += count
-                genotype = self.problem.strategy.derive(jax.device_get(carry.state.arch))
-                bar.update(count, **self.fields(values, progress, genotype, 2 * count * config.batch_size / elapsed))
-                epoch_done = start + count == self.epoch_steps
-                if epoch_done:
-                    row, stopped = self.end_epoch(carry, epoch, step, progress, log, bar, data, epoch_began, images)
-                over_time = run.time_limit > 0 and time.monotonic() - self.began > 60 * run.time_limit
-                leaving = bool(self.stop) or over_time
-                due = epoch_done and ((epoch + 1) % run.checkpoint_every == 0 or step == self.total_steps)
-                late = run.checkpoint_minutes > 0 and time.monotonic() - last_save > 60 * run.checkpoint_minutes
-                if due or late or leaving or stopped is not None:
-                    saved.save(step, carry, self.info(step, stopped))
-                    last_save = time.monotonic()
-                if leaving and stopped is None and step < self.total_steps:
-                    saved.wait()
-                    status = "interrupted" if self.stop else "time-limit"
-                    return SearchResult(status, None, self.workdir, None, row, self.stop.signum)
-        saved.wait()
-        return self.finish(carry, step, log, stopped)
+        )
+        return Epoch(orders, self.progress(epoch))
 
-    def info(self, step: int, stopped: Stop | None) -> dict[str, Any]:
-        decided = stopped and {"genotype": json.loads(stopped.genotype.to_json()), "reason": stopped.reason}
-        return {"epoch": step // self.epoch_steps, "step": step, "stopped": decided}
+    def dispatch(
+        self, carry: Carry, count: np.int32, fresh: np.bool_, batches: Any, progress: Mapping[str, np.float32]
+    ) -> tuple[Carry, Mapping[str, jax.Array]]:
+        return self.program(carry, count, fresh, batches, self.positions, self.key, progress, self.data)
 
-    def log_steps(self, log: MetricsLog, epoch: int, step: int, values: Mapping[str, np.ndarray]) -> None:
-        """Rows of every log_every-th step (counted globally, so independent of the dispatches); stops at a NaN."""
-        for i in range(len(next(iter(values.values())))):
-            number = step + i + 1
-            found = {name: value[i] for name, value in values.items()}
-            check_finite(found, number)
-            if number % self.config.run.log_every == 0:
-                log.write("step", epoch, number, **found)
-
-    def fields(
-        self, values: Mapping[str, np.ndarray], progress: Mapping[str, Any], genotype: Genotype, speed: float
-    ) -> dict[str, Any]:
+    def shown(self, carry: Carry, values: Mapping[str, np.ndarray], now: Epoch) -> dict[str, Any]:
+        genotype = self.problem.strategy.derive(jax.device_get(carry.state.arch))
         shown = {
             "loss": float(values["train_loss"].mean()),
             "accuracy": float(values["val_accuracy"].mean()),
             "skips": genotype.skips("normal"),
-            "images/s": round(speed),
         }
-        return shown | ({"tau": float(progress["tau"])} if "tau" in progress else {})
+        return shown | ({"tau": float(now.progress["tau"])} if "tau" in now.progress else {})
 
     def end_epoch(
-        self,
-        carry: Carry,
-        epoch: int,
-        step: int,
-        progress: Mapping[str, Any],
-        log: MetricsLog,
-        bar: Progress,
-        data: Images,
-        began: float,
-        images: int,
-    ) -> tuple[dict[str, Any], Stop | None]:
+        self, carry: Carry, epoch: int, step: int, now: Epoch, log: MetricsLog, bar: Progress, speed: Speed
+    ) -> dict[str, Any]:
         """The epoch's rows; asks the strategy whether to go on."""
-        strategy, space = self.problem.strategy, self.problem.space
+        strategy, space, progress = self.problem.strategy, self.problem.space, now.progress
         arch = jax.device_get(carry.state.arch)
         genotype = strategy.derive(arch)
         row: dict[str, Any] = {name: float(np.float32(v) / self.epoch_steps) for name, v in carry.sums.items()}
@@ -381,29 +213,31 @@ class _Run:
         row |= {f"progress/{name}": float(value) for name, value in self.numbers(epoch).items()}
         every = self.config.evaluate_every
         if every and ((epoch + 1) % every == 0 or step == self.total_steps):
-            row["eval_loss"], row["eval_accuracy"] = self.evaluate(carry, progress, data)
-        seconds = time.monotonic() - began
-        row["time_epoch_s"] = seconds
-        row["images_per_s"] = images / seconds if images else 0.0
-        row["memory_peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            row["eval_loss"], row["eval_accuracy"] = self.evaluate(carry, progress)
+        row |= speed.fields()
         check_finite(row, step)
         self.genotypes.write(epoch, genotype=json.loads(genotype.to_json()))
         self.probabilities.write(epoch, **{kind: np.round(v.astype(float), 6).tolist() for kind, v in p.items()})
         log.write("epoch", epoch, step, **row)
         text = f"epoch {epoch + 1}/{self.config.epochs} | train {row['train_loss']:.3f} {row['train_accuracy']:.1%}"
         bar.epoch_line(f"{text} | val {row['val_loss']:.3f} {row['val_accuracy']:.1%}")
-        return row, strategy.end_epoch(arch, row, epoch)
+        self.stopped = strategy.end_epoch(arch, row, epoch)
+        return row
 
-    def evaluate(self, carry: Carry, progress: Mapping[str, Any], data: Images) -> tuple[float, float]:
+    def evaluate(self, carry: Carry, progress: Mapping[str, Any]) -> tuple[float, float]:
         """Loss and accuracy on the whole validation half, with the expected gates."""
         order, mask = batches.padded_batches(len(self.val_half), self.config.batch_size)
-        loss, accuracy = self.evaluation(carry.state, self.val_half[order], mask, progress, data)
+        loss, accuracy = self.evaluation(carry.state, self.val_half[order], mask, progress, self.data)
         return float(loss), float(accuracy)
 
-    def finish(self, carry: Carry, step: int, log: MetricsLog, stopped: Stop | None) -> SearchResult:
+    def left(self, status: str, row: Mapping[str, Any]) -> SearchResult:
+        return SearchResult(status, None, self.workdir, None, row, self.start.stop.signum)
+
+    def finish(self, carry: Carry, step: int, log: MetricsLog) -> SearchResult:
         """The final row, the genotype, its diagrams and the report."""
         from prdarts_jax import metrics, plots, report
 
+        stopped = self.stopped
         genotype = stopped.genotype if stopped else self.problem.strategy.derive(jax.device_get(carry.state.arch))
         if stopped:
             self.say(f"the strategy ends the search: {stopped.reason}")
@@ -421,12 +255,3 @@ class _Run:
         atomic_write_text(self.workdir / "genotype.json", genotype.to_json(indent=1) + "\n")
         path = report.report([self.workdir])
         return SearchResult("finished", genotype, self.workdir, path, last)
-
-
-def _warn(line: str) -> None:
-    print(f"prdarts: {line}", file=sys.stderr)
-
-
-def _padded(order: np.ndarray, length: int) -> np.ndarray:
-    """Batches up to the fixed length of a dispatch; the loop never reaches the repeated ones."""
-    return np.concatenate([order, np.repeat(order[:1], length - len(order), axis=0)]) if len(order) < length else order

@@ -1,9 +1,4 @@
-"""The compiled programs of a search: several bilevel steps a dispatch, the full evaluation, the first state.
-
-Images stay on the devices as uint8; gathering a batch and augmenting it happen inside the program. The number of steps
-of a dispatch is an argument of one compiled loop, so dispatches of any length run the same instructions: their lengths,
-and where a resumed run begins, cannot change a bit of the result.
-"""
+"""The compiled programs of a search: several bilevel steps a dispatch, the full evaluation, the first state."""
 
 from __future__ import annotations
 
@@ -20,12 +15,12 @@ from jax.sharding import Mesh, PartitionSpec
 from prdarts_jax import bilevel, parallel
 from prdarts_jax.bilevel import Batch, Batches, SearchState
 from prdarts_jax.config import DataConfig
-from prdarts_jax.data.augment import augment, normalize
+from prdarts_jax.data.augment import normalize
+from prdarts_jax.dispatch import Images, Sums, load_images, on_mesh, run_steps
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies.base import Progress, Strategy
 
-Sums = dict[str, jax.Array]
 _TRAIN, _VAL, _GATES = range(3)  # purposes of a step's keys
 
 
@@ -35,13 +30,6 @@ class Carry:
 
     state: SearchState
     sums: Sums  # name -> float32[]
-
-
-class Images(NamedTuple):
-    """A data set on the devices."""
-
-    images: Any  # uint8[N,H,W,C]
-    labels: Any  # int32[N]
 
 
 class Orders(NamedTuple):
@@ -97,8 +85,7 @@ def initial_carry(problem: Problem, mesh: Mesh, key: jax.Array, progress: Progre
 def abstract_carry(problem: Problem, mesh: Mesh, key: jax.Array, progress: Progress, image: tuple[int, ...]) -> Carry:
     """Shapes, dtypes and shardings of the carry: what a checkpoint is restored into, without computing anything."""
     shapes = jax.eval_shape(_initial(problem, mesh, image), key, progress)
-    sharding = jax.sharding.NamedSharding(mesh, parallel.REPLICATED)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    return on_mesh(mesh, shapes)
 
 
 def _step(problem: Problem, axis_name: str | None) -> Callable[..., Any]:
@@ -122,15 +109,13 @@ def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Su
     step = _step(problem, axis_name)
 
     def load(key: jax.Array, data: Images, index: jax.Array, positions: jax.Array) -> Batch:
-        images = augment(
+        images = load_images(
             key,
             data.images[index],
             positions,
+            data=problem.data,
             mean=problem.mean,
             std=problem.std,
-            crop_padding=problem.data.crop_padding,
-            flip=problem.data.flip,
-            cutout=problem.data.cutout,
             dtype=problem.dtype,
         )
         return Batch(images, data.labels[index])
@@ -145,23 +130,16 @@ def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Su
         progress: Progress,
         data: Images,
     ) -> tuple[Carry, Sums]:
-        length = orders.train.shape[0]
-        sums = {name: jnp.where(fresh, 0.0, value) for name, value in carry.sums.items()}
-        rows = {name: jnp.zeros((length,), jnp.float32) for name in carry.sums}
-
-        def body(i: jax.Array, loop: tuple[SearchState, Sums, Sums]) -> tuple[SearchState, Sums, Sums]:
-            state, sums, rows = loop
+        def one(i: jax.Array, state: SearchState) -> tuple[SearchState, Sums]:
             keys = [jax.random.fold_in(jax.random.fold_in(key, state.step), purpose) for purpose in range(3)]
             batches = Batches(
                 load(keys[_TRAIN], data, orders.train[i], positions),
                 load(keys[_VAL], data, orders.val[i], positions),
             )
-            state, metrics = step(state, batches, keys[_GATES], progress)
-            sums = {name: sums[name] + metrics[name] for name in sums}
-            rows = {name: rows[name].at[i].set(metrics[name]) for name in rows}
-            return state, sums, rows
+            return step(state, batches, keys[_GATES], progress)
 
-        state, sums, rows = lax.fori_loop(0, count, body, (carry.state, sums, rows))
+        length = orders.train.shape[0]
+        state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=length)
         return Carry(state, sums), rows
 
     everywhere, batch = parallel.REPLICATED, PartitionSpec(None, parallel.AXIS)

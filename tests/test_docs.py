@@ -130,14 +130,14 @@ def _commands(page: str) -> list[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if _commands(page)])
 def test_commands_parse(page: str, run: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    """Searches up to their complete config; what reads files up to the file that is not there."""
+    """Searches and trainings up to their complete config; what reads files up to the file that is not there."""
     run(page)
     for command in _commands(page):
         words = shlex.split(command, comments=True)[1:]
-        if words[0] == "search" and not {"--help", "--print-config"} & set(words):
+        if words[0] in ("search", "train") and not {"--help", "--print-config"} & set(words):
             words.append("--print-config")
         status, said = cli.main(words), capsys.readouterr().err
-        if words[0] in ("derive", "report"):
+        if words[0] in ("derive", "report", "evaluate"):
             assert (status, said.split(" '")[0]) == (2, "prdarts: error: WORKDIR: no directory"), said
         elif words[0] == "data":
             assert (status, said.split(" '")[0]) == (2, "prdarts: error: --archive: no file"), said

@@ -1,0 +1,206 @@
+"""A run as epochs of dispatches, for a search and a training alike: resume, logs, checkpoints, stops.
+
+What a dispatch computes, which rows an epoch writes and how it ends is said by a subclass.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Generic, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from prdarts_jax import runs
+from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.config import RunConfig
+from prdarts_jax.metrics import MetricsLog, Progress, check_finite
+from prdarts_jax.signals import StopRequest
+
+Carry = TypeVar("Carry")
+Result = TypeVar("Result")
+
+
+class Epoch(NamedTuple):
+    """What an epoch computes with."""
+
+    batches: Any  # a tree of int32[S,B]: the global batches, as indices
+    progress: Mapping[str, np.float32]  # the numbers that change between epochs
+
+
+class Start(NamedTuple):
+    """How a run is started: none of it changes what is computed."""
+
+    run: RunConfig
+    workdir: Path
+    notes: IO[str]  # where lines for people go
+    stop: StopRequest
+    old: Mapping[str, Any] | None  # config.json of the run that is resumed
+    document: Mapping[str, Any]  # config.json of now
+
+
+class Speed(NamedTuple):
+    """How fast an epoch is computed; a dispatch that compiles does not count."""
+
+    began: float  # time.monotonic()
+    images: int = 0
+
+    def fields(self) -> dict[str, float]:
+        """The clock's fields of the epoch's row, as of now."""
+        seconds = time.monotonic() - self.began
+        return {
+            "time_epoch_s": seconds,
+            "images_per_s": self.images / seconds if self.images else 0.0,
+            "memory_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+
+
+class EpochLoop(ABC, Generic[Carry, Result]):
+    """One start of a run, from the restored (or first) step to the end, a stop, or the time limit."""
+
+    noun: str  # what the run is called in notes
+
+    def __init__(self, start: Start, *, epochs: int, epoch_steps: int, images_per_step: int) -> None:
+        self.start, self.workdir = start, start.workdir
+        self.epochs, self.epoch_steps, self.images_per_step = epochs, epoch_steps, images_per_step
+        self.total_steps = epoch_steps * epochs
+        self.began = time.monotonic()
+
+    # What a subclass says.
+
+    @abstractmethod
+    def first(self) -> Carry:
+        """The carry before the first step."""
+
+    @abstractmethod
+    def target(self) -> Carry:
+        """Shapes, dtypes and shardings of the carry."""
+
+    @abstractmethod
+    def open(self, step: int) -> None:
+        """Called once, with the step the run goes on from, before anything is computed."""
+
+    @abstractmethod
+    def epoch(self, epoch: int) -> Epoch:
+        """The batches and numbers of an epoch."""
+
+    @abstractmethod
+    def dispatch(
+        self, carry: Carry, count: np.int32, fresh: np.bool_, batches: Any, progress: Mapping[str, np.float32]
+    ) -> tuple[Carry, Mapping[str, jax.Array]]:
+        """`count` steps on the first `count` of the batches; the metrics of each, float32[S]. The carry is donated."""
+
+    @abstractmethod
+    def shown(self, carry: Carry, values: Mapping[str, np.ndarray], now: Epoch) -> dict[str, Any]:
+        """The fields a person sees beside the progress bar."""
+
+    @abstractmethod
+    def end_epoch(
+        self, carry: Carry, epoch: int, step: int, now: Epoch, log: MetricsLog, bar: Progress, speed: Speed
+    ) -> dict[str, Any]:
+        """Writes the rows of an epoch; its values."""
+
+    @abstractmethod
+    def finish(self, carry: Carry, step: int, log: MetricsLog) -> Result:
+        """Everything is computed and saved: the final row and what else there is to write."""
+
+    @abstractmethod
+    def left(self, status: str, row: Mapping[str, Any]) -> Result:
+        """The run is left early, and saved."""
+
+    def decided(self) -> Any:
+        """Why the run ends before its last epoch, as JSON, or None; kept in checkpoints."""
+        return None
+
+    def recall(self, decided: Any) -> None:
+        """The counterpart of `decided`, on resume."""
+        del decided
+
+    # The loop.
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        print(text, file=self.start.notes, flush=True)
+
+    def go(self) -> Result:
+        """Runs to the end, a stop, or the time limit."""
+        run, workdir = self.start.run, self.workdir
+        tensorboard = workdir / "tensorboard" if run.tensorboard else None
+        with (
+            Checkpointer(workdir / "checkpoints", warn=runs.warn) as saved,
+            MetricsLog(workdir / "metrics.jsonl", tensorboard_dir=tensorboard) as log,
+        ):
+            carry, step = self._restore(saved)
+            log.truncate_after(step)
+            self.open(step)
+            with Progress(self.total_steps, initial=step, enabled=run.progress) as bar:
+                return self._loop(carry, step, saved, log, bar)
+
+    def _restore(self, saved: Checkpointer) -> tuple[Carry, int]:
+        found = saved.restore_latest(self.target())
+        if found is None:
+            return self.first(), 0
+        changed = runs.tolerance(self.start.old or {}, self.start.document)
+        how = f"to float tolerance only ({'; '.join(changed)})" if changed else "bit for bit"
+        where = f"step {found.step} of {self.total_steps} (epoch {found.step // self.epoch_steps})"
+        self.say(f"resuming at {where}; the result is that of an uninterrupted {self.noun} {how}")
+        self.recall(found.info.get("stopped"))
+        return found.state, found.step
+
+    def _loop(self, carry: Carry, step: int, saved: Checkpointer, log: MetricsLog, bar: Progress) -> Result:
+        run, stop = self.start.run, self.start.stop
+        length = min(run.steps_per_dispatch, self.epoch_steps)
+        last_save = time.monotonic()
+        row: dict[str, Any] = {}
+        compiled = False
+        if step < self.total_steps and self.decided() is None:
+            self.say(f"compiling the {self.noun} (once: compiled programs are kept for the next start)")
+        while step < self.total_steps and self.decided() is None:
+            epoch, first = divmod(step, self.epoch_steps)
+            speed = Speed(time.monotonic())
+            now = self.epoch(epoch)
+            for start in range(first, self.epoch_steps, length):
+                count = min(length, self.epoch_steps - start)
+                chunk = jax.tree.map(lambda b, s=start, n=count: runs.padded(b[s : s + n], length), now.batches)
+                began = time.monotonic()
+                carry, rows = self.dispatch(carry, np.int32(count), np.bool_(start == 0), chunk, now.progress)
+                values = {name: np.asarray(value)[:count] for name, value in rows.items()}
+                elapsed = time.monotonic() - began
+                if not compiled:
+                    self.say(f"compiled and ran the first {count} steps in {elapsed:.1f} s")
+                    compiled, speed = True, Speed(time.monotonic())
+                else:
+                    speed = speed._replace(images=speed.images + count * self.images_per_step)
+                self._log_steps(log, epoch, step, values)
+                step += count
+                shown = self.shown(carry, values, now)
+                bar.update(count, **shown, **{"images/s": round(count * self.images_per_step / elapsed)})
+                epoch_done = start + count == self.epoch_steps
+                if epoch_done:
+                    row = self.end_epoch(carry, epoch, step, now, log, bar, speed)
+                over_time = run.time_limit > 0 and time.monotonic() - self.began > 60 * run.time_limit
+                leaving = bool(stop) or over_time
+                due = epoch_done and ((epoch + 1) % run.checkpoint_every == 0 or step == self.total_steps)
+                late = run.checkpoint_minutes > 0 and time.monotonic() - last_save > 60 * run.checkpoint_minutes
+                ended = self.decided()
+                if due or late or leaving or ended is not None:
+                    saved.save(step, carry, {"epoch": step // self.epoch_steps, "step": step, "stopped": ended})
+                    last_save = time.monotonic()
+                if leaving and ended is None and step < self.total_steps:
+                    saved.wait()
+                    return self.left("interrupted" if stop else "time-limit", row)
+        saved.wait()
+        return self.finish(carry, step, log)
+
+    def _log_steps(self, log: MetricsLog, epoch: int, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Rows of every log_every-th step (counted globally, so independent of the dispatches); stops at a NaN."""
+        for i in range(len(next(iter(values.values())))):
+            number = step + i + 1
+            found = {name: value[i] for name, value in values.items()}
+            check_finite(found, number)
+            if number % self.start.run.log_every == 0:
+                log.write("step", epoch, number, **found)

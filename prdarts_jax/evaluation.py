@@ -1,0 +1,283 @@
+"""How good a trained network is: loss, top-1 and top-5, accuracy of each class, calibration error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from prdarts_jax import config as cfg
+from prdarts_jax import parallel, runs, train_inputs, train_program
+from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.data.batches import check_batch, padded_batches
+from prdarts_jax.data.sources import Dataset, load
+from prdarts_jax.dispatch import Images
+from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.train_config import TrainConfig
+from prdarts_jax.train_program import Outputs, Problem, Variables
+from prdarts_jax.workdir import atomic_write_json
+
+BINS = 15  # of the calibration error
+_TOP = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """The figures of one set of weights; accuracies are shares of 1."""
+
+    loss: float  # mean cross-entropy in nats, without label smoothing
+    accuracy: float  # top-1
+    top5: float  # share of images whose class is among the five most probable
+    calibration_error: float  # expected calibration error, 15 bins
+    class_accuracy: tuple[float, ...]  # of each class; NaN without images of it
+    class_images: tuple[int, ...]  # images of each class
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found."""
+
+    workdir: Path
+    source: str  # of the images
+    images: int
+    epoch: int | None  # epochs trained; None: imported
+    step: int | None
+    class_names: tuple[str, ...]
+    figures: Figures
+    ema: Figures | None  # of the averaged weights, where the training kept them
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of evaluation.json."""
+        row = {
+            "schema_version": cfg.SCHEMA_VERSION,
+            "data": self.source,
+            "images": self.images,
+            "epoch": self.epoch,
+            "step": self.step,
+            "classes": list(self.class_names),
+            **_plain(self.figures),
+        }
+        return row | ({"ema": _plain(self.ema)} if self.ema else {})
+
+
+def _plain(figures: Figures) -> dict[str, Any]:
+    row = dataclasses.asdict(figures)
+    row["class_accuracy"] = [None if np.isnan(share) else share for share in figures.class_accuracy]
+    return row
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error: sum over bins of (n_b / n) |accuracy_b - confidence_b|.
+
+    Args:
+      confidence: [n], the largest probability of each image; the bins are ((b-1)/bins, b/bins].
+      right: bool [n].
+      bins: how many, of equal width.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), equation 3.
+
+    >>> calibration_error(np.array([0.75, 0.75, 0.5]), np.array([True, False, True]))  # (|1 - 1.5| + |1 - 0.5|) / 3
+    0.3333333333333333
+    """
+    confidence = np.asarray(confidence, float)
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(index, weights=np.asarray(right, float) - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def figures(loss: np.ndarray, rank: np.ndarray, confidence: np.ndarray, labels: np.ndarray, classes: int) -> Figures:
+    """The figures from those of each image, [n] each, see `train_program.Outputs`."""
+    right = rank == 0
+    images = np.bincount(labels, minlength=classes)
+    hits = np.bincount(labels, weights=right, minlength=classes)
+    shares = np.divide(hits, images, out=np.full(classes, np.nan), where=images > 0)
+    return Figures(
+        loss=float(np.mean(loss, dtype=np.float64)),
+        accuracy=float(np.mean(right)),
+        top5=float(np.mean(rank < _TOP)),
+        calibration_error=calibration_error(confidence, right),
+        class_accuracy=tuple(shares.tolist()),
+        class_images=tuple(images.tolist()),
+    )
+
+
+def measure(
+    program: Callable[..., Outputs],
+    variables: Variables,
+    data: Images,
+    labels: np.ndarray,
+    *,
+    batch_size: int,
+    classes: int,
+) -> Figures:
+    """Evaluates weights on every image exactly once; the last batch is filled up, and what fills it is not counted.
+
+    Args:
+      program: of `train_program.make_evaluation`.
+      variables: parameters and running statistics, on the devices.
+      data: images and labels, on the devices.
+      labels: int32[n], the same on the host.
+      batch_size: global; a multiple of the devices.
+      classes: K.
+
+    Raises:
+      RunError: the loss is not finite.
+    """
+    order, mask = padded_batches(len(labels), batch_size)
+    loss, rank, confidence = (np.asarray(value)[mask] for value in program(variables, order, data))
+    if not np.isfinite(mean := np.mean(loss)):  # comparisons with NaN would count as right
+        raise RunError(f"test_loss is {mean}: the weights are not finite; the last good checkpoint is kept")
+    return figures(loss, rank, confidence, labels, classes)
+
+
+def evaluate(
+    workdir: str | Path,
+    *,
+    source: str | None = None,
+    data_dir: str | None = None,
+    data: Dataset | None = None,
+    batch_size: int | None = None,
+    devices: str = "all",
+    weight_tx: Any = None,
+) -> Evaluation:
+    """Evaluates the newest good checkpoint of a training, finished or not, and writes WORKDIR/evaluation.json.
+
+    Args:
+      workdir: of the training, or one with an imported network (network.safetensors alone).
+      source: of the test images; default: the data it was trained on.
+      data_dir: TFDS data directory; default: that of the training.
+      data: in place of a source.
+      batch_size: global; default: that of the training.
+      devices: N | all.
+      weight_tx: the optimizer, if the training was given one as an argument (its state is in the checkpoint).
+
+    Raises:
+      UserError: no training in the workdir, no checkpoint, or data that does not fit the network.
+      RunError: no checkpoint can be used, or the disk fails.
+    """
+    workdir = Path(workdir).expanduser()
+    mesh = parallel.make_mesh(parallel.choose_devices(devices))
+    path = workdir / "network.safetensors"
+    alone = path.is_file() and not (workdir / "config.json").is_file()
+    net = _imported(path) if alone else _trained(workdir, mesh, weight_tx)
+    batch_size = net.batch_size if batch_size is None else batch_size
+    check_batch(batch_size, max(batch_size, 1), mesh.size)
+    name = source if source is not None else data.name if data is not None else net.source
+    if name is None:
+        raise UserError("--data: the network was imported and names no data; allowed: a source with test images")
+    if data is None:
+        data = load(name, data_dir or net.data_dir or None)
+        if source is None and data.digest != net.digest:
+            raise UserError(
+                f"data.source: {name!r} is no longer the data of the training; name the data to evaluate: --data SOURCE"
+            )
+    classes = net.problem.network.classes
+    if not len(data.test_images):
+        raise UserError(f"data.source: {name!r} has no test images; allowed: a set with test images")
+    if data.num_classes != classes or data.test_images.shape[1:] != net.image:
+        shown = f"{data.num_classes} classes, images {list(data.test_images.shape[1:])}"
+        wanted = f"{classes} classes, images {list(net.image)}"
+        raise UserError(f"data.source: {name!r} has {shown}; allowed: {wanted} as the network was trained with")
+
+    program = train_program.make_evaluation(net.problem, mesh)
+    placed = parallel.replicate(mesh, Images(data.test_images, data.test_labels))
+
+    def figures_of(variables: Variables) -> Figures:
+        on_devices = parallel.replicate(mesh, variables)
+        return measure(program, on_devices, placed, data.test_labels, batch_size=batch_size, classes=classes)
+
+    result = Evaluation(
+        workdir=workdir,
+        source=name,
+        images=len(data.test_images),
+        epoch=net.epoch,
+        step=net.step,
+        class_names=net.class_names or data.class_names,
+        figures=figures_of(net.variables),
+        ema=None if net.ema is None else figures_of(net.ema),
+    )
+    atomic_write_json(workdir / "evaluation.json", result.to_json())
+    return result
+
+
+class _Network(NamedTuple):
+    """A network to evaluate, and what it was trained with."""
+
+    problem: Problem
+    variables: Variables
+    ema: Variables | None
+    image: tuple[int, ...]  # (H, W, C)
+    class_names: tuple[str, ...]  # empty: unknown
+    epoch: int | None = None
+    step: int | None = None
+    source: str | None = None
+    digest: str = ""
+    data_dir: str = ""
+    batch_size: int = 128
+
+
+def _trained(workdir: Path, mesh: Mesh, weight_tx: Any) -> _Network:
+    """The newest good checkpoint of a training."""
+    config, head = _read_config(workdir)
+    # Neither is part of what the state looks like, and either may be impossible here.
+    run = dataclasses.replace(config.run, devices="all")
+    config = dataclasses.replace(config, run=run)
+    genotype = Genotype.load(workdir / "genotype.json")
+    names, image = tuple(head["data"]["classes"]), tuple(head["image"])
+    normalization = (tuple(head["data"]["mean"]), tuple(head["data"]["std"]))
+    problem = train_inputs.make_problem(config, genotype, len(names), normalization, {}, weight_tx=weight_tx)
+    target = train_program.abstract_carry(problem, mesh, jax.random.key(0), image)
+    with Checkpointer(workdir / "checkpoints", warn=runs.warn) as saved:
+        found = saved.restore_latest(target)
+    if found is None:
+        raise UserError(f"WORKDIR: {workdir} holds no checkpoint yet; allowed: a training that has saved one")
+    state = found.state.state
+    return _Network(
+        problem,
+        state.variables,
+        state.ema,
+        image,
+        names,
+        epoch=int(found.info["epoch"]),
+        step=found.step,
+        source=config.data.source,
+        digest=head["digests"]["data"],
+        data_dir=config.run.data_dir,
+        batch_size=config.batch_size,
+    )
+
+
+def _imported(path: Path) -> _Network:
+    """A network without a training behind it."""
+    from prdarts_jax import export
+
+    net, variables, about = export.load_network(path)
+    problem = train_inputs.make_problem(
+        TrainConfig(), net.genotype, net.classes, (tuple(about["mean"]), tuple(about["std"])), {}
+    )._replace(network=net)
+    made = Variables(variables["params"], variables["batch_stats"])
+    return _Network(problem, made, None, tuple(about["image"]), tuple(about["class_names"]))
+
+
+def _read_config(workdir: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The config of a training, and the whole of its config.json."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"WORKDIR: {str(workdir)!r} holds no config.json; allowed: the workdir of a training")
+    try:
+        head = json.loads(path.read_text(encoding="utf-8"))
+        kind = head["kind"]
+        if kind == "train":
+            return cfg.from_dict(TrainConfig, head["config"]), head
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"WORKDIR: {path} is not the config of a training ({reason})") from None
+    noun = runs.NOUNS.get(kind, kind)
+    raise UserError(f"WORKDIR: {str(workdir)!r} holds a {noun}; allowed: the workdir of a training")

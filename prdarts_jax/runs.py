@@ -1,0 +1,281 @@
+"""What every kind of run shares, whatever it computes: its workdir, the user's own code, rows an epoch, versions."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from prdarts_jax import config as cfg
+from prdarts_jax import parallel, userfile
+from prdarts_jax.data.sources import Dataset
+from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.workdir import atomic_write_text
+
+_PACKAGES = ("prdarts-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+NOUNS: Mapping[str, str] = {"search": "search", "train": "training"}  # kind in config.json -> what messages call it
+
+
+# --- the workdir ------------------------------------------------------------------------------------------------------
+
+
+def check_workdir(
+    workdir: Path,
+    document: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    compared: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> dict[str, Any] | None:
+    """The config.json of the run in the workdir, or None where a run can start anew.
+
+    Args:
+      workdir: the folder; nothing in it is changed.
+      document: config.json of the run that is to start.
+      overwrite: whether a run of the same kind may be replaced.
+      compared: from such a document to the flat fields that a resumed run must share.
+
+    Raises:
+      UserError: the folder holds another run, a run of another kind, or something else.
+    """
+    path, noun = workdir / "config.json", NOUNS[document["kind"]]
+    if not workdir.is_dir():
+        return None
+    if not path.is_file():
+        # A process killed in its first moment leaves its lock, perhaps a half-written config.
+        unfinished = (".lock", ".config.json.*.tmp")
+        foreign = sorted(p.name for p in workdir.iterdir() if not any(p.match(name) for name in unfinished))
+        if foreign:
+            raise UserError(
+                f"workdir: {workdir} holds {foreign[0]!r} and no config.json; allowed: a new folder or one of a {noun}"
+            )
+        return None
+    kind = None
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        kind = old["kind"]
+        before = compared(old) if kind == document["kind"] and not overwrite else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if overwrite:
+            return None
+        reason = " ".join(str(error).split())
+        raise UserError(f"workdir: {path} is not the config of a {noun} ({reason}); --overwrite starts again") from None
+    if kind in NOUNS and kind != document["kind"]:
+        raise UserError(f"workdir: {workdir} holds a {NOUNS[kind]}; allowed: a new folder or one of a {noun}")
+    if overwrite:
+        return None
+    differences = cfg.differences(before, compared(document))
+    if differences:
+        raise UserError(
+            f"workdir: {workdir} holds another {noun} ({'; '.join(differences)}); "
+            "use another --workdir, or --overwrite to start again"
+        )
+    return old
+
+
+def clear(workdir: Path, own: Iterable[str]) -> None:
+    """Removes a run's own files and folders, in this order, and nothing else."""
+    for name in own:
+        path = workdir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def report_path(workdir: Path) -> Path | None:
+    """WORKDIR/report.html if it is there."""
+    path = workdir / "report.html"
+    return path if path.is_file() else None
+
+
+class EpochLog:
+    """A file of one JSON row an epoch; on resume the rows of epochs that are computed again are dropped."""
+
+    def __init__(self, path: Path, epochs_done: int) -> None:
+        self._path = path
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            with contextlib.suppress(ValueError):  # the last line of a killed process
+                if json.loads(line)["epoch"] < epochs_done:
+                    kept.append(line)
+        if path.is_file():
+            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, epoch: int, **values: Any) -> None:
+        """Append the row of an epoch.
+
+        Raises:
+          RunError: the file could not be written.
+        """
+        try:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"epoch": epoch, **values}) + "\n")
+        except OSError as error:
+            raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
+
+
+# --- the user's own code ----------------------------------------------------------------------------------------------
+
+
+def source_digest(value: Any) -> str:
+    """SHA-256 of the source of a function (of a transformation: of its update), as far as Python can show it."""
+    function = value.update if isinstance(value, optax.GradientTransformation) else value
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        text = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def transformation(
+    config: Any,
+    group: str,
+    given: Any,
+    default: Callable[[], optax.GradientTransformation],
+    digests: dict[str, str],
+) -> optax.GradientTransformation:
+    """The optimizer of a group: the caller's, the one `GROUP.transform` names, or the default.
+
+    Args:
+      config: of the run; a function of the user is called with it.
+      group: the section of the config.
+      given: a transformation, a function of the config, or None.
+      default: makes the one of the config's numbers.
+      digests: receives the digest of the user's source.
+
+    Raises:
+      UserError: no optax transformation came of it.
+    """
+    spec, field = cfg.get(config, f"{group}.transform"), f"{group}.transform"
+    if given is None and spec:
+        loaded = userfile.load(spec, field)
+        given, digests[field] = loaded.value, loaded.digest
+    elif given is not None:
+        digests[field] = source_digest(given)
+    if given is None:
+        return default()
+    made = given if isinstance(given, optax.GradientTransformation) else given(config)
+    if not isinstance(made, optax.GradientTransformation):
+        raise UserError(
+            f"{field}: got a {type(made).__name__}; allowed: an optax transformation, or a function of the config"
+        )
+    return made
+
+
+def user_primitives(file: str, field: str, digests: dict[str, str]) -> Mapping[str, Any] | None:
+    """PRIMITIVES of a user's file, or None without a file.
+
+    Raises:
+      UserError: no such dict in it.
+    """
+    if not file:
+        return None
+    module = userfile.load_module(file, field)
+    found, digests[field] = getattr(module.value, "PRIMITIVES", None), module.digest
+    if not isinstance(found, Mapping):
+        raise UserError(f"{field}: {file!r} has no dict PRIMITIVES; allowed: name -> Primitive")
+    return found
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+
+def document(
+    kind: str,
+    config: Any,
+    *,
+    sources: Mapping[str, str] | None,
+    digests: Mapping[str, str],
+    dataset: Dataset,
+    mesh: Mesh,
+    **more: Any,
+) -> dict[str, Any]:
+    """The content of config.json: what is computed, on what, by which versions."""
+    return {
+        "schema_version": cfg.SCHEMA_VERSION,
+        "kind": kind,
+        "config": cfg.to_dict(config),
+        "sources": dict(sources or {}),
+        "digests": dict(digests),
+        "data": {
+            "name": dataset.name,
+            "classes": list(dataset.class_names),
+            "mean": list(dataset.mean),
+            "std": list(dataset.std),
+        },
+        **more,
+        "versions": versions(),
+        "devices": parallel.describe(mesh),
+        "platform": {"backend": jax.default_backend(), "cores": _cores(), "devices": mesh.size},
+    }
+
+
+def compared(document: Mapping[str, Any], kind: type, files: Iterable[str]) -> dict[str, Any]:
+    """The flat fields of a config.json that a resumed run must share: what is computed.
+
+    Args:
+      document: content of config.json.
+      kind: the config class.
+      files: fields that say where something lies; what lies there is compared by its digest.
+    """
+    flat = cfg.computed(cfg.from_dict(kind, document["config"]))
+    for field in files:
+        flat.pop(field)
+    return flat | {f"digest of {name}": value for name, value in document["digests"].items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def tolerance(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Why a resumed run may differ in its last bits from one that was not interrupted; empty if it may not.
+
+    >>> tolerance({"platform": {"cores": 2}}, {"platform": {"cores": 4}})
+    ['cores 2 -> 4']
+    """
+    before = {**old.get("versions", {}), **old.get("platform", {})}
+    after = {**new.get("versions", {}), **new.get("platform", {})}
+    return [f"{k} {before.get(k)} -> {after.get(k)}" for k in sorted(before | after) if before.get(k) != after.get(k)]
+
+
+# --- small pieces -----------------------------------------------------------------------------------------------------
+
+
+def warn(line: str) -> None:
+    """A line on stderr."""
+    print(f"prdarts: {line}", file=sys.stderr)
+
+
+def padded(order: np.ndarray, length: int) -> np.ndarray:
+    """Batches [S,B] up to the fixed length of a dispatch; the loop never reaches the repeated ones.
+
+    >>> padded(np.array([[3, 4]]), 2).tolist()
+    [[3, 4], [3, 4]]
+    """
+    return np.concatenate([order, np.repeat(order[:1], length - len(order), axis=0)]) if len(order) < length else order

@@ -1,0 +1,187 @@
+"""From a config and a genotype to the parts of a training, each with the digest that resume compares."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from prdarts_jax import bilevel, parallel, runs
+from prdarts_jax.config import WeightsConfig
+from prdarts_jax.data.augment import check_augment
+from prdarts_jax.data.batches import check_batch, split_indices
+from prdarts_jax.data.sources import Dataset, load
+from prdarts_jax.errors import UserError
+from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.network_plan import check_auxiliary
+from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
+from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.train_config import SCALE_BATCH, TrainConfig
+from prdarts_jax.train_program import Problem
+
+Transformation: TypeAlias = optax.GradientTransformation | Callable[[TrainConfig], optax.GradientTransformation]
+
+
+class Inputs(NamedTuple):
+    """The parts of a training."""
+
+    problem: Problem
+    genotype: Genotype
+    dataset: Dataset
+    mesh: Mesh
+    digests: dict[str, str]  # what a config cannot hold: data, genotype, and source of the user's own code
+
+
+def prepare(
+    config: TrainConfig,
+    genotype: Genotype | str | Path,
+    *,
+    weight_tx: Transformation | None = None,
+    data: Dataset | None = None,
+) -> Inputs:
+    """Loads and checks everything a training needs. Nothing is written to the disk but the cache of decoded images.
+
+    Args:
+      config: of the training.
+      genotype: a Genotype, or what `Genotype.load` takes.
+      weight_tx: in place of the config's optimizer: a transformation, or a function of the config.
+      data: in place of the config's source.
+
+    Raises:
+      UserError: anything that is not possible, named by its field.
+    """
+    found = genotype if isinstance(genotype, Genotype) else Genotype.load(genotype)
+    digests = {"genotype": hashlib.sha256(found.to_json().encode()).hexdigest()}
+    mesh = parallel.make_mesh(parallel.choose_devices(config.run.devices))
+    table = _operations(config, digests)
+    found.validate_ops(table)
+    dataset = data if data is not None else load(config.data.source, config.run.data_dir or None)
+    digests["data"] = dataset.digest
+    images = dataset.train_images
+    check_augment(images.shape[1:3], crop_padding=config.data.crop_padding, cutout=config.data.cutout)
+    check_batch(config.batch_size, len(examples(config, len(images))), mesh.size)
+    if config.network.auxiliary:
+        check_auxiliary(config.network.stem, *images.shape[1:3])
+    if config.evaluate_every and not len(dataset.test_images):
+        raise UserError(
+            f"data.source: {dataset.name!r} has no test images, by which a training is measured; "
+            "allowed: a set with test images, or --evaluate-every 0"
+        )
+    normalization = (dataset.mean, dataset.std)
+    problem = make_problem(config, found, dataset.num_classes, normalization, digests, weight_tx=weight_tx, table=table)
+    problem.network.plan(images.shape[3])  # a genotype whose cell has no output is refused here
+    return Inputs(problem, found, dataset, mesh, digests)
+
+
+def examples(config: TrainConfig, count: int) -> np.ndarray:
+    """Indices int32[n] of the training images that are used: all, or a seeded random subset (`data.examples`).
+
+    >>> len(examples(TrainConfig(), 7))
+    7
+    """
+    used = config.data.examples
+    if not used or used >= count:
+        return np.arange(count, dtype=np.int32)
+    return np.concatenate(split_indices(count, config.seed))[:used]
+
+
+def _operations(config: TrainConfig, digests: dict[str, str]) -> dict[str, Primitive]:
+    user = runs.user_primitives(config.network.primitives, "network.primitives", digests)
+    return {**PRIMITIVES, **(user or {})}
+
+
+def make_problem(
+    config: TrainConfig,
+    genotype: Genotype,
+    classes: int,
+    normalization: tuple[tuple[float, ...], tuple[float, ...]],
+    digests: dict[str, str],
+    *,
+    weight_tx: Transformation | None = None,
+    table: Mapping[str, Primitive] | None = None,
+) -> Problem:
+    """The static parts of a training, without its data.
+
+    Args:
+      config: of the training.
+      genotype: of the cells.
+      classes: K.
+      normalization: (mean, std) of the training images.
+      digests: receives those of the user's own code.
+      weight_tx: see `prepare`.
+      table: the operations by name; default: those of the config.
+    """
+    table = _operations(config, digests) if table is None else table
+    network = DerivedNetwork(
+        genotype,
+        channels=config.network.channels,
+        cells=config.network.cells,
+        classes=classes,
+        stem=config.network.stem,
+        auxiliary=config.network.auxiliary,
+        dtype=config.dtype,
+        primitives=tuple(table.items()),
+    )
+    return Problem(
+        network=network,
+        tx=runs.transformation(config, "weights", weight_tx, lambda: sgd(config), digests),
+        data=config.data,
+        mean=normalization[0],
+        std=normalization[1],
+        drop_path=config.drop_path > 0,
+        auxiliary_weight=config.auxiliary_weight,
+        label_smoothing=config.label_smoothing,
+        ema=config.ema,
+    )
+
+
+def base_rate(config: TrainConfig) -> float:
+    """The learning rate the schedule starts from: times batch_size / 128 where `weights.scale_lr` says so.
+
+    >>> base_rate(TrainConfig())
+    0.025
+    """
+    scale = config.batch_size / SCALE_BATCH if config.weights.scale_lr else 1.0
+    return config.weights.learning_rate * scale
+
+
+def sgd(config: TrainConfig) -> optax.GradientTransformation:
+    """SGD of the config's numbers, with the learning rate as a hyperparameter of the state.
+
+    >>> import jax.numpy as jnp
+    >>> print(sgd(TrainConfig()).init({"w": jnp.zeros(2)}).hyperparams["learning_rate"])
+    0.025
+    """
+    weights = config.weights
+    return bilevel.weight_transform(
+        WeightsConfig(
+            learning_rate=base_rate(config),
+            momentum=weights.momentum,
+            nesterov=weights.nesterov,
+            weight_decay=weights.weight_decay,
+            clip_norm=weights.clip_norm,
+        )
+    )
+
+
+def document(config: TrainConfig, inputs: Inputs, sources: Mapping[str, str] | None) -> dict[str, Any]:
+    """The content of config.json."""
+    return runs.document(
+        "train",
+        config,
+        sources=sources,
+        digests=inputs.digests,
+        dataset=inputs.dataset,
+        mesh=inputs.mesh,
+        image=list(inputs.dataset.train_images.shape[1:]),
+    )
+
+
+def compared(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat fields of a config.json that a resumed run must share: what is computed."""
+    return runs.compared(document, TrainConfig, ("data.source", "network.primitives", "weights.transform"))

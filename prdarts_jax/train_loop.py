@@ -1,0 +1,353 @@
+"""The training of a derived network: epochs of dispatches, the test images, checkpoints, logs; one seed or several."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from prdarts_jax import metrics, parallel, runs, schedules, train_inputs, train_program
+from prdarts_jax.data import batches
+from prdarts_jax.data.sources import Dataset
+from prdarts_jax.dispatch import Images
+from prdarts_jax.epoch_loop import Epoch, EpochLoop, Speed, Start
+from prdarts_jax.errors import UserError
+from prdarts_jax.evaluation import Figures, measure
+from prdarts_jax.metrics import MetricsLog, Progress, check_finite
+from prdarts_jax.signals import StopRequest
+from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.train_config import TrainConfig
+from prdarts_jax.train_inputs import Inputs
+from prdarts_jax.train_program import Carry
+from prdarts_jax.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable
+
+# Everything a training writes: what --overwrite may remove, and nothing else. The config goes last: while it is there,
+# a folder that a kill left half-cleared is known as that of a training.
+_OWN = (
+    "metrics.jsonl",
+    "genotype.json",
+    "evaluation.json",
+    "network.safetensors",
+    "checkpoints",
+    "tensorboard",
+    "report.html",
+    "config.json",
+)
+
+
+class TrainResult(NamedTuple):
+    """How a training ended.
+
+    Attributes:
+      status: "finished" | "already-finished" | "interrupted" | "time-limit".
+      workdir: where everything lies.
+      metrics: the final row of a finished training, else the last epoch's of this start.
+      report: path of report.html, or None.
+      signum: the signal that interrupted it.
+    """
+
+    status: str
+    workdir: Path
+    metrics: Mapping[str, Any] = {}
+    report: Path | None = None
+    signum: int | None = None
+
+
+class SeedsResult(NamedTuple):
+    """How the trainings of several seeds ended.
+
+    Attributes:
+      status: as of a training; "finished" or "already-finished" if all of them are.
+      runs: the trainings that were reached, in the order of the seeds.
+      metrics: mean and sample standard deviation ({NAME: mean, NAME_std: ...}) of the last epoch's test figures.
+      report: path of the common report, or None.
+      signum: the signal that interrupted it.
+    """
+
+    status: str
+    runs: tuple[TrainResult, ...]
+    metrics: Mapping[str, float] = {}
+    report: Path | None = None
+    signum: int | None = None
+
+
+def train(
+    config: TrainConfig,
+    genotype: Genotype | str | Path,
+    workdir: str | Path,
+    *,
+    weight_tx: Any = None,
+    data: Dataset | None = None,
+    sources: Mapping[str, str] | None = None,
+    out: IO[str] | None = None,
+) -> TrainResult:
+    """Trains the network of a genotype from scratch; the same call again resumes, or reports a finished training.
+
+    Args:
+      config: what is computed and how it is run (`train_presets.resolve` makes one).
+      genotype: a Genotype, a name of the zoo, a file, or the workdir of a search.
+      workdir: the folder of this training.
+      weight_tx: in place of the config's optimizer: a transformation, or a function of the config.
+      data: in place of the config's source.
+      sources: where each value of the config comes from, kept in config.json.
+      out: where notes go (default: stdout).
+
+    Returns:
+      TrainResult. SIGTERM, Ctrl-C and the time limit end it early with everything saved.
+
+    Raises:
+      UserError: a config, genotype, data set or workdir that is not possible; nothing is changed on disk.
+      RunError: a metric is not finite, or the disk fails; the last good checkpoint is kept.
+    """
+    workdir = Path(workdir).expanduser()
+    check_writable(workdir)
+    inputs = train_inputs.prepare(config, genotype, weight_tx=weight_tx, data=data)
+    return _train(config, inputs, _programs(inputs), workdir, sources, out)
+
+
+def train_seeds(
+    config: TrainConfig,
+    genotype: Genotype | str | Path,
+    workdir: str | Path,
+    seeds: Sequence[int],
+    *,
+    weight_tx: Any = None,
+    data: Dataset | None = None,
+    sources: Mapping[str, str] | None = None,
+    out: IO[str] | None = None,
+) -> SeedsResult:
+    """Trains once a seed, each in WORKDIR/seed<N>, one after the other; the same call again resumes.
+
+    Each folder is that of an ordinary training. WORKDIR/report.html compares them and has mean and standard deviation
+    over the seeds; the headline is the last epoch. `run.time_limit` is that of all of them together.
+
+    Args:
+      config: of the training; its seed is replaced.
+      genotype, weight_tx, data, sources, out: see `train`.
+      workdir: the folder of the folders.
+      seeds: different integers >= 0.
+
+    Raises:
+      UserError, RunError: see `train`; what is wrong with any of the folders is said before the first one trains.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds: {list(seeds)} is not possible; allowed: different seeds, at least one")
+    workdir = Path(workdir).expanduser()
+    check_writable(workdir)
+    inputs = train_inputs.prepare(config, genotype, weight_tx=weight_tx, data=data)
+    configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
+    folders = [workdir / f"seed{seed}" for seed in seeds]
+    for each, folder in zip(configs, folders, strict=True):
+        check_writable(folder)
+        _check(each, inputs, folder, sources)
+    programs, began = _programs(inputs), time.monotonic()
+    found: list[TrainResult] = []
+    for each, folder in zip(configs, folders, strict=True):
+        # At least a moment: then a start gets on, however short its limit, and says itself that it is over.
+        left = max(each.run.time_limit - (time.monotonic() - began) / 60, 1e-9) if each.run.time_limit else 0.0
+        run = dataclasses.replace(each.run, time_limit=left)
+        found.append(_train(dataclasses.replace(each, run=run), inputs, programs, folder, sources, out))
+        if found[-1].status in ("interrupted", "time-limit"):
+            return SeedsResult(found[-1].status, tuple(found), signum=found[-1].signum)
+    from prdarts_jax import report
+
+    page = report.report(folders, workdir / "report.html")
+    status = "finished" if any(one.status == "finished" for one in found) else "already-finished"
+    return SeedsResult(status, tuple(found), over_seeds([one.metrics for one in found]), page)
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean and sample standard deviation (n - 1) of the test figures of final rows.
+
+    >>> over_seeds([{"test_accuracy": 0.5, "step": 9}, {"test_accuracy": 0.75, "step": 9}])["test_accuracy"]
+    0.625
+    """
+    found: dict[str, float] = {}
+    for name in [name for name in rows[0] if "test_" in name] if rows else ():
+        values = [row[name] for row in rows if name in row]
+        found[name] = statistics.fmean(values)
+        found[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    return found
+
+
+# --- one training -----------------------------------------------------------------------------------------------------
+
+
+class _Programs(NamedTuple):
+    """Compiled once for all the seeds."""
+
+    dispatch: Callable[..., Any]
+    evaluation: Callable[..., Any]
+
+
+def _programs(inputs: Inputs) -> _Programs:
+    return _Programs(
+        train_program.make_dispatch(inputs.problem, inputs.mesh),
+        train_program.make_evaluation(inputs.problem, inputs.mesh),
+    )
+
+
+def _check(
+    config: TrainConfig, inputs: Inputs, workdir: Path, sources: Mapping[str, str] | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(config.json of now, that of the training in the workdir or None)."""
+    document = train_inputs.document(config, inputs, sources)
+    old = runs.check_workdir(workdir, document, overwrite=config.run.overwrite, compared=train_inputs.compared)
+    return document, old
+
+
+def _train(
+    config: TrainConfig,
+    inputs: Inputs,
+    programs: _Programs,
+    workdir: Path,
+    sources: Mapping[str, str] | None,
+    out: IO[str] | None,
+) -> TrainResult:
+    from prdarts_jax import report
+
+    _check(config, inputs, workdir, sources)
+    with WorkdirLock(workdir), StopRequest() as stop:
+        # Again, now that no other process can change it.
+        document, old = _check(config, inputs, workdir, sources)
+        if config.run.overwrite:
+            runs.clear(workdir, _OWN)
+        if old is not None:
+            final = [row for row in metrics.read(workdir / "metrics.jsonl") if row["kind"] == "final"]
+            if final:
+                page = runs.report_path(workdir) or report.report([workdir])
+                return TrainResult("already-finished", workdir, _values(final[-1]), page)
+        else:
+            atomic_write_json(workdir / "config.json", document)
+        if not (workdir / "genotype.json").is_file():
+            atomic_write_text(workdir / "genotype.json", inputs.genotype.to_json(indent=1) + "\n")
+        start = Start(config.run, workdir, out if out is not None else sys.stdout, stop, old, document)
+        return _Training(config, inputs, programs, start).go()
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("kind", "epoch", "step")}
+
+
+class _Training(EpochLoop[Carry, TrainResult]):
+    """A training as epochs of SGD steps."""
+
+    noun = "training"
+
+    def __init__(self, config: TrainConfig, inputs: Inputs, programs: _Programs, start: Start) -> None:
+        self.config, self.inputs, self.programs = config, inputs, programs
+        self.problem, self.mesh, self.dataset = inputs.problem, inputs.mesh, inputs.dataset
+        self.key = jax.random.key(config.seed)
+        self.image = self.dataset.train_images.shape[1:]
+        self.indices = train_inputs.examples(config, len(self.dataset.train_images))
+        self.positions = np.arange(config.batch_size, dtype=np.int32)
+        super().__init__(
+            start,
+            epochs=config.epochs,
+            epoch_steps=len(self.indices) // config.batch_size,
+            images_per_step=config.batch_size,
+        )
+
+    def numbers(self, epoch: int) -> dict[str, float]:
+        """What changes between epochs."""
+        weights, high = self.config.weights, train_inputs.base_rate(self.config)
+        rate = schedules.learning_rate(weights.schedule, epoch, self.epochs, high, weights.warmup_epochs)
+        return {
+            "learning_rate": rate,
+            "drop_path": schedules.drop_path_rate(epoch, self.epochs, self.config.drop_path),
+        }
+
+    def first(self) -> Carry:
+        return train_program.initial_carry(self.problem, self.mesh, self.key, self.image)
+
+    def target(self) -> Carry:
+        return train_program.abstract_carry(self.problem, self.mesh, self.key, self.image)
+
+    def open(self, step: int) -> None:
+        data = self.dataset
+        self.data = parallel.replicate(self.mesh, Images(data.train_images, data.train_labels))
+        self.test = parallel.replicate(self.mesh, Images(data.test_images, data.test_labels))
+
+    def epoch(self, epoch: int) -> Epoch:
+        order = batches.epoch_order(self.indices, self.config.batch_size, self.config.seed, epoch, "train")
+        return Epoch(order, {name: np.float32(value) for name, value in self.numbers(epoch).items()})
+
+    def dispatch(
+        self, carry: Carry, count: np.int32, fresh: np.bool_, batches: Any, progress: Mapping[str, np.float32]
+    ) -> tuple[Carry, Mapping[str, jax.Array]]:
+        return self.programs.dispatch(carry, count, fresh, batches, self.positions, self.key, progress, self.data)
+
+    def shown(self, carry: Carry, values: Mapping[str, np.ndarray], now: Epoch) -> dict[str, Any]:
+        return {"loss": float(values["train_loss"].mean()), "accuracy": float(values["train_accuracy"].mean())}
+
+    def end_epoch(
+        self, carry: Carry, epoch: int, step: int, now: Epoch, log: MetricsLog, bar: Progress, speed: Speed
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {name: float(np.float32(v) / self.epoch_steps) for name, v in carry.sums.items()}
+        row |= {f"progress/{name}": float(value) for name, value in self.numbers(epoch).items()}
+        clock = speed.fields()  # before the evaluation: images per second are those of training
+        every = self.config.evaluate_every
+        text = f"epoch {epoch + 1}/{self.epochs} | train {row['train_loss']:.3f} {row['train_accuracy']:.1%}"
+        check_finite(row, step)
+        if every and ((epoch + 1) % every == 0 or step == self.total_steps):
+            began = time.monotonic()
+            row |= self.evaluate(carry)
+            clock["time_evaluation_s"] = time.monotonic() - began
+            text += f" | test {row['test_loss']:.3f} {row['test_accuracy']:.2%}"
+        row |= clock
+        check_finite(row, step)
+        log.write("epoch", epoch, step, **row)
+        bar.epoch_line(text)
+        return row
+
+    def evaluate(self, carry: Carry) -> dict[str, float]:
+        """The test figures of the weights, and of their averages."""
+        row: dict[str, float] = {}
+        for prefix, variables in (("", carry.state.variables), ("ema_", carry.state.ema)):
+            if variables is not None:
+                found: Figures = measure(
+                    self.programs.evaluation,
+                    variables,
+                    self.test,
+                    self.dataset.test_labels,
+                    batch_size=self.config.batch_size,
+                    classes=self.dataset.num_classes,
+                )
+                row |= {
+                    f"{prefix}test_loss": found.loss,
+                    f"{prefix}test_accuracy": found.accuracy,
+                    f"{prefix}test_top5": found.top5,
+                }
+        return row
+
+    def left(self, status: str, row: Mapping[str, Any]) -> TrainResult:
+        return TrainResult(status, self.workdir, row, None, self.start.stop.signum)
+
+    def finish(self, carry: Carry, step: int, log: MetricsLog) -> TrainResult:
+        """The network as a flat file, the final row, which is what makes a training finished, and the report."""
+        from prdarts_jax import export, report
+
+        variables, data = jax.device_get(carry.state.variables), self.dataset
+        about = export.describe(
+            self.problem.network, self.image, mean=data.mean, std=data.std, class_names=data.class_names
+        )
+        export.safetensors(variables._asdict(), self.workdir / export.NETWORK_FILE, about)
+
+        rows = [row for row in metrics.read(self.workdir / "metrics.jsonl") if row["kind"] == "epoch"]
+        last = _values(rows[-1])
+        evaluated = [row for row in rows if "test_accuracy" in row]
+        if evaluated:
+            best = max(evaluated, key=lambda row: row["test_accuracy"])
+            last |= {"best_test_accuracy": best["test_accuracy"], "best_epoch": best["epoch"]}
+        last["time_train_s"] = sum(row.get("time_epoch_s", 0.0) for row in rows)
+        log.write("final", self.epochs - 1, step, **last)
+        log.close()
+        page = report.report([self.workdir])
+        return TrainResult("finished", self.workdir, last, page)

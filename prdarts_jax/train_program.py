@@ -1,0 +1,270 @@
+"""The compiled programs of a training: several SGD steps a dispatch, evaluation of all test images, the first state.
+
+    loss = CE(logits) + w CE(auxiliary logits),      CE against (1 - s) one-hot + s / classes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from prdarts_jax import parallel
+from prdarts_jax.bilevel import Batch, accuracy, mean_over, set_learning_rate
+from prdarts_jax.config import DataConfig
+from prdarts_jax.data.augment import normalize
+from prdarts_jax.dispatch import Images, Sums, load_images, on_mesh, run_steps
+from prdarts_jax.network import DerivedNetwork
+
+Progress = dict[str, Any]  # name -> float32[]: learning_rate, drop_path
+_AUGMENT, _DROP_PATH = range(2)  # purposes of a step's keys
+
+# The program runs once, in milliseconds: at the default level most of a short training would be its compilation.
+_ONCE: dict[str, bool | str] = {"xla_backend_optimization_level": "0"}
+
+
+class Variables(NamedTuple):
+    """What the network is applied with."""
+
+    params: Any  # float32 tree
+    batch_stats: Any  # float32 tree, running statistics
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step changes."""
+
+    step: jax.Array  # int32[], steps done since the start
+    variables: Variables
+    opt: Any  # state of the transformation
+    ema: Variables | None  # averages of the variables, or None without EMA
+
+
+@flax.struct.dataclass
+class Carry:
+    """What a checkpoint holds: the state, and the sums of this epoch's metrics so far."""
+
+    state: TrainState
+    sums: Sums  # name -> float32[]
+
+
+class Problem(NamedTuple):
+    """Static parts of a training: what is computed, without numbers that change."""
+
+    network: DerivedNetwork  # on one device: its axis_name is set where it is mapped
+    tx: optax.GradientTransformation
+    data: DataConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    drop_path: bool  # whether there is any
+    auxiliary_weight: float
+    label_smoothing: float
+    ema: float  # decay; 0 = none
+
+
+def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Mean cross-entropy, in nats, against the targets (1 - s) one-hot + s / K.
+
+    Args:
+      logits: float32[B,K].
+      labels: int32[B].
+      smoothing: s in [0,1).
+
+    Source: Szegedy et al., "Rethinking the Inception Architecture" (CVPR 2016), section 7.
+
+    >>> round(float(smoothed_cross_entropy(jnp.zeros((1, 4)), jnp.zeros(1, jnp.int32), 0.1)), 4)  # ln 4
+    1.3863
+    """
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype), smoothing)
+    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+
+def average(old: Any, new: Any, decay: float) -> Any:
+    """Exponential moving average of a tree: decay old + (1 - decay) new.
+
+    >>> print(average(jnp.ones(1), jnp.zeros(1), 0.75))
+    [0.75]
+    """
+    return jax.tree.map(lambda a, b: decay * a + (1.0 - decay) * b, old, new)
+
+
+def make_step(
+    problem: Problem, axis_name: str | None = None
+) -> Callable[[TrainState, Batch, jax.Array, jax.Array, Progress], tuple[TrainState, Sums]]:
+    """A pure function (state, batch, positions, key, progress) -> (state, metrics): one step of SGD.
+
+    `positions` int[B] are the places of the images in the global batch; the key is the same on all devices. Gradients,
+    BN statistics and metrics are means over `axis_name`. Metrics are of the network with drop-path, before the update.
+    """
+    network = problem.network.clone(axis_name=axis_name)
+
+    def losses(
+        params: Any, statistics: Any, batch: Batch, positions: jax.Array, key: jax.Array, progress: Progress
+    ) -> tuple[jax.Array, tuple[Any, Sums]]:
+        (logits, auxiliary), new = network.apply(
+            {"params": params, "batch_stats": statistics},
+            batch.images,
+            train=True,
+            drop_path=progress["drop_path"] if problem.drop_path else None,
+            positions=positions,
+            rngs={"drop_path": key},
+            mutable=["batch_stats"],
+        )
+        loss = smoothed_cross_entropy(logits, batch.labels, problem.label_smoothing)
+        metrics = {"train_loss": loss, "train_accuracy": accuracy(logits, batch.labels)}
+        if auxiliary is not None:
+            metrics["train_auxiliary_loss"] = smoothed_cross_entropy(auxiliary, batch.labels, problem.label_smoothing)
+            loss = loss + problem.auxiliary_weight * metrics["train_auxiliary_loss"]
+        return loss, (new["batch_stats"], metrics)
+
+    def step(
+        state: TrainState, batch: Batch, positions: jax.Array, key: jax.Array, progress: Progress
+    ) -> tuple[TrainState, Sums]:
+        params, statistics = state.variables
+        grads, (statistics, metrics) = jax.grad(losses, has_aux=True)(
+            params, statistics, batch, positions, key, progress
+        )
+        grads, metrics = mean_over(axis_name, (grads, metrics))
+        metrics["gradient_norm/weights"] = optax.global_norm(grads)
+        opt = set_learning_rate(state.opt, progress["learning_rate"])
+        updates, opt = problem.tx.update(grads, opt, params)
+        variables = Variables(optax.apply_updates(params, updates), statistics)
+        ema = None if state.ema is None else average(state.ema, variables, problem.ema)
+        metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        return dataclasses.replace(state, step=state.step + 1, variables=variables, opt=opt, ema=ema), metrics
+
+    return step
+
+
+def _initial(problem: Problem, image: tuple[int, ...]) -> Callable[[jax.Array], Carry]:
+    step = make_step(problem)
+
+    def program(key: jax.Array) -> Carry:
+        images = jnp.zeros((2, *image), problem.network.dtype)
+        made = problem.network.init(key, images)
+        variables = Variables(made["params"], made["batch_stats"])
+        # Of its own memory: the state is donated, and a buffer can be donated only once.
+        ema = jax.tree.map(jnp.copy, variables) if problem.ema else None
+        state = TrainState(jnp.zeros((), jnp.int32), variables, problem.tx.init(variables.params), ema)
+        batch, zero = Batch(images, jnp.zeros((2,), jnp.int32)), jnp.zeros((), jnp.float32)
+        progress = {"learning_rate": zero, "drop_path": zero}
+        _, metrics = jax.eval_shape(step, state, batch, jnp.arange(2), key, progress)
+        return Carry(state, {name: jnp.zeros((), jnp.float32) for name in metrics})
+
+    return program
+
+
+def initial_carry(problem: Problem, mesh: Mesh, key: jax.Array, image: tuple[int, ...]) -> Carry:
+    """The carry before the first step, on all devices of the mesh.
+
+    Args:
+      problem, mesh: static.
+      key: base key of the training.
+      image: (H, W, C) of the data.
+    """
+    return parallel.replicate(mesh, jax.jit(_initial(problem, image), compiler_options=_ONCE)(key))
+
+
+def abstract_carry(problem: Problem, mesh: Mesh, key: jax.Array, image: tuple[int, ...]) -> Carry:
+    """Shapes, dtypes and shardings of the carry: what a checkpoint is restored into, without computing anything."""
+    return on_mesh(mesh, jax.eval_shape(_initial(problem, image), key))
+
+
+def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Sums]]:
+    """The jitted program (carry, count, fresh, order, positions, key, progress, data) -> (carry, rows).
+
+    It runs `count` steps on the first `count` batches of `order` int32[S,B]; `fresh` starts the sums of an epoch;
+    `positions` int32[B] are the places in the global batch, 0..B-1 (split over the devices with the batch). `rows`
+    holds each metric of each step, float32[S]. The carry is donated.
+    """
+    step = make_step(problem, parallel.axis_of(mesh))
+
+    def program(
+        carry: Carry,
+        count: jax.Array,
+        fresh: jax.Array,
+        order: jax.Array,
+        positions: jax.Array,
+        key: jax.Array,
+        progress: Progress,
+        data: Images,
+    ) -> tuple[Carry, Sums]:
+        def one(i: jax.Array, state: TrainState) -> tuple[TrainState, Sums]:
+            keys = [jax.random.fold_in(jax.random.fold_in(key, state.step), purpose) for purpose in range(2)]
+            images = load_images(
+                keys[_AUGMENT],
+                data.images[order[i]],
+                positions,
+                data=problem.data,
+                mean=problem.mean,
+                std=problem.std,
+                dtype=problem.network.dtype,
+            )
+            return step(state, Batch(images, data.labels[order[i]]), positions, keys[_DROP_PATH], progress)
+
+        state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=order.shape[0])
+        return Carry(state, sums), rows
+
+    everywhere, batch = parallel.REPLICATED, PartitionSpec(None, parallel.AXIS)
+    in_specs = (
+        everywhere,
+        everywhere,
+        everywhere,
+        batch,
+        PartitionSpec(parallel.AXIS),
+        everywhere,
+        everywhere,
+        everywhere,
+    )
+    return jax.jit(parallel.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
+
+
+class Outputs(NamedTuple):
+    """What is measured on each image; S batches of B."""
+
+    loss: Any  # float32[S,B], cross-entropy in nats, without label smoothing
+    rank: Any  # int32[S,B], how many classes are put before the true one (ties: in their order); 0 = right
+    confidence: Any  # float32[S,B], the largest probability
+
+
+def outputs(logits: jax.Array, labels: jax.Array) -> Outputs:
+    """Loss, rank of the true class and confidence of each image, from float32[B,K] and int32[B].
+
+    >>> outputs(jnp.asarray([[1.0, 3.0, 2.0]]), jnp.asarray([2])).rank.tolist()
+    [1]
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    before = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
+    ahead = (logits > own) | ((logits == own) & before)
+    return Outputs(
+        optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+        jnp.sum(ahead, axis=1, dtype=jnp.int32),
+        jnp.max(jax.nn.softmax(logits, axis=1), axis=1),
+    )
+
+
+def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., Outputs]:
+    """The jitted program (variables, indices int32[S,B], data) -> Outputs, with running statistics and no augmentation.
+
+    An image's figures do not depend on the others of its batch, so nothing is summed here: the caller drops what pads
+    the last batch.
+    """
+    network = problem.network.clone(auxiliary=False)
+
+    def program(variables: Variables, indices: jax.Array, data: Images) -> Outputs:
+        def one(index: jax.Array) -> Outputs:
+            images = normalize(data.images[index], problem.mean, problem.std, network.dtype)
+            logits, _ = network.apply({"params": variables.params, "batch_stats": variables.batch_stats}, images)
+            return outputs(logits, data.labels[index])
+
+        return lax.map(one, indices)
+
+    everywhere, batch = parallel.REPLICATED, PartitionSpec(None, parallel.AXIS)
+    return jax.jit(parallel.map_over(mesh, program, (everywhere, batch, everywhere), batch))

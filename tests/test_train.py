@@ -1,0 +1,397 @@
+"""The training: its step against closed forms and torch, its rows, its seeds, its errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import train_cases
+from search_cases import one_error, rows, snapshot
+from train_cases import EPOCH_STEPS, EPOCHS, GENOTYPE, TOTAL, digits, final_state, outcome, train, words
+
+import prdarts_jax
+from prdarts_jax import cli, metrics, report, train_inputs, train_loop, train_presets, train_program
+from prdarts_jax.bilevel import Batch
+from prdarts_jax.data.sources import from_arrays
+from prdarts_jax.errors import UserError
+from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.train_config import SgdConfig, TrainConfig
+from prdarts_jax.train_program import Problem, TrainState, Variables
+
+
+@pytest.fixture(autouse=True)
+def _quick(request):
+    if request.node.get_closest_marker("slow"):
+        yield
+        return
+    with train_cases.shared_programs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture
+def finished(folder):
+    """One whole training; tests may not change it."""
+    if not (folder / "w").exists():
+        assert train(folder / "w").status == "finished"
+    return folder / "w"
+
+
+@pytest.fixture
+def npz(folder):
+    path = folder / "digits.npz"
+    return path if path.exists() else train_cases.write_npz(path)
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A network of two linear heads, whose gradients are closed forms; it notes what it is called with."""
+
+    auxiliary: bool = True
+    dtype: str = "float32"
+
+    def clone(self, **_):
+        return self
+
+    def apply(self, variables, images, *, train, drop_path, positions, rngs, mutable):
+        assert train and mutable == ["batch_stats"] and set(rngs) == {"drop_path"}
+        x, p = images.reshape(len(images), -1), variables["params"]
+        new = {"seen": variables["batch_stats"]["seen"] + (0.0 if drop_path is None else drop_path)}
+        return (x @ p["main"], x @ p["side"] if self.auxiliary else None), {"batch_stats": new}
+
+
+def _problem(tx, **changes):
+    fields = {
+        "network": Linear(),
+        "tx": tx,
+        "data": TrainConfig().data,
+        "mean": (0.0,),
+        "std": (1.0,),
+        "drop_path": True,
+        "auxiliary_weight": 0.4,
+        "label_smoothing": 0.1,
+        "ema": 0.0,
+    }
+    return Problem(**{**fields, **changes})
+
+
+def _start(problem):
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=(12, 5)), jnp.float32) for name in ("main", "side")}
+    variables = Variables(params, {"seen": jnp.zeros(())})
+    batch = Batch(jnp.asarray(rng.normal(size=(6, 2, 2, 3)), jnp.float32), jnp.asarray([0, 1, 2, 3, 4, 4]))
+    return TrainState(jnp.int32(0), variables, problem.tx.init(params), variables if problem.ema else None), batch
+
+
+def _softmax(z):
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def _by_hand(params, batch, smoothing):
+    """{head: (loss, gradient)} of the smoothed cross-entropy: x^T (p - t) / B."""
+    x, labels = np.asarray(batch.images, float).reshape(6, 12), np.asarray(batch.labels)
+    target = (1 - smoothing) * np.eye(5)[labels] + smoothing / 5
+    found = {}
+    for name, w in params.items():
+        p = _softmax(x @ np.asarray(w, float))
+        found[name] = (-(target * np.log(p)).sum(axis=1).mean(), x.T @ (p - target) / 6)
+    return found
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_both_heads_with_smoothed_targets(smoothing):
+    problem = _problem(optax.sgd(1.0), label_smoothing=smoothing)
+    state, batch = _start(problem)
+    expected = _by_hand(state.variables.params, batch, smoothing)
+    progress = {"learning_rate": jnp.float32(9.0), "drop_path": jnp.float32(0.25)}
+    after, found = train_program.make_step(problem)(state, batch, jnp.arange(6), jax.random.key(0), progress)
+    assert float(found["train_loss"]) == pytest.approx(expected["main"][0], rel=1e-5)
+    assert float(found["train_auxiliary_loss"]) == pytest.approx(expected["side"][0], rel=1e-5)
+    for name, weight in (("main", 1.0), ("side", 0.4)):
+        moved = np.asarray(state.variables.params[name] - after.variables.params[name])
+        np.testing.assert_allclose(moved, weight * expected[name][1], atol=1e-5)
+    both = np.concatenate([expected["main"][1], 0.4 * expected["side"][1]])
+    assert float(found["gradient_norm/weights"]) == pytest.approx(np.linalg.norm(both), rel=1e-5)
+    assert float(after.variables.batch_stats["seen"]) == 0.25  # the rate is an argument, not a constant of the program
+    assert int(after.step) == 1
+
+
+def test_without_an_auxiliary_head_or_drop_path():
+    problem = _problem(optax.sgd(1.0), network=Linear(auxiliary=False), drop_path=False)
+    state, batch = _start(problem)
+    progress = {"learning_rate": jnp.float32(1.0), "drop_path": jnp.float32(0.25)}
+    after, found = train_program.make_step(problem)(state, batch, jnp.arange(6), jax.random.key(0), progress)
+    assert "train_auxiliary_loss" not in found
+    assert float(after.variables.batch_stats["seen"]) == 0
+    np.testing.assert_array_equal(after.variables.params["side"], state.variables.params["side"])
+
+
+def test_the_average_is_the_sum_of_its_closed_form():
+    decay = 0.7
+    problem = _problem(optax.sgd(0.1), ema=decay)
+    state, batch = _start(problem)
+    step, history = train_program.make_step(problem), [state.variables]
+    progress = {"learning_rate": jnp.float32(1.0), "drop_path": jnp.float32(0.5)}
+    for _ in range(4):
+        state, _ = step(state, batch, jnp.arange(6), jax.random.key(0), progress)
+        history.append(state.variables)
+    shares = [decay**4, *((1 - decay) * decay ** (4 - k) for k in range(1, 5))]
+    expected = jax.tree.map(lambda *w: sum(s * np.asarray(x, float) for s, x in zip(shares, w, strict=True)), *history)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.ema, expected)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_optimizer_is_torchs(nesterov):
+    """Clip, coupled L2, momentum, learning rate, over steps whose learning rate changes."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(1)
+    start, rates = rng.normal(size=(4, 3)), (0.1, 0.1, 0.05, 0.01)
+    gradients = [rng.normal(size=(4, 3)) * scale for scale in (0.1, 30.0, 1.0, 5.0)]  # the second one is clipped
+    config = TrainConfig(weights=SgdConfig(learning_rate=0.1, nesterov=nesterov, weight_decay=0.01))
+
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    optimizer = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
+    with jax.enable_x64(True):
+        tx, ours = train_inputs.sgd(config), {"w": jnp.asarray(start)}
+        state = tx.init(ours)
+        for gradient, rate in zip(gradients, rates, strict=True):
+            state = train_program.set_learning_rate(state, rate)
+            updates, state = tx.update({"w": jnp.asarray(gradient)}, state, ours)
+            ours = optax.apply_updates(ours, updates)
+            optimizer.param_groups[0]["lr"] = rate
+            theirs.grad = torch.tensor(gradient)
+            torch.nn.utils.clip_grad_norm_([theirs], 5.0)
+            optimizer.step()
+            np.testing.assert_allclose(ours["w"], theirs.detach().numpy(), rtol=1e-6)  # torch divides by norm + 1e-6
+
+
+@pytest.mark.reference
+def test_label_smoothing_is_torchs():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(2)
+    logits, labels = rng.normal(size=(8, 7)).astype(np.float32), rng.integers(0, 7, 8)
+    loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(torch.tensor(logits), torch.tensor(labels))
+    found = train_program.smoothed_cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 0.1)
+    assert float(found) == pytest.approx(loss.item(), rel=1e-6)
+
+
+# --- a whole training -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_training_leaves(finished):
+    assert Genotype.load(finished) == GENOTYPE
+    head = json.loads((finished / "config.json").read_text())
+    assert (head["kind"], head["image"], head["digests"]["data"]) == ("train", [8, 8, 1], digits().digest)
+    steps, epochs, final = (rows(finished, kind) for kind in ("step", "epoch", "final"))
+    assert [row["step"] for row in steps] == list(range(1, TOTAL + 1))
+    assert [row["epoch"] for row in epochs] == list(range(EPOCHS))
+    for epoch, row in enumerate(epochs):
+        mine = [step for step in steps if step["epoch"] == epoch]
+        for name in ("train_loss", "train_accuracy"):
+            assert row[name] == pytest.approx(statistics.fmean(step[name] for step in mine), rel=1e-5)
+        assert {f"{e}test_{name}" for e in ("", "ema_") for name in ("loss", "accuracy", "top5")} <= row.keys()
+        assert row["test_accuracy"] <= row["test_top5"] <= 1
+        assert row["progress/drop_path"] == pytest.approx(0.3 * epoch / EPOCHS)
+        assert row["progress/learning_rate"] == pytest.approx(0.0125 * (1 + np.cos(np.pi * epoch / EPOCHS)))
+    (last,) = final
+    assert {**epochs[-1], "kind": "final"}.items() <= last.items()
+    best = max(epochs, key=lambda row: row["test_accuracy"])
+    assert (last["best_test_accuracy"], last["best_epoch"]) == (best["test_accuracy"], best["epoch"])
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+
+
+def test_nothing_is_compiled_again_between_epochs(finished):
+    """Learning rate, drop-path and the length of a dispatch are arguments."""
+    inputs = train_inputs.prepare(train_cases.config(), GENOTYPE, data=digits())
+    program = train_program.make_dispatch(inputs.problem, inputs.mesh)
+    before = program._cache_size()
+    train(finished.parent / "other-schedule", weights__schedule="linear", epochs=7, seed=3)
+    assert program._cache_size() == max(before, 1)
+    rates = [row["progress/learning_rate"] for row in rows(finished.parent / "other-schedule", "epoch")]
+    assert rates == pytest.approx([0.025 * share for share in (1, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1)])
+
+
+def test_evaluations_can_be_rarer(tmp_path, finished):
+    train(tmp_path / "w", evaluate_every=2)
+    found = rows(tmp_path / "w", "epoch")
+    assert ["test_accuracy" in row for row in found] == [False, True, True]  # the last epoch always
+    shared = [row for row in (metrics.comparable(row) for row in rows(finished, "step"))]
+    assert [metrics.comparable(row) for row in rows(tmp_path / "w", "step")] == shared
+
+
+def test_a_set_without_test_images(tmp_path):
+    data = from_arrays("mine", digits().train_images, digits().train_labels)
+    with pytest.raises(UserError, match=r"'mine' has no test images, .* --evaluate-every 0"):
+        train(tmp_path / "w", given={"data": data})
+    assert not (tmp_path / "w").exists()
+    found = train(tmp_path / "w", given={"data": data}, evaluate_every=0, epochs=1)
+    assert found.status == "finished"
+    assert not any("test" in name for name in found.metrics)
+
+
+def test_a_transformation_of_the_user(tmp_path):
+    """Nothing moves but the running statistics."""
+    found = train(tmp_path / "w", given={"weight_tx": optax.set_to_zero()}, epochs=1, label_smoothing=0)
+    assert found.status == "finished"
+    inputs = train_inputs.prepare(train_cases.config(label_smoothing=0), GENOTYPE, data=digits())
+    first = train_program.initial_carry(inputs.problem, inputs.mesh, jax.random.key(0), (8, 8, 1))
+    head = json.loads((tmp_path / "w" / "config.json").read_text())
+    assert "weights.transform" in head["digests"]
+    from prdarts_jax import export
+
+    network = export.load_network(tmp_path / "w")
+    jax.tree.map(np.testing.assert_array_equal, network.variables["params"], dict(first.state.variables.params))
+    means = [leaf for leaf in jax.tree.leaves(network.variables["batch_stats"]) if np.any(leaf)]
+    assert means
+    with pytest.raises(UserError, match=r"digest of weights\.transform"):
+        train(tmp_path / "w", epochs=1, label_smoothing=0)
+
+
+@pytest.mark.multidevice
+def test_four_devices_compute_the_same(finished, tmp_path):
+    if jax.device_count() < 4:
+        pytest.skip(f"{jax.device_count()} devices of 4")
+    assert train(tmp_path / "w", run__devices="4", epochs=1).status == "finished"
+    one, four = (rows(w, "step") for w in (finished, tmp_path / "w"))
+    for expected, found in itertools.islice(zip(one, four, strict=False), EPOCH_STEPS):
+        # From the second step on the learning rates are those of another number of epochs: constant in an epoch.
+        for name in ("train_loss", "train_accuracy", "gradient_norm/weights"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), (expected["step"], name)
+    one, four = (rows(w, "epoch")[0] for w in (finished, tmp_path / "w"))
+    assert four["test_loss"] == pytest.approx(one["test_loss"], rel=1e-3)
+    state = final_state(tmp_path / "w")
+    for leaf in jax.tree.leaves(state):
+        assert len({np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards}) == 1
+
+
+@pytest.mark.slow
+def test_bfloat16_keeps_the_state_in_float32(tmp_path):
+    assert train(tmp_path / "w", dtype="bfloat16").status == "finished"
+    state = final_state(tmp_path / "w")
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.state.variables)} == {jnp.dtype("float32")}
+    found = rows(tmp_path / "w", "epoch")
+    assert found[-1]["train_loss"] < found[0]["train_loss"]
+
+
+# --- several seeds ----------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_ordinary_trainings_with_a_mean(finished, npz, tmp_path, capsys, monkeypatch):
+    pages = []
+    monkeypatch.setattr(report, "report", lambda folders, out=None: pages.append((folders, out)) or out)
+    command = [*words(tmp_path / "w", npz), "--seeds", "0..1"]
+    assert cli.main([*command, "--time-limit", "1e-9"]) == 0
+    assert "to go on: prdarts train" in capsys.readouterr().out
+    assert not (tmp_path / "w" / "seed1").exists() and not pages
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "resuming at step 3 of" in said
+    folders = [tmp_path / "w" / "seed0", tmp_path / "w" / "seed1"]
+    assert pages[-1] == (folders, tmp_path / "w" / "report.html")
+    same = outcome(folders[0])
+    assert {**same, "genotype": None} == {**outcome(finished), "genotype": None}
+    accuracies = [rows(w, "final")[0]["test_accuracy"] for w in folders]
+    mean, spread = 100 * (1 - statistics.fmean(accuracies)), 100 * statistics.stdev(accuracies)
+    assert f"test error after the last epoch: {mean:.2f} % ± {spread:.2f} (n = 2)" in said
+    before = snapshot(tmp_path / "w")
+    assert cli.main(command) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert snapshot(tmp_path / "w") == before
+
+
+def test_a_wrong_folder_of_a_later_seed_is_found_first(tmp_path):
+    (tmp_path / "w" / "seed1").mkdir(parents=True)
+    (tmp_path / "w" / "seed1" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"seed1 holds 'mine\.txt' and no config\.json"):
+        train_loop.train_seeds(train_cases.config(), GENOTYPE, tmp_path / "w", [0, 1], data=digits())
+    assert sorted(os.listdir(tmp_path / "w")) == ["seed1"]
+
+
+def test_mean_and_deviation():
+    found = train_loop.over_seeds([{"test_accuracy": a, "ema_test_loss": 1.0, "step": 1} for a in (0.1, 0.2, 0.6)])
+    assert found["test_accuracy"] == pytest.approx(0.3)
+    assert found["test_accuracy_std"] == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1))
+    assert found["ema_test_loss_std"] == 0 and "step" not in found
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data.cutout", "9"], ["data.cutout: 9 is larger than the 8x8 images"]),
+        (["--data.crop_padding", "8"], ["data.crop_padding: 8 "]),
+        (["--network.auxiliary"], ["auxiliary: images of 8x8 do not fit", "29..40"]),
+        (["--batch-size", "113"], ["batch_size: 113 ", "112 examples"]),
+        (["--devices", "4", "--batch-size", "6"], ["batch_size: 6 ", "multiple of 4"]),
+        (["--devices", "9"], ["run.devices: 9 "]),
+        (["--data", "npz:absent.npz"], ["absent.npz", "no such file"]),
+        (["--weight-tx", "absent.py:f"], ["weights.transform: ", "no file 'absent.py'"]),
+        (["--network.primitives", "absent.py"], ["network.primitives: ", "no file 'absent.py'"]),
+        (["--workdir", "/dev/null/run"], ["workdir: ", "/dev/null is not a folder"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_impossible_input(npz, tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(tmp_path)
+    one_error(capsys, [*words(tmp_path / "runs" / "w", npz), *flags], 2, *said)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("preset", ["cifar10", "cifar100", "imagenet", "released-imagenet", "cifar10-small"])
+def test_a_missing_data_set_is_not_fetched(tmp_path, monkeypatch, capsys, preset):
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--genotype", "PRDARTS", "--preset", preset, "--data-dir", str(tmp_path)]
+    one_error(capsys, command, 2, "data.source: 'tfds:", f"is not prepared in {tmp_path}")
+    assert os.listdir(tmp_path) == []
+
+
+def test_nan_stops_the_run(npz, tmp_path, capsys):
+    """At the first step whose metrics see it; the checkpoint before it is whole."""
+    (tmp_path / "mine.py").write_text(
+        "import jax.numpy as jnp, optax\n"
+        "def late(config):\n"
+        "    def update(grads, count, params=None):\n"
+        f"        return optax.tree.scale(jnp.where(count == {EPOCH_STEPS + 1}, jnp.nan, -1e-3), grads), count + 1\n"
+        "    return optax.GradientTransformation(lambda params: jnp.int32(0), update)\n"
+    )
+    workdir = tmp_path / "w"
+    command = [*words(workdir, npz), f"--weight-tx={tmp_path}/mine.py:late"]
+    one_error(capsys, command, 1, f"is nan at step {EPOCH_STEPS + 3}", "last good checkpoint is kept")
+    assert int(np.asarray(rows(workdir, "step")[-1]["step"])) == EPOCH_STEPS + 2
+    assert sorted(os.listdir(workdir / "checkpoints")) == [str(EPOCH_STEPS)]
+    one_error(capsys, command, 1, f"is nan at step {EPOCH_STEPS + 3}")  # it resumes, and says the same
+
+
+# --- the preset -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_digits_reach_97_percent(tmp_path):
+    """The published cell on the 360 held-out images, with the preset as it is."""
+    config = train_presets.resolve("digits", {"run.progress": "off"}).config
+    found = prdarts_jax.train(config, "PRDARTS", tmp_path / "w")
+    assert found.status == "finished" and found.report is not None
+    assert found.metrics["test_accuracy"] >= 0.97
+    evaluated = prdarts_jax.evaluate(tmp_path / "w")
+    assert evaluated.images == 360
+    assert evaluated.figures.accuracy == found.metrics["test_accuracy"]
