@@ -271,7 +271,7 @@ def test_four_devices_compute_the_same(finished, tmp_path):
     assert train(tmp_path / "w", run__devices="4", epochs=1).status == "finished"
     one, four = (rows(w, "step") for w in (finished, tmp_path / "w"))
     for expected, found in itertools.islice(zip(one, four, strict=False), EPOCH_STEPS):
-        # From the second step on the learning rates are those of another number of epochs: constant in an epoch.
+        # The cosine of any number of epochs begins with the same rate, and it is constant in an epoch.
         for name in ("train_loss", "train_accuracy", "gradient_norm/weights"):
             assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), (expected["step"], name)
     one, four = (rows(w, "epoch")[0] for w in (finished, tmp_path / "w"))
@@ -342,7 +342,7 @@ def test_mean_and_deviation():
         (["--network.auxiliary"], ["auxiliary: images of 8x8 do not fit", "29..40"]),
         (["--batch-size", "113"], ["batch_size: 113 ", "112 examples"]),
         (["--devices", "4", "--batch-size", "6"], ["batch_size: 6 ", "multiple of 4"]),
-        (["--devices", "9"], ["run.devices: 9 "]),
+        (["--devices", "8"], ["run.devices: 8 is more than there are"]),
         (["--data", "npz:absent.npz"], ["absent.npz", "no such file"]),
         (["--weight-tx", "absent.py:f"], ["weights.transform: ", "no file 'absent.py'"]),
         (["--network.primitives", "absent.py"], ["network.primitives: ", "no file 'absent.py'"]),
