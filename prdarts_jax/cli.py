@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import prdarts_jax
-from prdarts_jax import cli_flags, cli_train, presets
+from prdarts_jax import cli_export, cli_flags, cli_train, presets
 from prdarts_jax import config as cfg
 from prdarts_jax.cli_flags import COMMON, Command, compilation_cache, help_text, print_config
 from prdarts_jax.cli_flags import Parser as _Parser
@@ -283,5 +283,7 @@ _COMMANDS: Mapping[str, tuple[Callable[[list[str]], int], str]] = {
     "report": (_report, "one self-contained HTML report of one or several searches"),
     "strategies": (_strategies, "the search methods and their options"),
     "zoo": (_zoo, "the published genotypes"),
+    "export": (cli_export.export_command, "take a trained network away: StableHLO or safetensors"),
+    "import-torch": (cli_export.import_command, "a workdir from a PyTorch checkpoint of the DARTS family"),
     "data": (_data, "prepare a data set from its official archive"),
 }

@@ -66,7 +66,7 @@ PRESETS: Mapping[str, Preset] = {
             "data.cutout": 0,
             "space.channels": 8,
             "space.cells": 5,
-            "epochs": 50,
+            "epochs": 45,
             "batch_size": 32,
         },
     ),

@@ -88,8 +88,10 @@ def with_method(config: SearchConfig, strategy: Strategy | Callable[..., Strateg
     """The config with the method of the caller in the place of its own, so that config.json says what ran."""
     if strategy is None:
         return config
-    function = strategy.sample if isinstance(strategy, Strategy) else strategy
-    name = getattr(function, "__qualname__", type(function).__name__).partition(".")[0]
+    if isinstance(strategy, Strategy):  # its functions are defined inside its factory
+        name = getattr(strategy.sample, "__qualname__", "strategy").partition(".")[0]
+    else:
+        name = getattr(strategy, "__name__", type(strategy).__name__)
     return dataclasses.replace(config, method=MethodConfig(f"argument:{name}"))
 
 

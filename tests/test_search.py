@@ -170,7 +170,8 @@ def test_everything_as_arguments(tmp_path, quick):
     given = {"weight_tx": weight_tx, "arch_tx": optax.set_to_zero(), "strategy": strategy, "data": digits()}
     result = prdarts_jax.search(config, tmp_path / "w", **given)
     assert result.status == "finished"
-    assert calls == [config]
+    assert [seen.weights for seen in calls] == [config.weights]  # the config, with its method named after the argument
+    assert calls[0].method.strategy == "argument:strategy"
     assert result.genotype == Genotype.load(tmp_path / "w")
     assert result.metrics["train_loss"] == rows(tmp_path / "w", "final")[0]["train_loss"]
     digests = json.loads((tmp_path / "w" / "config.json").read_text())["digests"]
