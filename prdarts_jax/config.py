@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ OPS = (
     "dil_conv_5x5",
 )
 DTYPES = ("float32", "bfloat16")
+MAX_SEED = 2**32 - 1  # a key of jax.random holds 32 bits of a seed: larger ones would repeat smaller ones
 
 
 def require(holds: bool, path: str, value: object, allowed: str) -> None:
@@ -44,6 +46,19 @@ def minimum(config: object, section: str, **least: float) -> None:
     for name, low in least.items():
         value = getattr(config, name)
         require(value >= low, f"{section}{name}", value, f">= {low}")
+
+
+def finite(config: object, section: str, *, but: tuple[str, ...] = ()) -> None:
+    """Refuses inf and nan in the float fields of a config, apart from those named in `but`."""
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        if f.type == "float" and f.name not in but:  # annotations are texts here
+            value = getattr(config, f.name)
+            require(math.isfinite(value), f"{section}{f.name}", value, "a finite number")
+
+
+def check_seed(seed: int) -> None:
+    """Refuses a seed that jax.random would not tell from another one."""
+    require(0 <= seed <= MAX_SEED, "seed", seed, f"0..{MAX_SEED}")
 
 
 @dataclass(frozen=True)
@@ -60,8 +75,7 @@ class SpaceConfig:
     primitives: str = ""  # FILE.py with PRIMITIVES = {name: Primitive(...)} of the user
 
     def __post_init__(self) -> None:
-        minimum(self, "space.", cells=3, channels=2, nodes=1)
-        require(self.channels % 2 == 0, "space.channels", self.channels, "an even number (reductions halve it)")
+        minimum(self, "space.", cells=3, channels=1, nodes=1)
         require(len(self.ops) >= 1, "space.ops", self.ops, "at least one operation")
         require(len(set(self.ops)) == len(self.ops), "space.ops", ",".join(self.ops), "each operation once")
         require(set(self.ops) != {"none"}, "space.ops", "none", "at least one operation besides none")
@@ -103,7 +117,9 @@ class WeightsConfig:
     transform: str = ""  # path.py:factory(config) -> an optax transformation in place of all of the above
 
     def __post_init__(self) -> None:
-        minimum(self, "weights.", learning_rate=0, learning_rate_min=0, momentum=0, weight_decay=0)
+        finite(self, "weights.", but=("clip_norm",))
+        minimum(self, "weights.", learning_rate=0, learning_rate_min=0, weight_decay=0)
+        require(0 <= self.momentum < 1, "weights.momentum", self.momentum, "in [0, 1)")
         require(self.clip_norm > 0, "weights.clip_norm", self.clip_norm, "> 0 (inf = no clipping)")
 
 
@@ -119,6 +135,7 @@ class ArchConfig:
     transform: str = ""  # path.py:factory(config) -> an optax transformation in place of all of the above
 
     def __post_init__(self) -> None:
+        finite(self, "arch.")
         minimum(self, "arch.", learning_rate=0, beta1=0, beta2=0, weight_decay=0)
         require(self.beta1 < 1, "arch.beta1", self.beta1, "in [0, 1)")
         require(self.beta2 < 1, "arch.beta2", self.beta2, "in [0, 1)")
@@ -142,7 +159,8 @@ class DataConfig:
             raise UserError(
                 f"data.source: {self.source!r} is not a source; allowed: digits | tfds:NAME | npz:FILE | folder:DIR"
             )
-        minimum(self, "data.", examples=0, crop_padding=0, cutout=0)
+        require(self.examples == 0 or self.examples >= 2, "data.examples", self.examples, "0 (all) | >= 2")
+        minimum(self, "data.", crop_padding=0, cutout=0)
 
 
 @dataclass(frozen=True)
@@ -163,7 +181,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.devices != "all":
-            require(self.devices.isdigit() and int(self.devices) > 0, "run.devices", self.devices, "a number or all")
+            require(self.devices.isdecimal() and int(self.devices) > 0, "run.devices", self.devices, ">= 1 | all")
+        finite(self, "run.")
         minimum(
             self, "run.", checkpoint_every=1, checkpoint_minutes=0, steps_per_dispatch=1, time_limit=0, log_every=1
         )
@@ -196,7 +215,8 @@ class SearchConfig:
     evaluate_every: int = 0  # epochs between full evaluations with the expected gates; 0 = never
 
     def __post_init__(self) -> None:
-        minimum(self, "", epochs=1, batch_size=1, seed=0, evaluate_every=0)
+        minimum(self, "", epochs=1, batch_size=1, evaluate_every=0)
+        check_seed(self.seed)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.run.devices != "all":
@@ -258,7 +278,7 @@ def convert_scalar(hint: type, value: Any, path: str) -> Any:
                 return value
             return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[str(value).lower()]
         if hint is int:
-            number = float(value) if isinstance(value, str) else value
+            number = _whole(value) if isinstance(value, str) else value
             if isinstance(value, bool) or int(number) != number:
                 raise ValueError
             return int(number)
@@ -275,6 +295,13 @@ def convert_scalar(hint: type, value: Any, path: str) -> Any:
         kinds = {bool: "true | false", int: "a whole number", float: "a number", str: "a text"}
         raise UserError(f"{path}: {value!r} is not possible; allowed: {kinds[hint]}") from None
     return value
+
+
+def _whole(text: str) -> int | float:
+    try:
+        return int(text)  # a float would round numbers above 2^53
+    except ValueError:
+        return float(text)  # "1e3"
 
 
 def fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prdarts_jax.config import DTYPES, DataConfig, RunConfig, minimum, require
+from prdarts_jax.config import DTYPES, DataConfig, RunConfig, check_seed, finite, minimum, require
 from prdarts_jax.errors import unknown
 from prdarts_jax.schedules import KINK
 
@@ -27,8 +27,7 @@ class NetworkConfig:
     primitives: str = ""  # FILE.py with PRIMITIVES = {name: Primitive(...)} of the user
 
     def __post_init__(self) -> None:
-        minimum(self, "network.", channels=2, cells=3)
-        require(self.channels % 2 == 0, "network.channels", self.channels, "an even number (reductions halve it)")
+        minimum(self, "network.", channels=2, cells=3)  # the ImageNet stem halves the channels
         if self.stem not in STEMS:
             raise unknown("network.stem", self.stem, STEMS)
 
@@ -48,7 +47,9 @@ class SgdConfig:
     transform: str = ""  # path.py:factory(config) -> an optax transformation in place of all of the above
 
     def __post_init__(self) -> None:
-        minimum(self, "weights.", learning_rate=0, warmup_epochs=0, momentum=0, weight_decay=0)
+        finite(self, "weights.", but=("clip_norm",))
+        minimum(self, "weights.", learning_rate=0, warmup_epochs=0, weight_decay=0)
+        require(0 <= self.momentum < 1, "weights.momentum", self.momentum, "in [0, 1)")
         require(self.clip_norm > 0, "weights.clip_norm", self.clip_norm, "> 0 (inf = no clipping)")
         if self.schedule not in SCHEDULES:
             raise unknown("weights.schedule", self.schedule, SCHEDULES)
@@ -81,7 +82,9 @@ class TrainConfig:
     evaluate_every: int = 1  # epochs between evaluations on the test images, the last one always; 0 = never
 
     def __post_init__(self) -> None:
-        minimum(self, "", epochs=1, batch_size=1, seed=0, auxiliary_weight=0, evaluate_every=0)
+        finite(self, "")
+        minimum(self, "", epochs=1, batch_size=1, auxiliary_weight=0, evaluate_every=0)
+        check_seed(self.seed)
         for name in ("drop_path", "label_smoothing", "ema"):
             value = getattr(self, name)
             require(0 <= value < 1, name, value, "in [0, 1)")

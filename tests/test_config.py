@@ -39,7 +39,7 @@ def test_json_round_trip_keeps_every_value():
     ("changes", "line"),
     [
         ({"space.cells": 2}, "space.cells: 2 is not possible; allowed: >= 3"),
-        ({"space.channels": 7}, "space.channels: 7 is not possible; allowed: an even number (reductions halve it)"),
+        ({"space.channels": 0}, "space.channels: 0 is not possible; allowed: >= 1"),
         ({"space.nodes": 0}, "space.nodes: 0 is not possible; allowed: >= 1"),
         ({"space.ops": "sep_conv_3x3,sep_conv_3x3"}, "allowed: each operation once"),
         ({"space.ops": "none"}, "space.ops: 'none' is not possible; allowed: at least one operation besides none"),
@@ -61,10 +61,19 @@ def test_json_round_trip_keeps_every_value():
         ({"epochs": "inf"}, "epochs: 'inf' is not possible; allowed: a whole number"),
         ({"batch_size": 0}, "batch_size: 0 is not possible; allowed: >= 1"),
         ({"batch_size": 10, "run.devices": "4"}, "batch_size: 10 is not possible; allowed: a multiple of 4 devices"),
-        ({"seed": -1}, "seed: -1 is not possible; allowed: >= 0"),
+        ({"seed": -1}, "seed: -1 is not possible; allowed: 0..4294967295"),
+        ({"seed": 2**32}, "seed: 4294967296 is not possible; allowed: 0..4294967295"),
+        ({"seed": "99999999999999999999"}, "seed: 99999999999999999999 is not possible; allowed: 0..4294967295"),
+        ({"seed": "9" * 5000}, "is not possible; allowed: a whole number"),
         ({"dtype": "float31"}, "dtype: unknown value 'float31'; did you mean 'float32'?"),
-        ({"run.devices": "two"}, "run.devices: 'two' is not possible; allowed: a number or all"),
-        ({"run.devices": "0"}, "run.devices: '0' is not possible"),
+        ({"run.devices": "two"}, "run.devices: 'two' is not possible; allowed: >= 1 | all"),
+        ({"run.devices": "0"}, "run.devices: '0' is not possible; allowed: >= 1 | all"),
+        ({"run.devices": "²"}, "run.devices: '²' is not possible; allowed: >= 1 | all"),
+        ({"weights.momentum": 1}, "weights.momentum: 1.0 is not possible; allowed: in [0, 1)"),
+        ({"weights.momentum": -0.5}, "weights.momentum: -0.5 is not possible; allowed: in [0, 1)"),
+        ({"weights.clip_norm": "-inf"}, "weights.clip_norm: -inf is not possible; allowed: > 0"),
+        ({"data.examples": 1}, "data.examples: 1 is not possible; allowed: 0 (all) | >= 2"),
+        ({"data.examples": -2}, "data.examples: -2 is not possible; allowed: 0 (all) | >= 2"),
         ({"run.checkpoint_every": 0}, "run.checkpoint_every: 0 is not possible; allowed: >= 1"),
         ({"run.progress": "bars"}, "run.progress: unknown value 'bars'; did you mean 'bar'?"),
         ({"space.cels": 8}, "did you mean 'space.cells'?"),
@@ -75,6 +84,28 @@ def test_impossible_values_are_one_line(changes, line):
         cfg.replace(SearchConfig(), changes)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", [path for path, hint, _ in cfg.fields(SearchConfig) if hint is float])
+def test_every_number_is_finite_but_the_norm_that_means_no_clipping(path):
+    for value in ("inf", float("inf")):
+        if path == "weights.clip_norm":
+            assert cfg.get(cfg.replace(SearchConfig(), {path: value}), path) == float("inf")
+        else:
+            with pytest.raises(UserError, match=rf"^{path}: inf is not possible; allowed: a finite number$"):
+                cfg.replace(SearchConfig(), {path: value})
+
+
+def test_whole_numbers_keep_every_digit():
+    assert cfg.convert_scalar(int, "9007199254740993", "f") == 2**53 + 1  # a float would round it to 2^53
+    assert cfg.convert_scalar(int, 9007199254740993, "f") == 2**53 + 1
+    assert cfg.convert_scalar(int, "1e3", "f") == cfg.convert_scalar(int, "1000.0", "f") == 1000
+    assert cfg.replace(SearchConfig(), {"seed": "4294967295"}).seed == 2**32 - 1
+
+
+def test_odd_widths_and_small_subsets_are_possible():
+    assert [SpaceConfig(channels=width).channels for width in (1, 3, 7)] == [1, 3, 7]
+    assert [cfg.replace(SearchConfig(), {"data.examples": n}).data.examples for n in (0, 2, 3)] == [0, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,15 @@ import itertools
 import json
 import math
 
+import jax
 import optax
 import pytest
 
 from prdarts_jax import cli, cli_train, schedules, train_inputs, train_presets
 from prdarts_jax import config as cfg
 from prdarts_jax.errors import UserError
+from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.train_config import NetworkConfig, SgdConfig, TrainConfig
 
 # The recipe, written down a second time.
@@ -101,7 +104,11 @@ def test_flags_win_and_every_value_has_its_source():
         (lambda: SgdConfig(schedule="cosin"), "weights.schedule: unknown value 'cosin'; did you mean 'cosine'?"),
         (lambda: SgdConfig(clip_norm=0), "weights.clip_norm: 0 is not possible"),
         (lambda: NetworkConfig(stem="image"), "network.stem: unknown value 'image'"),
-        (lambda: NetworkConfig(channels=7), "network.channels: 7 is not possible; allowed: an even number"),
+        (lambda: NetworkConfig(channels=1), "network.channels: 1 is not possible; allowed: >= 2"),
+        (lambda: TrainConfig(seed=2**32), r"seed: 4294967296 is not possible; allowed: 0\.\.4294967295$"),
+        (lambda: TrainConfig(auxiliary_weight=math.inf), "auxiliary_weight: inf is not possible; allowed: a finite"),
+        (lambda: SgdConfig(learning_rate=math.inf), "weights.learning_rate: inf is not possible; allowed: a finite"),
+        (lambda: SgdConfig(momentum=1.0), r"weights.momentum: 1.0 is not possible; allowed: in \[0, 1\)"),
         (lambda: NetworkConfig(cells=2), "network.cells: 2 is not possible; allowed: >= 3"),
         (lambda: train_presets.resolve("cifar"), "preset: unknown value 'cifar'; did you mean 'cifar10'?"),
     ],
@@ -110,6 +117,24 @@ def test_what_is_not_possible(make, said):
     with pytest.raises(UserError, match=said) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("stem", "channels"), [("cifar", 3), ("cifar", 7), ("imagenet", 3)])
+def test_odd_widths_make_a_network(stem, channels):
+    assert NetworkConfig(stem=stem, channels=channels).channels == channels
+    skips = ((("skip_connect", 0), ("skip_connect", 1)),)
+    net = DerivedNetwork(
+        Genotype(skips, (2,), skips, (2,)), channels=channels, cells=3, classes=2, stem=stem, auxiliary=False
+    )
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")
+    made = jax.eval_shape(net.init, jax.random.key(0), images)
+    assert all(leaf.size > 0 for leaf in jax.tree.leaves(made))
+    (logits, _), _ = jax.eval_shape(lambda v, x: net.apply(v, x, train=True, mutable=["batch_stats"]), made, images)
+    assert logits.shape == (2, 2)
+
+
+def test_no_clipping_is_written_inf():
+    assert cfg.replace(TrainConfig(), {"weights.clip_norm": "inf"}).weights.clip_norm == math.inf
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------
