@@ -55,28 +55,39 @@ def check_workdir(
     if not workdir.is_dir():
         return None
     if not path.is_file():
-        # A process killed in its first moment leaves its lock, perhaps a half-written config.
-        unfinished = (".lock", ".config.json.*.tmp")
-        foreign = sorted(p.name for p in workdir.iterdir() if not any(p.match(name) for name in unfinished))
+        foreign = _others(workdir)
         if foreign:
             raise UserError(
                 f"workdir: {workdir} holds {foreign[0]!r} and no config.json; allowed: a new folder or one of a {noun}"
             )
         return None
-    kind = None
+    text = path.read_bytes().decode("utf-8", "replace")
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        kind = old["kind"]
-        before = compared(old) if kind == document["kind"] and not overwrite else {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if overwrite:
-            return None
-        reason = " ".join(str(error).split())
-        raise UserError(f"workdir: {path} is not the config of a {noun} ({reason}); --overwrite starts again") from None
-    if kind in NOUNS and kind != document["kind"]:
-        raise UserError(f"workdir: {workdir} holds a {NOUNS[kind]}; allowed: a new folder or one of a {noun}")
+        old = json.loads(text)
+    except ValueError:
+        old = None
+    if not isinstance(old, dict):
+        if not _is_torn(text, workdir, document):
+            raise _no_run(path, noun)
+        if not overwrite:
+            raise UserError(f"workdir: {path} is half a config of a {noun}; --overwrite starts again")
+        return None
+    kind, version = old.get("kind"), old.get("schema_version")
+    if kind != document["kind"]:
+        if isinstance(kind, str) and kind in NOUNS:
+            raise UserError(f"workdir: {workdir} holds a {NOUNS[kind]}; allowed: a new folder or one of a {noun}")
+        raise _no_run(path, noun)
+    if version != document["schema_version"]:
+        known = document["schema_version"]
+        raise UserError(f"workdir: {path} has schema_version {version!r}; allowed: a new folder or one with {known}")
     if overwrite:
         return None
+    try:
+        before = compared(old)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        damaged = f"{path} is a damaged config of a {noun} ({reason})"
+        raise UserError(f"workdir: {damaged}; --overwrite starts again") from None
     differences = cfg.differences(before, compared(document))
     if differences:
         raise UserError(
@@ -84,6 +95,27 @@ def check_workdir(
             "use another --workdir, or --overwrite to start again"
         )
     return old
+
+
+# What a process leaves that was killed in its first moment: its lock, perhaps a half-written config.
+_UNFINISHED = (".lock", ".config.json.*.tmp")
+
+
+def _others(workdir: Path) -> list[str]:
+    """Names in the folder, but for those of a run killed in its first moment."""
+    return sorted(p.name for p in workdir.iterdir() if not any(p.match(name) for name in _UNFINISHED))
+
+
+def _is_torn(text: str, workdir: Path, document: Mapping[str, Any]) -> bool:
+    """Whether a config.json that is no JSON is the beginning of one of ours: only then may its folder be cleared."""
+    head = json.dumps({name: document[name] for name in ("schema_version", "kind")}, indent=2).removesuffix("\n}")
+    # A few characters say little: then nothing else may be there that could be somebody's.
+    return text.startswith(head) or (head.startswith(text) and _others(workdir) == ["config.json"])
+
+
+def _no_run(path: Path, noun: str) -> UserError:
+    # Without a word of --overwrite: what lies beside a foreign config.json may bear the names of our files.
+    return UserError(f"workdir: {path} is not the config of a {noun}; allowed: a new folder or one of a {noun}")
 
 
 def clear(workdir: Path, own: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -335,3 +336,52 @@ def test_a_folder_of_something_else_is_left_alone(npz, tmp_path, capsys):
         one_error(capsys, [*words(tmp_path, npz), *more], 2, "workdir: ", "'plots'", "no config.json")
         assert snapshot(tmp_path) == before
         assert not {"config.json", "metrics.jsonl"} & set(os.listdir(tmp_path))
+
+
+FOREIGN = (
+    '{"model": "bert"}',
+    "[]",
+    "{",
+    "",
+    "model: bert",
+    "\xff",
+    '{"kind": ["search"]}',
+    '{"schema_version": 2, "kind": "search"}',
+    '{"kind": "search"}',
+)
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_foreign_config_is_never_cleared(npz, tmp_path, capsys, content):
+    """Its neighbours may bear the names of our files."""
+    workdir = tmp_path / "w"
+    (workdir / "checkpoints").mkdir(parents=True)
+    (workdir / "checkpoints" / "model.bin").write_text("weeks of computing")
+    (workdir / "metrics.jsonl").write_text("{}")
+    (workdir / "config.json").write_text(content, encoding="latin-1")
+    before = snapshot(workdir)
+    for more in ([], ["--overwrite"]):
+        message = one_error(capsys, [*words(workdir, npz), *more], 2, "workdir: ", "config.json", "a new folder")
+        assert "--overwrite" not in message
+        assert snapshot(workdir) == before
+
+
+def test_a_config_of_another_schema_is_not_resumed(stopped, tmp_path):
+    workdir = shutil.copytree(stopped, tmp_path / "w")
+    document = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(document | {"schema_version": 0}))
+    before = snapshot(workdir)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="schema_version 0; allowed: a new folder or one with 1"):
+            search(workdir, run__overwrite=overwrite)
+    assert snapshot(workdir) == before
+
+
+def test_an_empty_config_alone_in_its_folder_can_be_overwritten(finished, tmp_path):
+    workdir = tmp_path / "w"
+    workdir.mkdir()
+    (workdir / "config.json").write_text("")
+    with pytest.raises(UserError, match="--overwrite starts again"):
+        search(workdir)
+    assert search(workdir, run__overwrite=True).status == "finished"
+    assert_same(outcome(workdir), outcome(finished))

@@ -151,8 +151,10 @@ def test_a_full_disk(npz, tmp_path, monkeypatch, capsys):
 def test_a_damaged_config(npz, tmp_path, capsys):
     command = words(tmp_path / "w", npz)
     assert cli.main([*command, "--run.time_limit=1e-9"]) == 0
-    for content in ("{", "[]", '{"config": {"cells": 3}}'):
-        (tmp_path / "w" / "config.json").write_text(content)
-        one_error(capsys, command, 2, "config.json is not the config of a search", "--overwrite")
+    path = tmp_path / "w" / "config.json"
+    whole = path.read_text()
+    for content in (whole[: len(whole) // 2], '{"schema_version": 1, "kind": "search", "config": {"cells": 3}}'):
+        path.write_text(content)
+        one_error(capsys, command, 2, "config.json is ", " config of a search", "--overwrite")
     assert cli.main([*command, "--overwrite", "--run.time_limit=1e-9"]) == 0
     shutil.rmtree(tmp_path / "w")

@@ -221,3 +221,16 @@ def test_a_folder_of_something_else_is_left_alone(npz, tmp_path, capsys):
         one_error(capsys, [*words(tmp_path, npz), *more], 2, "workdir: ", "'thesis.tex'", "no config.json")
     assert snapshot(tmp_path) == before
     assert Genotype.load(Path(npz).parent / "genotype.json") == GENOTYPE
+
+
+@pytest.mark.parametrize("content", ['{"model": "bert"}', "{", '{"schema_version": 2, "kind": "train"}'])
+def test_a_foreign_config_is_never_cleared(tmp_path, content):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "model.bin").write_text("weeks of computing")
+    (tmp_path / "config.json").write_text(content)
+    before = snapshot(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="allowed: a new folder or one") as caught:
+            train(tmp_path, run__overwrite=overwrite)
+        assert "--overwrite" not in str(caught.value)
+        assert snapshot(tmp_path) == before
