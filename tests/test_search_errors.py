@@ -65,8 +65,12 @@ def npz(tmp_path_factory):
         (["--method.executed_ops", "0"], ["method.options.executed_ops: 0 ", "1 to 3"]),
         (["--method.a", "0"], ["method.options.a", " 0.0", "< 0"]),
         (["--method.b", "1"], ["method.options.b", " 1.0", "> 1"]),
-        (["--method.tau_min", "0"], ["method.options.tau_min: 0.0 ", "> 0"]),
-        (["--method.tau_max", "-1"], ["method.options.tau_max: -1.0 ", "> 0"]),
+        (["--method.tau_min", "0"], ["method.options.tau_min: 0.0 ", "0.001 to 1e+06"]),
+        (["--method.tau_max", "-1"], ["method.options.tau_max: -1.0 ", "0.001 to 1e+06"]),
+        (["--method.lambda1", "inf"], ["method.options.lambda1: inf ", "a finite number"]),
+        (["--seed", "99999999999999999999"], ["seed: 99999999999999999999 ", "0..4294967295"]),
+        (["--data.examples", "1"], ["data.examples: 1 ", "0 (all) | >= 2"]),
+        (["--weights.momentum", "1"], ["weights.momentum: 1.0 ", "in [0, 1)"]),
         (["--batch-size", "57"], ["batch_size: 57 ", "56 examples"]),
         (["--devices", "4", "--batch-size", "6"], ["batch_size: 6 ", "multiple of 4"]),
         (["--devices", "all", "--batch-size", "6"], ["batch_size: 6 ", "multiple of 4"]),
@@ -123,7 +127,7 @@ def test_nan_stops_the_run(npz, tmp_path, capsys):
     workdir = tmp_path / "w"
     command = [*words(workdir, npz), f"--weight-tx={tmp_path}/mine.py:late"]
     # The poisoned update is that of step NAN_AT; the first metric to see it is of its architecture step.
-    one_error(capsys, command, 1, f"val_loss is nan at step {NAN_AT}", "last good checkpoint is kept")
+    one_error(capsys, command, 1, f"val_loss is nan at step {NAN_AT}", "earlier checkpoints are kept")
     assert Checkpointer(workdir / "checkpoints").steps() == [EPOCH_STEPS]
     state = final_state(workdir)
     assert int(state.state.step) == EPOCH_STEPS

@@ -128,7 +128,15 @@ def test_one_bilevel_step_runs_and_moves_both_groups(name: str) -> None:
         ({"a": 0.0}, r"method\.options\.a: 0\.0 .* allowed: < 0"),
         ({"a": 0.2}, r"method\.options\.a: 0\.2"),
         ({"b": 1.0}, r"method\.options\.b: 1\.0 .* allowed: > 1"),
-        ({"tau_min": 0.0}, r"method\.options\.tau_min: 0\.0 .* allowed: > 0"),
+        ({"tau_min": 0.0}, r"method\.options\.tau_min: 0\.0 .* allowed: 0\.001 to 1e\+06$"),
+        ({"tau_min": 1e-45}, r"method\.options\.tau_min: 1e-45 .* allowed: 0\.001 to 1e\+06$"),
+        ({"tau_max": float("inf")}, r"method\.options\.tau_max: inf .* allowed: 0\.001 to 1e\+06$"),
+        ({"lambda1": float("inf")}, r"method\.options\.lambda1: inf .* allowed: a finite number$"),
+        ({"lambda2": float("nan")}, r"method\.options\.lambda2: nan .* allowed: a finite number$"),
+        ({"lambda3": -float("inf")}, r"method\.options\.lambda3: -inf .* allowed: a finite number$"),
+        ({"hinge": float("inf")}, r"method\.options\.hinge: inf .* allowed: a finite number$"),
+        ({"init_scale": float("inf")}, r"method\.options\.init_scale: inf .* allowed: a finite number$"),
+        ({"a": -float("inf")}, r"method\.options\.a: -inf .* allowed: a finite number$"),
         ({"tau_max": -1.0}, r"method\.options\.tau_max: -1\.0"),
         ({"tau_min": float("nan")}, r"method\.options\.tau_min: nan"),
         ({"gate_dropout": 1.0}, r"method\.options\.gate_dropout: 1\.0"),
@@ -142,6 +150,23 @@ def test_impossible_options_are_named(option: dict[str, Any], message: str) -> N
     with pytest.raises(UserError, match=message) as error:
         prdarts(space=Space(), **option)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 1e6])
+def test_gates_are_finite_at_the_ends_of_the_temperatures(tau):
+    """Value, P and gradient, over logits far beyond what a search reaches."""
+    space = Space()
+    strategy = prdarts(space=space, tau_min=tau, tau_max=tau)
+    progress = {name: np.float32(value) for name, value in strategy.schedule(0, 2).items()}
+    arch = {kind: jnp.linspace(-30.0, 30.0, 112).reshape(14, 8) for kind in ("normal", "reduce")}
+
+    def total(arch):
+        gates = strategy.sample(jax.random.key(0), arch, progress)
+        penalty, _ = strategy.penalty(arch, gates, progress)
+        p = strategy.probabilities(arch, progress)
+        return sum(jnp.sum(gates.ops[kind]) + jnp.sum(p[kind]) for kind in p) + penalty
+
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(jax.value_and_grad(total)(arch)))
 
 
 def test_temperature_is_linear_from_the_first_to_the_last_epoch() -> None:

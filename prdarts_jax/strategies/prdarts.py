@@ -7,6 +7,7 @@ Zhou, Xiong, Socher, Hoi: Theory-Inspired Path-Regularized Differential Network 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -23,6 +24,9 @@ from prdarts_jax.strategies.base import Arch, Progress, Strategy, Traits, derive
 
 SUBSAMPLES = ("topk_gate", "uniform", "all")
 SCORES = ("probability", "softmax")
+# Within these temperatures float32 holds (ln u - ln(1-u) + beta)/tau and its square with room to spare: the noise is at
+# most ln(2^126) = 87, so at 1e-3 the logit is about 1e5, and at 1e6 it still differs from 0.
+TAU_RANGE = (1e-3, 1e6)
 
 
 def prdarts(
@@ -51,7 +55,7 @@ def prdarts(
 
     Args:
       space: the search space.
-      tau_max, tau_min: temperature, linear from the first to the last epoch (released: tau_max 1).
+      tau_max, tau_min: temperature, linear from the first to the last epoch (released: tau_max 1); 1e-3 to 1e6.
       a, b: ends of the stretched interval of the gates, a < 0 < 1 < b.
       op_subsample: executed operations of an edge: the largest sampled gates ("topk_gate"), "uniform" at random, "all".
       executed_ops: K, operations executed an edge and forward (ignored by "all").
@@ -73,9 +77,12 @@ def prdarts(
     >>> strategy.schedule(0, 200)["tau"], round(strategy.schedule(199, 200)["tau"], 6)
     (10.0, 0.1)
     """
+    numbers = {"a": a, "b": b, "lambda1": lambda1, "lambda2": lambda2, "lambda3": lambda3, "hinge": hinge}
+    for name, value in (numbers | {"init_scale": init_scale}).items():
+        _check(name, value, math.isfinite(value), "a finite number")
     gating.check_interval(a, b)
-    _check("tau_min", tau_min, tau_min > 0, "> 0")
-    _check("tau_max", tau_max, tau_max > 0, "> 0")
+    for name, value in (("tau_min", tau_min), ("tau_max", tau_max)):
+        _check(name, value, TAU_RANGE[0] <= value <= TAU_RANGE[1], "{:g} to {:g}".format(*TAU_RANGE))
     _check("executed_ops", executed_ops, 1 <= executed_ops <= space.num_ops, f"1 to {space.num_ops}, the operations")
     _check("gate_dropout", gate_dropout, 0 <= gate_dropout < 1, "in [0, 1)")
     _check("init_scale", init_scale, init_scale >= 0, ">= 0")
