@@ -167,6 +167,8 @@ def make_search_step(
             "train_loss": loss,
             "train_accuracy": acc,
             "gradient_norm/weights": optax.global_norm(grads),
+            # Not finite when the new weights are not: they may be saved before anything is computed with them.
+            "update_norm/weights": optax.global_norm(updates),
         }
         return dataclasses.replace(state, weights=weights, weight_opt=opt), metrics
 
@@ -179,12 +181,13 @@ def make_search_step(
         (loss, (acc, gates)), grads = jax.value_and_grad(validation, has_aux=True)(state.arch)
         loss, acc, grads = mean_over(axis_name, (loss, acc, grads))
         metrics = {"val_loss": loss, "val_accuracy": acc, "gradient_norm/cross_entropy": optax.global_norm(grads)}
-        # The penalty depends on arch alone, not on data, so its gradient is the same on every device. One gradient a
-        # term (they are a few hundred numbers) shows which force moves the architecture.
-        total, terms = strategy.penalty(state.arch, gates, progress)
+        # The penalty depends on arch alone, not on data, so its gradient is the same on every device. The scalar moves
+        # the architecture; one gradient a term (a few hundred numbers each) shows which force does.
+        total, pull = jax.value_and_grad(lambda arch: strategy.penalty(arch, gates, progress)[0])(state.arch)
+        grads = jax.tree.map(jnp.add, grads, pull)
+        _, terms = strategy.penalty(state.arch, gates, progress)
         if terms:
             per_term = jax.jacrev(lambda arch: strategy.penalty(arch, gates, progress)[1])(state.arch)
-            grads = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), grads, *per_term.values())
             metrics |= {f"penalty/{name}": value for name, value in terms.items()}
             metrics |= {f"gradient_norm/{name}": optax.global_norm(g) for name, g in per_term.items()}
         metrics["penalty/total"] = total
@@ -192,6 +195,7 @@ def make_search_step(
             metrics["gates/saturated"] = gates.stats["saturated"]
         opt = set_learning_rate(state.arch_opt, progress.get("arch_learning_rate"))
         updates, opt = arch_tx.update(grads, opt, state.arch)
+        metrics["update_norm/arch"] = optax.global_norm(updates)
         return dataclasses.replace(state, arch=optax.apply_updates(state.arch, updates), arch_opt=opt), metrics
 
     def step(state: SearchState, batches: Batches, key: jax.Array, progress: Progress) -> tuple[SearchState, Metrics]:

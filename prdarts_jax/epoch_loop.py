@@ -44,17 +44,17 @@ class Start(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """How fast an epoch is computed; a dispatch that compiles does not count."""
+    """How fast an epoch is computed."""
 
-    began: float  # time.monotonic()
-    images: int = 0
+    began: float  # time.monotonic() when the epoch began, in this process
+    images: int = 0  # of the dispatches that did not compile
+    seconds: float = 0.0  # of the same dispatches
 
     def fields(self) -> dict[str, float]:
         """The clock's fields of the epoch's row, as of now."""
-        seconds = time.monotonic() - self.began
         return {
-            "time_epoch_s": seconds,
-            "images_per_s": self.images / seconds if self.images else 0.0,
+            "time_epoch_s": time.monotonic() - self.began,
+            "images_per_s": self.images / self.seconds if self.images else 0.0,
             "memory_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
 
@@ -172,9 +172,10 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                 elapsed = time.monotonic() - began
                 if not compiled:
                     self.say(f"compiled and ran the first {count} steps in {elapsed:.1f} s")
-                    compiled, speed = True, Speed(time.monotonic())
+                    compiled = True
                 else:
-                    speed = speed._replace(images=speed.images + count * self.images_per_step)
+                    images, seconds = speed.images + count * self.images_per_step, speed.seconds + elapsed
+                    speed = speed._replace(images=images, seconds=seconds)
                 self._log_steps(log, epoch, step, values)
                 step += count
                 shown = self.shown(carry, values, now)

@@ -47,12 +47,12 @@ def check_finite(values: Mapping[str, SupportsFloat], step: int) -> None:
     >>> check_finite({"train_loss": 0.3, "val_loss": float("nan")}, 123)
     Traceback (most recent call last):
     ...
-    prdarts_jax.errors.RunError: val_loss is nan at step 123; the run stops and the last good checkpoint is kept
+    prdarts_jax.errors.RunError: val_loss is nan at step 123; the run stops, earlier checkpoints are kept
     """
     for name, value in values.items():
         if not math.isfinite(float(value)):
             found = f"{name} is {float(value)} at step {step}"
-            raise RunError(f"{found}; the run stops and the last good checkpoint is kept")
+            raise RunError(f"{found}; the run stops, earlier checkpoints are kept")
 
 
 def _scalar(name: str, value: Any) -> int | float:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
+import importlib.util
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from prdarts_jax import config as cfg
 from prdarts_jax import parallel, userfile
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.source_digest import source_digest, uncomparable
 from prdarts_jax.workdir import atomic_write_text
 
 _PACKAGES = ("prdarts-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -160,17 +160,16 @@ class EpochLog:
             raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
 
 
+def check_tensorboard(run: cfg.RunConfig) -> None:
+    """Refuses `run.tensorboard` without the package that writes it.
+
+    >>> check_tensorboard(cfg.RunConfig(tensorboard=False))
+    """
+    if run.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise UserError("run.tensorboard: True needs the package tensorboardX; allowed: false, or install tensorboardX")
+
+
 # --- the user's own code ----------------------------------------------------------------------------------------------
-
-
-def source_digest(value: Any) -> str:
-    """SHA-256 of the source of a function (of a transformation: of its update), as far as Python can show it."""
-    function = value.update if isinstance(value, optax.GradientTransformation) else value
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        text = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def transformation(
@@ -200,7 +199,9 @@ def transformation(
         digests[field] = source_digest(given)
     if given is None:
         return default()
-    made = given if isinstance(given, optax.GradientTransformation) else given(config)
+    made = given
+    if not isinstance(given, optax.GradientTransformation) and callable(given):
+        made = userfile.call(given, config, field=field)
     if not isinstance(made, optax.GradientTransformation):
         raise UserError(
             f"{field}: got a {type(made).__name__}; allowed: an optax transformation, or a function of the config"
@@ -293,7 +294,11 @@ def tolerance(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     before = {**old.get("versions", {}), **old.get("platform", {})}
     after = {**new.get("versions", {}), **new.get("platform", {})}
-    return [f"{k} {before.get(k)} -> {after.get(k)}" for k in sorted(before | after) if before.get(k) != after.get(k)]
+    changed = [
+        f"{k} {before.get(k)} -> {after.get(k)}" for k in sorted(before | after) if before.get(k) != after.get(k)
+    ]
+    hidden = {field: uncomparable(digest) for field, digest in new.get("digests", {}).items()}
+    return changed + [f"{field} holds what cannot be compared: {types}" for field, types in hidden.items() if types]
 
 
 # --- small pieces -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,14 +11,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import bilevel, parallel, runs, strategies, userfile
+from prdarts_jax import bilevel, parallel, runs, trial, userfile
 from prdarts_jax.config import MethodConfig, SearchConfig
 from prdarts_jax.data.augment import check_augment
 from prdarts_jax.data.batches import check_batch, split_indices
 from prdarts_jax.data.sources import Dataset, load
 from prdarts_jax.errors import UserError
 from prdarts_jax.search_program import Problem
+from prdarts_jax.source_digest import source_digest
 from prdarts_jax.space.spec import Space
+from prdarts_jax.strategies import registry
 from prdarts_jax.strategies.base import Strategy
 
 
@@ -49,6 +52,7 @@ def prepare(
     Raises:
       UserError: anything that is not possible, named by its field.
     """
+    runs.check_tensorboard(config.run)
     digests: dict[str, str] = {}
     mesh = parallel.make_mesh(parallel.choose_devices(config.run.devices))
     dataset = data if data is not None else load(config.data.source, config.run.data_dir or None)
@@ -71,6 +75,14 @@ def prepare(
         std=dataset.std,
         dtype=config.dtype,
     )
+    # What is not the user's has its tests; tracing a large network costs seconds.
+    made = {
+        "method.strategy": problem.strategy,
+        "weights.transform": problem.weight_tx,
+        "arch.transform": problem.arch_tx,
+    }
+    given = {field: value for field, value in made.items() if field in digests}
+    trial.search(problem, mesh, images.shape[1:], config.epochs, primitives or {}, given)
     return Inputs(problem, dataset, mesh, digests)
 
 
@@ -100,15 +112,20 @@ def _strategy(
 ) -> Strategy:
     name = config.method.strategy
     if isinstance(given, Strategy):
-        digests["method.strategy"] = runs.source_digest(given.sample)
+        digests["method.strategy"] = source_digest(given)
         return given
     if given is not None:
-        digests["method.strategy"] = runs.source_digest(given)
-        made = given(space=space)
+        digests["method.strategy"] = source_digest(given)
+        made = userfile.call(given, space=space, field="method.strategy")
     else:
+        factory = functools.partial(
+            registry.factory(name), space=space, **registry.resolve_options(name, config.method.options)
+        )
         if userfile.is_path(name):
             digests["method.strategy"] = userfile.load(name, "method.strategy").digest
-        made = strategies.get(name, space=space, **config.method.options)
+            made = userfile.call(factory, field="method.strategy")
+        else:
+            made = factory()
     if not isinstance(made, Strategy):
         raise UserError(f"method.strategy: {name!r} made a {type(made).__name__}; allowed: a factory of a Strategy")
     return made

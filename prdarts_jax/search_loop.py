@@ -106,7 +106,7 @@ def search(
             runs.clear(workdir, _OWN)
         if old is not None and (workdir / "genotype.json").is_file():
             found = Genotype.load(workdir)
-            return SearchResult("already-finished", found, workdir, runs.report_path(workdir))
+            return SearchResult("already-finished", found, workdir, _pictures(workdir, found, again=False))
         if old is None:
             atomic_write_json(workdir / "config.json", document)
         return _Search(config, inputs, Start(config.run, workdir, notes, stop, old, document)).go()
@@ -235,7 +235,7 @@ class _Search(EpochLoop[Carry, SearchResult]):
 
     def finish(self, carry: Carry, step: int, log: MetricsLog) -> SearchResult:
         """The final row, the genotype, its diagrams and the report."""
-        from prdarts_jax import metrics, plots, report
+        from prdarts_jax import metrics
 
         stopped = self.stopped
         genotype = stopped.genotype if stopped else self.problem.strategy.derive(jax.device_get(carry.state.arch))
@@ -246,12 +246,24 @@ class _Search(EpochLoop[Carry, SearchResult]):
         total = sum(row.get("time_epoch_s", 0.0) for row in rows)
         log.write("final", max((step - 1) // self.epoch_steps, 0), step, **last, time_search_s=total)
         log.close()
-        folder = self.workdir / "plots"
+        # Its presence is what makes a search finished; pictures and report can be made from it at any time.
+        atomic_write_text(self.workdir / "genotype.json", genotype.to_json(indent=1) + "\n")
+        return SearchResult("finished", genotype, self.workdir, _pictures(self.workdir, genotype, again=True), last)
+
+
+def _pictures(workdir: Path, genotype: Genotype, *, again: bool) -> Path:
+    """Diagrams and report of a finished search; those that a killed process did not write, or (again) all of them."""
+    from prdarts_jax import plots, report
+
+    folder = workdir / "plots"
+    try:
         folder.mkdir(exist_ok=True)
         for kind in ("normal", "reduce"):
-            plots.save(plots.cell_diagram(genotype, kind), folder / f"genotype_{kind}.svg")
-            plots.save(plots.cell_diagram(genotype, kind), folder / f"genotype_{kind}.png")
-        # Last: its presence is what makes a search finished.
-        atomic_write_text(self.workdir / "genotype.json", genotype.to_json(indent=1) + "\n")
-        path = report.report([self.workdir])
-        return SearchResult("finished", genotype, self.workdir, path, last)
+            for suffix in ("svg", "png"):
+                path = folder / f"genotype_{kind}.{suffix}"
+                if again or not path.is_file():
+                    plots.save(plots.cell_diagram(genotype, kind), path)
+        found = runs.report_path(workdir)
+        return report.report([workdir]) if again or found is None else found
+    except (OSError, UserError) as error:
+        raise RunError(f"the search is finished, its report could not be written: {error}; start it again") from error

@@ -21,6 +21,7 @@ from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies.base import Progress, Strategy
 
+_INITIAL = 2**32 - 1  # in the place of a step number: the first state shares no key with a step
 _TRAIN, _VAL, _GATES = range(3)  # purposes of a step's keys
 
 
@@ -57,7 +58,7 @@ def _initial(problem: Problem, mesh: Mesh, images: tuple[int, ...]) -> Callable[
 
     def program(key: jax.Array, progress: Progress) -> Carry:
         state = bilevel.init_state(
-            key,
+            jax.random.fold_in(key, _INITIAL),
             space=problem.space,
             strategy=problem.strategy,
             weight_tx=problem.weight_tx,

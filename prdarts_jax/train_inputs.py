@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import bilevel, parallel, runs
+from prdarts_jax import bilevel, parallel, runs, trial
 from prdarts_jax.config import WeightsConfig
 from prdarts_jax.data.augment import check_augment
 from prdarts_jax.data.batches import check_batch, split_indices
@@ -21,6 +21,7 @@ from prdarts_jax.network import DerivedNetwork
 from prdarts_jax.network_plan import check_auxiliary
 from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
 from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.space.spec import CELL_TYPES
 from prdarts_jax.train_config import SCALE_BATCH, TrainConfig
 from prdarts_jax.train_program import Problem
 
@@ -55,6 +56,7 @@ def prepare(
     Raises:
       UserError: anything that is not possible, named by its field.
     """
+    runs.check_tensorboard(config.run)
     found = genotype if isinstance(genotype, Genotype) else Genotype.load(genotype)
     digests = {"genotype": hashlib.sha256(found.to_json().encode()).hexdigest()}
     mesh = parallel.make_mesh(parallel.choose_devices(config.run.devices))
@@ -75,6 +77,14 @@ def prepare(
     normalization = (dataset.mean, dataset.std)
     problem = make_problem(config, found, dataset.num_classes, normalization, digests, weight_tx=weight_tx, table=table)
     problem.network.plan(images.shape[3])  # a genotype whose cell has no output is refused here
+    trial.primitives(
+        {name: one for name, one in table.items() if one is not PRIMITIVES.get(name)},
+        _uses(found),
+        channels=2 * config.network.channels,
+        size=images.shape[1:3],
+        dtype=config.dtype,
+        field="network.primitives",
+    )
     return Inputs(problem, found, dataset, mesh, digests)
 
 
@@ -88,6 +98,12 @@ def examples(config: TrainConfig, count: int) -> np.ndarray:
     if not used or used >= count:
         return np.arange(count, dtype=np.int32)
     return np.concatenate(split_indices(count, config.seed))[:used]
+
+
+def _uses(genotype: Genotype) -> set[tuple[str, int]]:
+    """(operation, stride) of the edges of a genotype: those from the inputs of a reduction cell have stride 2."""
+    normal, reduce = ([pair for node in genotype.cell(kind)[0] for pair in node] for kind in CELL_TYPES)
+    return {(op, 1) for op, _ in normal} | {(op, 2 if source < 2 else 1) for op, source in reduce}
 
 
 def _operations(config: TrainConfig, digests: dict[str, str]) -> dict[str, Primitive]:

@@ -1,15 +1,24 @@
-"""Objects from a user's own Python file, named as `path.py:name`."""
+"""Objects from a user's own Python file, named as `path.py:name`, and what is said when their code fails."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import inspect
+import os
 import sys
+import textwrap
 import traceback
 import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from prdarts_jax.errors import UserError
+
+T = TypeVar("T")
+_PACKAGE = Path(__file__).parent
 
 
 class UserObject(NamedTuple):
@@ -92,6 +101,70 @@ def load_module(file: str, field: str) -> UserObject:
     return UserObject(sys.modules[name], digest)
 
 
+def call(function: Callable[..., T], *args: Any, field: str, **kwargs: Any) -> T:
+    """What a user's function returns for these arguments.
+
+    Args:
+      function: the function, or a `functools.partial` of it (whose arguments may be called `field`).
+      *args, **kwargs: its arguments.
+      field: dotted path of the config field it came from, named in errors.
+
+    Raises:
+      UserError: it raised an exception: `FIELD: FILE:LINE: RuntimeError: boom`, the line being of the user's file.
+
+    >>> call(max, 1, 2, field="method.strategy")
+    2
+    """
+    with errors_of({field: function}):
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def errors_of(parts: Mapping[str, Any]) -> Iterator[None]:
+    """A block that runs code of the user: an exception in it becomes a UserError as in `call`.
+
+    Args:
+      parts: config field -> what came of it: a function or a (named) tuple of functions. The field that an error names
+        is the one whose file the exception passed last; all of them, if it passed none.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        files: dict[str, list[str]] = {}
+        for field, value in parts.items():
+            for file in sorted(_files(value)):
+                files.setdefault(file, []).append(field)
+        passed = [frame.filename for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+        culprits = passed[-1:] or (list(files) if len(files) == 1 else [])
+        fields = files[culprits[0]] if culprits else list(parts)
+        where = f"{_where(error, _shown(culprits[0]), culprits[0])}: " if culprits else ""
+        raise UserError(f"{' | '.join(fields)}: {where}{_said(error)}") from error
+
+
+def _files(value: Any) -> set[str]:
+    """The files outside this package that a function, or the functions of a tuple, are written in."""
+    if isinstance(value, tuple):
+        return set().union(*map(_files, value))
+    while isinstance(value, functools.partial):
+        value = value.func
+    if not callable(value):
+        return set()
+    value = inspect.unwrap(value)
+    for candidate in (value, type(value)):  # an object with __call__ is written where its class is
+        with contextlib.suppress(TypeError, OSError):
+            file = inspect.getfile(candidate)
+            return set() if Path(file).is_relative_to(_PACKAGE) else {file}
+    return set()
+
+
+def _shown(file: str) -> str:
+    """A path as short as it can be said: relative below the current directory."""
+    near = os.path.relpath(file)
+    return file if near.startswith(os.pardir) else near
+
+
 def _where(error: Exception, shown: str, full: str) -> str:
     """file:line of the innermost frame in the user's file."""
     if isinstance(error, SyntaxError) and error.filename == full:
@@ -102,4 +175,5 @@ def _where(error: Exception, shown: str, full: str) -> str:
 
 def _said(error: Exception) -> str:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return " ".join(f"{type(error).__name__}: {text}".split())
+    # The errors of jax about traced values are pages long; they begin with what is wrong.
+    return textwrap.shorten(f"{type(error).__name__}: {text}", 300, placeholder=" ...")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -10,9 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import optax
 import pytest
 import search_cases
 from search_cases import EPOCH_STEPS, TOTAL, assert_same, one_error, outcome, search, snapshot, words
@@ -21,6 +24,8 @@ from prdarts_jax import cli, presets, search_loop
 from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.errors import UserError
 from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.space.spec import Space
+from prdarts_jax.strategies.prdarts import prdarts
 
 
 @pytest.fixture(autouse=True)
@@ -385,3 +390,44 @@ def test_an_empty_config_alone_in_its_folder_can_be_overwritten(finished, tmp_pa
         search(workdir)
     assert search(workdir, run__overwrite=True).status == "finished"
     assert_same(outcome(workdir), outcome(finished))
+
+
+def _sgd(rate):
+    return {"weight_tx": optax.sgd(rate)}
+
+
+def _prdarts(lambda1):
+    return {"strategy": functools.partial(prdarts, lambda1=lambda1, executed_ops=1)}
+
+
+def _made(lambda1):
+    space = Space.create(search_cases.config().space, classes=10, in_channels=1)
+    return {"strategy": prdarts(space=space, lambda1=lambda1, executed_ops=1)}
+
+
+@pytest.mark.parametrize(
+    ("make", "field"), [(_sgd, "weights.transform"), (_prdarts, "method.strategy"), (_made, "method.strategy")]
+)
+def test_arguments_that_differ_in_a_number_are_another_search(tmp_path, make, field, capsys):
+    assert search(tmp_path / "w", given=make(0.1), run__time_limit=MOMENT).status == "time-limit"
+    before = snapshot(tmp_path / "w")
+    with pytest.raises(UserError, match=f"digest of {field}: "):
+        search(tmp_path / "w", given=make(0.2), run__time_limit=MOMENT)
+    assert snapshot(tmp_path / "w") == before
+    capsys.readouterr()
+    assert search(tmp_path / "w", given=make(0.1), run__time_limit=MOMENT).status == "time-limit"
+    assert "bit for bit" in capsys.readouterr().out
+
+
+def test_an_argument_no_one_can_see_into_is_said(tmp_path, capsys):
+    lock = threading.Lock()
+
+    def locked(config):
+        with lock:
+            return optax.sgd(0.1)
+
+    for _ in range(2):
+        assert search(tmp_path / "w", given={"weight_tx": locked}, run__time_limit=MOMENT).status == "time-limit"
+    said = capsys.readouterr().out
+    assert "to float tolerance only (uncomparable: _thread.lock in weights.transform)" in said
+    assert "bit for bit" not in said

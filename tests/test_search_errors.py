@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import types
@@ -13,6 +14,7 @@ from search_cases import EPOCH_STEPS, FLAGS, final_state, one_error, rows, words
 
 from prdarts_jax import cli, storage_errors
 from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -121,20 +123,129 @@ def test_a_factory_of_something_else(npz, tmp_path, capsys, flag):
     assert os.listdir(tmp_path) == ["mine.py"]
 
 
+BOOM = """
+import jax.numpy as jnp, optax
+from prdarts_jax.ops.primitives import Primitive
+from prdarts_jax.strategies.darts import darts
+
+def boom(*args, **kwargs):
+    raise RuntimeError("boom")
+
+def factory(config=None, *, space=None):
+    return boom()
+
+def _with(**functions):
+    return lambda *, space: darts(space=space)._replace(**functions)
+
+schedule = _with(schedule=boom)
+init = _with(init=boom)
+sample = _with(sample=boom)
+expected = _with(expected=boom)
+penalty = _with(penalty=boom)
+probabilities = _with(probabilities=boom)
+derive = _with(derive=boom)
+late = _with(schedule=lambda epoch, epochs: {} if epoch == 0 else boom())
+no_genotype = _with(derive=lambda arch: 3)
+narrow = _with(probabilities=lambda arch, progress: {k: v[:, 1:] for k, v in arch.items()})
+
+def update(config):
+    return optax.GradientTransformation(lambda params: (), boom)
+
+def begin(config):
+    return optax.GradientTransformation(boom, lambda updates, state, params=None: (updates, state))
+
+def _primitive(apply):
+    return Primitive("conv", lambda channels, stride: {}, apply)
+
+PRIMITIVES = {
+    "raises": _primitive(boom),
+    "forgets_stride": _primitive(lambda params, x, stride, leaves: x),
+    "half": _primitive(lambda params, x, stride, leaves: x[:, ::stride, ::stride].astype(jnp.float16)),
+    "nothing": _primitive(lambda params, x, stride, leaves: None),
+}
+"""
+BOOM_LINE = 7
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "said"),
+    [
+        ("strategy", "factory", f"method.strategy: FILE:{BOOM_LINE}: RuntimeError: boom"),
+        ("weight-tx", "factory", f"weights.transform: FILE:{BOOM_LINE}: RuntimeError: boom"),
+        ("arch-tx", "factory", f"arch.transform: FILE:{BOOM_LINE}: RuntimeError: boom"),
+        *(
+            ("strategy", name, f"method.strategy: FILE:{BOOM_LINE}: RuntimeError: boom")
+            for name in ("schedule", "init", "sample", "expected", "penalty", "probabilities", "derive", "late")
+        ),
+        ("strategy", "no_genotype", "method.strategy: derive gives a int; allowed: a Genotype"),
+        ("strategy", "narrow", "method.strategy: probabilities have shapes {'normal': (2, 2), 'reduce': (2, 2)}"),
+        *(
+            (flag, name, f"{field}: FILE:{BOOM_LINE}: RuntimeError: boom")
+            for flag, field in (("weight-tx", "weights.transform"), ("arch-tx", "arch.transform"))
+            for name in ("update", "begin")
+        ),
+    ],
+)
+def test_user_code_that_fails_later_is_one_line_before_anything_is_written(npz, tmp_path, capsys, flag, name, said):
+    (tmp_path / "mine.py").write_text(BOOM)
+    command = words(tmp_path / "w", npz)
+    if flag == "strategy":
+        command = [word for word in command if "method." not in word]
+    said = said.replace("FILE", str(tmp_path / "mine.py"))
+    one_error(capsys, [*command, f"--{flag}", f"{tmp_path}/mine.py:{name}"], 2, f"error: {said}")
+    assert os.listdir(tmp_path) == ["mine.py"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("raises", f"space.primitives: FILE:{BOOM_LINE}: RuntimeError: boom"),
+        ("forgets_stride", "'forgets_stride' gives float32[2,8,8,8] for float32[2,8,8,8] at stride 2; allowed: "),
+        ("half", "'half' gives float16[2,8,8,8] for float32[2,8,8,8] at stride 1; allowed: float32[2,8,8,8]"),
+        ("nothing", "'nothing' gives a NoneType for float32[2,8,8,8] at stride 1; allowed: float32[2,8,8,8]"),
+    ],
+)
+def test_a_primitive_of_another_shape(npz, tmp_path, capsys, name, said):
+    (tmp_path / "mine.py").write_text(BOOM)
+    command = [*words(tmp_path / "w", npz), "--space.primitives", f"{tmp_path}/mine.py"]
+    said = said.replace("FILE", str(tmp_path / "mine.py"))
+    one_error(capsys, [*command, f"--space.ops=none,skip_connect,{name}"], 2, "error: space.primitives: ", said)
+    assert os.listdir(tmp_path) == ["mine.py"]
+
+
+def test_an_argument_that_fails_names_its_line(tmp_path):
+    def factory(*, space):
+        raise RuntimeError("boom")
+
+    with pytest.raises(UserError, match=r"^method\.strategy: .*test_search_errors\.py:\d+: RuntimeError: boom$"):
+        search_cases.search(tmp_path / "w", given={"strategy": factory})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["search", "train"])
+def test_tensorboard_without_its_package(npz, tmp_path, monkeypatch, capsys, command):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboardX" else found(name))
+    flags = ["--workdir", str(tmp_path / "w"), "--tensorboard", "true", "--data.crop_padding", "1"]
+    genotype = ["--genotype", "PRDARTS"] if command == "train" else []
+    one_error(capsys, [command, "--preset", "digits", *genotype, *flags], 2, "run.tensorboard: True ", "tensorboardX")
+    assert os.listdir(tmp_path) == []
+
+
 def test_nan_stops_the_run(npz, tmp_path, capsys):
     """The metric and the step are named, and the checkpoint before it is whole."""
     (tmp_path / "mine.py").write_text(POISON)
     workdir = tmp_path / "w"
     command = [*words(workdir, npz), f"--weight-tx={tmp_path}/mine.py:late"]
-    # The poisoned update is that of step NAN_AT; the first metric to see it is of its architecture step.
-    one_error(capsys, command, 1, f"val_loss is nan at step {NAN_AT}", "earlier checkpoints are kept")
+    # The poisoned update is that of step NAN_AT, and its own norm says so before anything is saved.
+    one_error(capsys, command, 1, f"update_norm/weights is nan at step {NAN_AT}", "earlier checkpoints are kept")
     assert Checkpointer(workdir / "checkpoints").steps() == [EPOCH_STEPS]
     state = final_state(workdir)
     assert int(state.state.step) == EPOCH_STEPS
     assert all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(state))
     assert [row["step"] for row in rows(workdir, "step")] == list(range(1, NAN_AT))
     assert not (workdir / "genotype.json").exists()
-    one_error(capsys, command, 1, f"val_loss is nan at step {NAN_AT}")  # it resumes, and says the same
+    one_error(capsys, command, 1, f"update_norm/weights is nan at step {NAN_AT}")  # it resumes, and says the same
 
     one_error(capsys, [*words(tmp_path / "v", npz), f"--weight-tx={tmp_path}/mine.py:first"], 1, "nan at step 1;")
     assert Checkpointer(tmp_path / "v" / "checkpoints").steps() == []

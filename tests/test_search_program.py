@@ -65,6 +65,9 @@ def test_a_search_compiles_its_step_once(tmp_path, monkeypatch, dispatches):
     assert [fresh for _, fresh, *_ in dispatches] == [True, False, False] * EPOCHS
     taus = [row["progress/tau"] for row in rows(tmp_path / "w", "epoch")]
     rates = [row["progress/weight_learning_rate"] for row in rows(tmp_path / "w", "epoch")]
+    # lr_e = min + (max - min)/2 (1 + cos(pi e/E)): 0.001 + 0.012 (1 + cos(pi e/E)) with the published numbers.
+    expected = [0.001 + 0.012 * (1 + np.cos(np.pi * epoch / EPOCHS)) for epoch in range(EPOCHS)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
     assert taus == pytest.approx([10.0, 5.05, 0.1])
     assert len(set(rates)) == EPOCHS
     programs = {id(program): program for *_, program in dispatches}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 
@@ -99,3 +100,62 @@ def test_an_exception_in_the_file_names_its_line(tmp_path, text, line, said):
     assert str(error.value).startswith(f"arch.transform: {path}:{line}: {said}")
     assert "\n" not in str(error.value)
     assert {name for name in set(sys.modules) - before if name.startswith("_prdarts_user_")} == set()
+
+
+# --- the user's functions, called -------------------------------------------------------------------------------------
+
+CODE = """
+import json
+from prdarts_jax.errors import UserError
+
+def boom(**options):
+    raise RuntimeError("boom " + ",".join(options))
+
+def inside_a_library():
+    return json.loads("{")
+
+def refuses():
+    raise UserError("mine: 3 is not possible; allowed: 4")
+
+class Callable:
+    def __call__(self, x):
+        return x / 0
+"""
+
+
+def _said(function, *args, field="method.strategy", **kwargs):
+    with pytest.raises(UserError) as error:
+        userfile.call(function, *args, field=field, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_exception_of_a_function_names_its_line(tmp_path, monkeypatch):
+    path = _write(tmp_path / "mine.py", CODE)
+    mine = userfile.load_module(str(path), "f").value
+    assert _said(mine.boom, tau=1) == f"method.strategy: {path}:6: RuntimeError: boom tau"
+    assert _said(functools.partial(mine.boom, field=1)) == f"method.strategy: {path}:6: RuntimeError: boom field"
+    assert _said(mine.inside_a_library).startswith(f"method.strategy: {path}:9: JSONDecodeError: ")
+    assert _said(mine.Callable(), 1) == f"method.strategy: {path}:16: ZeroDivisionError: division by zero"
+    assert _said(mine.inside_a_library, 3).startswith(f"method.strategy: {path}: TypeError: inside_a_library() takes 0")
+    assert _said(mine.refuses) == "mine: 3 is not possible; allowed: 4"
+    monkeypatch.chdir(tmp_path)
+    assert _said(mine.boom, field="arch.transform") == "arch.transform: mine.py:6: RuntimeError: boom"
+
+
+def test_the_field_is_that_of_the_file_the_exception_passed_last(tmp_path):
+    first = userfile.load_module(str(_write(tmp_path / "a.py", "def f(g): return g()\n")), "a").value
+    second = userfile.load_module(str(_write(tmp_path / "b.py", "def g(): return 1 / 0\n")), "b").value
+    with (
+        pytest.raises(UserError, match=r"^b: .*b\.py:1: ZeroDivisionError"),
+        userfile.errors_of({"a": (first.f,), "b": (second.g,)}),
+    ):
+        first.f(second.g)
+    with pytest.raises(UserError, match=r"^a \| b: KeyError: 3$"), userfile.errors_of({"a": first.f, "b": second.g}):
+        {}[3]
+
+
+def test_a_long_message_is_cut(tmp_path):
+    mine = userfile.load_module(str(_write(tmp_path / "m.py", "def f(): raise ValueError('word ' * 500)\n")), "f").value
+    said = _said(mine.f)
+    assert "ValueError: word word" in said and said.endswith(" ...") and len(said) < 400 + len(str(tmp_path))

@@ -41,8 +41,8 @@ class Strategy(NamedTuple):
       schedule: (epoch, epochs) -> {name: float}: the progress of an epoch (temperature, ramps, coefficients).
       sample: (key, arch, progress) -> Gates; differentiable in arch.
       expected: (arch, progress) -> Gates: the deterministic stand-in of a sample, for evaluation.
-      penalty: (arch, gates, progress) -> (scalar, {name: scalar}): added to the validation loss; the named terms add up
-        to the scalar, and the norm of the gradient of each is logged.
+      penalty: (arch, gates, progress) -> (scalar, {name: scalar}): the scalar is added to the validation loss; the
+        named terms (its summands, as a rule) and the norm of the gradient of each are logged.
       probabilities: (arch, progress) -> {"normal", "reduce"} -> float32[E,O]: what reports call P.
       derive: arch -> Genotype.
       end_epoch: (arch, metrics of the epoch, epoch) -> None to go on, or Stop.

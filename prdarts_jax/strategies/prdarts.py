@@ -86,13 +86,13 @@ def prdarts(
     _check("executed_ops", executed_ops, 1 <= executed_ops <= space.num_ops, f"1 to {space.num_ops}, the operations")
     _check("gate_dropout", gate_dropout, 0 <= gate_dropout < 1, "in [0, 1)")
     _check("init_scale", init_scale, init_scale >= 0, ">= 0")
-    for name, value, names in (
+    for option, chosen, names in (
         ("op_subsample", op_subsample, SUBSAMPLES),
         ("path_reduction", path_reduction, regularizers.PATH_REDUCTIONS),
         ("derive_score", derive_score, SCORES),
     ):
-        if value not in names:
-            raise unknown(f"method.options.{name}", value, names)
+        if chosen not in names:
+            raise unknown(f"method.options.{option}", chosen, names)
 
     def schedule(epoch: int, epochs: int) -> dict[str, float]:
         fraction = epoch / max(epochs - 1, 1)
