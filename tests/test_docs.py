@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from prdarts_jax import cli, presets, search_inputs, search_loop, userfile
@@ -75,6 +76,13 @@ def _search(*args: Any, **kwargs: Any) -> search_loop.SearchResult:
 
 
 search_loop_search = search_loop.search
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _standard_promotion() -> Iterator[None]:
+    """Users' examples run under JAX's default: optax.adam does not trace under the strict promotion of these tests."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture(scope="module")
