@@ -147,6 +147,8 @@ def test_commands_parse(page: str, run: Callable[[str], dict[str, Any]], capsys:
         status, said = cli.main(words), capsys.readouterr().err
         if words[0] in ("derive", "report", "evaluate"):
             assert (status, said.split(" '")[0]) == (2, "prdarts: error: WORKDIR: no directory"), said
+        elif words[0] in ("export", "import-torch"):
+            assert status == 2 and re.match(r"prdarts: error: (WORKDIR|FILE|--)?.*(no |No such)", said), said
         elif words[0] == "data":
             assert (status, said.split(" '")[0]) == (2, "prdarts: error: --archive: no file"), said
         else:

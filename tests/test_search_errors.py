@@ -15,6 +15,7 @@ from search_cases import EPOCH_STEPS, FLAGS, final_state, one_error, rows, words
 from prdarts_jax import cli, storage_errors
 from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.errors import UserError
+from prdarts_jax.space.genotype import Genotype
 
 
 @pytest.fixture(autouse=True)
@@ -211,6 +212,17 @@ def test_a_primitive_of_another_shape(npz, tmp_path, capsys, name, said):
     said = said.replace("FILE", str(tmp_path / "mine.py"))
     one_error(capsys, [*command, f"--space.ops=none,skip_connect,{name}"], 2, "error: space.primitives: ", said)
     assert os.listdir(tmp_path) == ["mine.py"]
+
+
+def test_a_primitive_of_another_shape_in_a_training(tmp_path, capsys):
+    """Refused where the genotype uses it with stride 2, and not for operations the genotype does not use."""
+    (tmp_path / "mine.py").write_text(BOOM)
+    node = ((("forgets_stride", 0), ("skip_connect", 1)),)
+    (tmp_path / "cell.json").write_text(Genotype(node, (2,), node, (2,)).to_json())
+    command = ["train", "--preset", "digits", "--genotype", f"{tmp_path}/cell.json", "--workdir", f"{tmp_path}/w"]
+    said = "network.primitives: 'forgets_stride' gives ", "at stride 2; allowed: "
+    one_error(capsys, [*command, "--network.primitives", f"{tmp_path}/mine.py"], 2, *said)
+    assert sorted(os.listdir(tmp_path)) == ["cell.json", "mine.py"]
 
 
 def test_an_argument_that_fails_names_its_line(tmp_path):
