@@ -298,7 +298,7 @@ def tolerance(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         f"{k} {before.get(k)} -> {after.get(k)}" for k in sorted(before | after) if before.get(k) != after.get(k)
     ]
     hidden = {field: uncomparable(digest) for field, digest in new.get("digests", {}).items()}
-    return changed + [f"{field} holds what cannot be compared: {types}" for field, types in hidden.items() if types]
+    return changed + [f"uncomparable: {types} in {field}" for field, types in hidden.items() if types]
 
 
 # --- small pieces -----------------------------------------------------------------------------------------------------

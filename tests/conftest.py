@@ -40,3 +40,10 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_end_with_their_module():
+    """Hundreds of loaded programs exhaust the memory maps a process may have, and the next one to load crashes it."""
+    yield
+    jax.clear_caches()
