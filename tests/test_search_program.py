@@ -140,11 +140,11 @@ def test_rows_and_their_fields(finished):
     measured = {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "gates/saturated"}
     measured |= {f"penalty/{term}" for term in ("skip", "nonskip", "path", "total")}
     measured |= {f"gradient_norm/{part}" for part in ("weights", "cross_entropy", "skip", "nonskip", "path")}
+    measured |= {"update_norm/weights", "update_norm/arch"}
     assert set(steps[0]) == {"kind", "epoch", "step"} | measured
     derived = {f"{kind}_{what}" for kind in ("normal", "reduce") for what in ("skips", "depth")}
     derived |= {f"mean_p/{group}" for group in ("none", "skip", "conv")}  # this space has no pools
     derived |= {f"progress/{name}" for name in ("tau", "lambda1", "lambda2", "lambda3")}
-    measured |= {"update_norm/weights", "update_norm/arch"}
     derived |= {"progress/weight_learning_rate", "progress/arch_learning_rate"}
     machine = {"time_epoch_s", "images_per_s", "memory_peak_gb"}
     assert set(epochs[0]) == {"kind", "epoch", "step"} | measured | derived | machine
