@@ -37,21 +37,21 @@ _NAMED = (
 def source_digest(value: Any) -> str:
     """SHA-256 of an object's code and state, followed by the types in it that no one can see into.
 
-      Functions count with their bytecode, defaults, closures and, where they are the user's, the globals they read;
-      containers, partial functions, dataclasses and other Python objects with what they hold; numbers and arrays with
-      their bits; modules, and classes of libraries, with their name (the versions are kept beside the digest).
+    Functions count with their bytecode, defaults, closures and, where they are the user's, the globals they read;
+    containers, partial functions, dataclasses and other Python objects with what they hold; numbers and arrays with
+    their bits; modules, and classes of libraries, with their name (the versions are kept beside the digest).
     An attribute read from a module of the user's is not followed.
 
-      Args:
-        value: a transformation, a Strategy, a function, or anything else.
+    Args:
+      value: a transformation, a Strategy, a function, or anything else.
 
-      Returns:
-        64 hexadecimal digits; where something in it is opaque (a lock, an open file), also its types.
+    Returns:
+      64 hexadecimal digits; where something in it is opaque (a lock, an open file), also its types.
 
-      >>> source_digest(functools.partial(max, 1)) == source_digest(functools.partial(max, 2))
-      False
-      >>> source_digest([iter(())])[64:]
-      '; uncomparable: builtins.tuple_iterator'
+    >>> source_digest(functools.partial(max, 1)) == source_digest(functools.partial(max, 2))
+    False
+    >>> source_digest([iter(())])[64:]
+    '; uncomparable: builtins.tuple_iterator'
     """
     walk = _Walk()
     digest = walk.digest(value).hex()
@@ -244,13 +244,15 @@ class _Walk:
         kind = type(value)
         if dataclasses.is_dataclass(value):
             held = {f.name: getattr(value, f.name, NotImplemented) for f in dataclasses.fields(value)}
+        elif isinstance(value, jax.stages.Wrapped) and hasattr(value, "__wrapped__"):  # jitted: its own fields are C's
+            held = {"__wrapped__": value.__wrapped__}
         elif _is_python(kind):
             slots = [slot for base in kind.__mro__ for slot in _slots(base) if hasattr(value, slot)]
             held = {slot: getattr(value, slot) for slot in slots} | getattr(value, "__dict__", {})
             # Whether a cached property was read yet says nothing.
             cached = functools.cached_property
             held = {name: item for name, item in held.items() if not isinstance(getattr(kind, name, None), cached)}
-        elif callable(getattr(value, "__wrapped__", None)):  # a jitted or cached function
+        elif callable(getattr(value, "__wrapped__", None)):  # a cached function
             held = {"__wrapped__": value.__wrapped__}
         else:
             return self._opaque(value)
