@@ -145,8 +145,7 @@ def _search(words: list[str]) -> int:
 
     workdir = Path(config.run.workdir)
     result = search_loop.search(config, workdir, sources=resolved.sources)
-    again = [word for word in words if not word.startswith("--overwrite")]  # going on must not start again
-    return _finish(result, workdir, shlex.join(["prdarts", "search", *again]))
+    return _finish(result, workdir, shlex.join(["prdarts", "search", *cli_flags.to_go_on(words, SEARCH)]))
 
 
 def _finish(result: Any, workdir: Path, command: str) -> int:

@@ -146,6 +146,27 @@ def split_flags(words: Sequence[str], command: Command) -> tuple[dict[str, Any],
     return found, rest
 
 
+def to_go_on(words: Sequence[str], command: Command) -> list[str]:
+    """A command line without what is for one start alone: `--overwrite` would lose the run, a time limit end it again.
+
+    Args:
+      words: the command line after the command, as `split_flags` takes it.
+      command: whose flags they are.
+    """
+    fields = {path: hint for path, hint, _ in cfg.fields(command.kind)}
+    own, kept, queue = command.own_names, [], list(words)
+    while queue:
+        word = queue.pop(0)
+        name, equals, _ = word.removeprefix("--").partition("=")
+        is_own = name.replace("-", "_") in own
+        match = _find(name, fields, command.aliases) if word.startswith("--") and not is_own else None
+        if match is None or match[0] not in ("run.overwrite", "run.time_limit"):
+            kept.append(word)
+        elif not equals and not match[1] and queue and not queue[0].startswith("--"):
+            queue.pop(0)
+    return kept
+
+
 def no_flag(given: str, known: Iterable[str], where: str) -> UserError:
     """The error for a flag that does not exist, with the nearest one if there is one."""
     same = {flag.replace("-", "_"): flag for flag in known}

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from prdarts_jax import config as cfg
 from prdarts_jax import train_presets
-from prdarts_jax.cli_flags import COMMON, Command, Parser, compilation_cache, help_text, print_config, split_flags
+from prdarts_jax.cli_flags import (
+    COMMON,
+    Command,
+    Parser,
+    compilation_cache,
+    help_text,
+    print_config,
+    split_flags,
+    to_go_on,
+)
 from prdarts_jax.errors import UserError, unknown
 from prdarts_jax.train_config import TrainConfig
 
@@ -93,8 +102,7 @@ def train(words: list[str]) -> int:
     from prdarts_jax import train_loop
 
     workdir = Path(config.run.workdir)
-    again = [word for word in words if not word.startswith("--overwrite")]  # going on must not start again
-    command = shlex.join(["prdarts", "train", *again])
+    command = shlex.join(["prdarts", "train", *to_go_on(words, TRAIN)])
     if seeds is None:
         result: Any = train_loop.train(config, args.genotype, workdir, sources=resolved.sources)
         return _finish(result, workdir, command, _headline(result.metrics))

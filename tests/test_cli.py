@@ -270,6 +270,24 @@ def test_status_of_a_search(search, capsys, status, signum, code, said):
     assert (f"report: {search.workdir / 'report.html'}" in out) == (status != "interrupted")
 
 
+@pytest.mark.parametrize("status", ["time-limit", "already-finished"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--time-limit", "2"],
+        ["--time-limit=2", "--overwrite"],
+        ["--time_limit", "2", "--run.overwrite=true"],
+        ["--run.time_limit", "2", "--overwrite", "true"],
+        ["--run.time-limit=2", "--no-overwrite"],
+    ],
+)
+def test_what_is_for_one_start_is_not_suggested_again(search, capsys, status, flags):
+    search.status = status
+    assert cli.main(["search", "--preset", "digits", *flags, "--seed", "3", "--no-data.flip"]) == 0
+    said = capsys.readouterr().out.splitlines()[0].removesuffix(" --overwrite")
+    assert said.endswith(": prdarts search --preset digits --seed 3 --no-data.flip")
+
+
 def test_the_diagram_is_named(search, capsys, tmp_path):
     (tmp_path / "w" / "plots").mkdir(parents=True)
     (tmp_path / "w" / "plots" / "genotype.svg").touch()

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import statistics
 
 import jax
@@ -298,7 +299,7 @@ def test_seeds_are_ordinary_trainings_with_a_mean(finished, npz, tmp_path, capsy
     monkeypatch.setattr(report, "report", lambda folders, out=None: pages.append((folders, out)) or out)
     command = [*words(tmp_path / "w", npz), "--seeds", "0..1"]
     assert cli.main([*command, "--time-limit", "1e-9"]) == 0
-    assert "to go on: prdarts train" in capsys.readouterr().out
+    assert f"to go on: prdarts {shlex.join(command)}\n" in capsys.readouterr().out
     assert not (tmp_path / "w" / "seed1").exists() and not pages
     assert cli.main(command) == 0
     said = capsys.readouterr().out
