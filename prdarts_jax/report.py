@@ -21,6 +21,7 @@ from prdarts_jax import plots
 from prdarts_jax.errors import UserError
 from prdarts_jax.report_data import Run, read
 from prdarts_jax.space.genotype import CELLS
+from prdarts_jax.workdir import atomic_write_text
 
 # The figures that are compared and averaged; a run shows those it has. Accuracies are shares of 1.
 _HEADLINES = (
@@ -93,12 +94,16 @@ def report(workdirs: Sequence[str | Path], out: str | Path | None = None) -> Pat
 
     Raises:
       UserError: no workdir, one that is none, a damaged file, an `out` that cannot be written. Nothing is written then.
+      RunError: the report of the workdir could not be written; an older one is left.
     """
     if not workdirs:
         raise UserError("workdir: none is given; allowed: one or more workdirs")
     runs = [read(w) for w in workdirs]
     target = Path(out) if out is not None else (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
     page = _page(runs)
+    if out is None:  # whole or not there: a run whose report is there is not given another
+        atomic_write_text(target, page)
+        return target
     try:
         target.write_text(page, encoding="utf-8")
     except OSError as e:

@@ -24,7 +24,7 @@ from prdarts_jax import parallel, userfile
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.source_digest import source_digest, uncomparable
-from prdarts_jax.workdir import atomic_write_text
+from prdarts_jax.workdir import WorkdirLock, atomic_write_text
 
 _PACKAGES = ("prdarts-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 NOUNS: Mapping[str, str] = {"search": "search", "train": "training"}  # kind in config.json -> what messages call it
@@ -132,6 +132,16 @@ def report_path(workdir: Path) -> Path | None:
     """WORKDIR/report.html if it is there."""
     path = workdir / "report.html"
     return path if path.is_file() else None
+
+
+def no_report(noun: str, error: Exception) -> RunError:
+    """The error of a run that is finished but for its report; the next start makes it."""
+    return RunError(f"the {noun} is finished, its report could not be written: {error}; start it again for the report")
+
+
+def lock(workdir: Path) -> contextlib.AbstractContextManager[object]:
+    """The lock on a workdir; processes of one distributed run share it, so only the first of them takes it."""
+    return WorkdirLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
 class EpochLog:

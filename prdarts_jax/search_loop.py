@@ -25,7 +25,7 @@ from prdarts_jax.search_program import Carry, Orders
 from prdarts_jax.signals import StopRequest
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.strategies.base import Stop
-from prdarts_jax.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable
+from prdarts_jax.workdir import atomic_write_json, atomic_write_text, check_writable
 
 __all__ = ["RunError", "SearchResult", "UserError", "learning_rate", "search"]
 
@@ -98,7 +98,7 @@ def search(
     document = search_inputs.document(config, inputs, sources)
     overwrite, compared = config.run.overwrite, search_inputs.compared
     runs.check_workdir(workdir, document, overwrite=overwrite, compared=compared)
-    with WorkdirLock(workdir), StopRequest() as stop:
+    with runs.lock(workdir), StopRequest() as stop:
         notes = out if out is not None else sys.stdout
         # Again, now that no other process can change it.
         old = runs.check_workdir(workdir, document, overwrite=overwrite, compared=compared)
@@ -251,11 +251,12 @@ class _Search(EpochLoop[Carry, SearchResult]):
         return SearchResult("finished", genotype, self.workdir, _pictures(self.workdir, genotype, again=True), last)
 
 
-def _pictures(workdir: Path, genotype: Genotype, *, again: bool) -> Path:
+def _pictures(workdir: Path, genotype: Genotype, *, again: bool) -> Path | None:
     """Diagrams and report of a finished search; those that a killed process did not write, or (again) all of them."""
     from prdarts_jax import plots, report
 
     folder = workdir / "plots"
+    again = again or runs.report_path(workdir) is None  # it is written last: without it a diagram may be half a file
     try:
         folder.mkdir(exist_ok=True)
         for kind in ("normal", "reduce"):
@@ -263,7 +264,6 @@ def _pictures(workdir: Path, genotype: Genotype, *, again: bool) -> Path:
                 path = folder / f"genotype_{kind}.{suffix}"
                 if again or not path.is_file():
                     plots.save(plots.cell_diagram(genotype, kind), path)
-        found = runs.report_path(workdir)
-        return report.report([workdir]) if again or found is None else found
-    except (OSError, UserError) as error:
-        raise RunError(f"the search is finished, its report could not be written: {error}; start it again") from error
+        return report.report([workdir]) if again else runs.report_path(workdir)
+    except (OSError, RunError, UserError) as error:
+        raise runs.no_report("search", error) from error

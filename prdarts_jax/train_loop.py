@@ -18,7 +18,7 @@ from prdarts_jax.data import batches
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.dispatch import Images
 from prdarts_jax.epoch_loop import Epoch, EpochLoop, Speed, Start
-from prdarts_jax.errors import UserError
+from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.evaluation import Figures, measure
 from prdarts_jax.metrics import MetricsLog, Progress, check_finite
 from prdarts_jax.signals import StopRequest
@@ -26,7 +26,7 @@ from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.train_config import TrainConfig
 from prdarts_jax.train_inputs import Inputs
 from prdarts_jax.train_program import Carry
-from prdarts_jax.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable
+from prdarts_jax.workdir import atomic_write_json, atomic_write_text, check_writable
 
 # Everything a training writes: what --overwrite may remove, and nothing else. The config goes last: while it is there,
 # a folder that a kill left half-cleared is known as that of a training.
@@ -211,10 +211,8 @@ def _train(
     sources: Mapping[str, str] | None,
     out: IO[str] | None,
 ) -> TrainResult:
-    from prdarts_jax import report
-
     _check(config, inputs, workdir, sources)
-    with WorkdirLock(workdir), StopRequest() as stop:
+    with runs.lock(workdir), StopRequest() as stop:
         # Again, now that no other process can change it.
         document, old = _check(config, inputs, workdir, sources)
         if config.run.overwrite:
@@ -222,7 +220,7 @@ def _train(
         if old is not None:
             final = [row for row in metrics.read(workdir / "metrics.jsonl") if row["kind"] == "final"]
             if final:
-                page = runs.report_path(workdir) or report.report([workdir])
+                page = runs.report_path(workdir) or _report(workdir)
                 return TrainResult("already-finished", workdir, _values(final[-1]), page)
         else:
             atomic_write_json(workdir / "config.json", document)
@@ -332,7 +330,7 @@ class _Training(EpochLoop[Carry, TrainResult]):
 
     def finish(self, carry: Carry, step: int, log: MetricsLog) -> TrainResult:
         """The network as a flat file, the final row, which is what makes a training finished, and the report."""
-        from prdarts_jax import export, report
+        from prdarts_jax import export
 
         variables, data = jax.device_get(carry.state.variables), self.dataset
         about = export.describe(
@@ -349,5 +347,14 @@ class _Training(EpochLoop[Carry, TrainResult]):
         last["time_train_s"] = sum(row.get("time_epoch_s", 0.0) for row in rows)
         log.write("final", self.epochs - 1, step, **last)
         log.close()
-        page = report.report([self.workdir])
-        return TrainResult("finished", self.workdir, last, page)
+        return TrainResult("finished", self.workdir, last, _report(self.workdir))
+
+
+def _report(workdir: Path) -> Path:
+    """The report of a finished training, which can be made at any time."""
+    from prdarts_jax import report
+
+    try:
+        return report.report([workdir])
+    except (OSError, RunError, UserError) as error:
+        raise runs.no_report("training", error) from error

@@ -88,7 +88,7 @@ class WorkdirLock:
     """One run a workdir: an advisory lock on WORKDIR/.lock that ends with its process, however that ends.
 
     The folder is made if absent; the file `.lock` stays (removing it would let two processes lock two files).
-    Processes of one distributed run share a workdir: only process 0 takes the lock.
+    Processes of one distributed run share a workdir, so only one of them may take it (`runs.lock`).
 
     Raises (on entering):
         UserError: another process holds it, or the folder cannot be locked.

@@ -94,6 +94,18 @@ def test_from_the_command_line_to_the_report(npz, tmp_path, capsys, standard_pro
     assert cli.main(["derive", str(workdir)]) == 0
     assert Genotype.from_json(capsys.readouterr().out) == genotype
 
+    # A process that was killed, or a disk that was full, after the genotype: the next start makes the rest.
+    diagrams = {path.name for path in (workdir / "plots").iterdir()}
+    shutil.rmtree(workdir / "plots")
+    (workdir / "report.html").unlink()
+    (workdir / "plots").write_text("in the way")
+    one_error(capsys, words(workdir, npz), 1, "the search is finished, its report could not be written: ")
+    (workdir / "plots").unlink()
+    assert cli.main(words(workdir, npz)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {workdir / 'report.html'}"
+    assert (workdir / "report.html").read_text() == page
+    assert {path.name for path in (workdir / "plots").iterdir()} == diagrams
+
 
 def test_the_default_workdir_and_progress_lines(npz, tmp_path, monkeypatch, capsys, quick):
     monkeypatch.chdir(tmp_path)

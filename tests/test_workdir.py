@@ -12,8 +12,10 @@ import textwrap
 import threading
 from pathlib import Path
 
+import jax
 import pytest
 
+from prdarts_jax import runs
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable
 
@@ -163,3 +165,12 @@ def test_a_file_cannot_be_locked(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file cannot be used: File exists"), WorkdirLock(tmp_path / "file"):
         pass
+
+
+def test_only_the_first_process_of_a_run_takes_the_lock(tmp_path, monkeypatch):
+    with runs.lock(tmp_path / "w"):
+        with pytest.raises(UserError, match="in use by process"), runs.lock(tmp_path / "w"):
+            raise AssertionError("locked twice")
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        with runs.lock(tmp_path / "w"), runs.lock(tmp_path / "v"):
+            assert not (tmp_path / "v").exists()
