@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from benchmarks import depthwise, search_step
-from prdarts_jax.search_inputs import versions
+from prdarts_jax.runs import versions
 
 BENCHMARKS = {"depthwise": depthwise.rows, "search_step": search_step.rows}
 
