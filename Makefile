@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 ARGS ?=
+# Versions of what the pinned packages need in turn. `make setup CONSTRAINTS=` lets pip choose them.
+CONSTRAINTS ?= -c constraints.txt
 
 .PHONY: help setup search test test-slow lint doctest bench clean
 
@@ -12,11 +14,11 @@ help:
 setup: $(STAMP)
 
 # The stamp is newer than the pins once they are installed: nothing is done again until one of them changes.
-$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+$(STAMP): requirements.txt requirements-dev.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "prdarts_jax needs Python >= 3.11; choose one: make setup PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $(STAMP)
 
