@@ -139,6 +139,9 @@ def _search(words: list[str]) -> int:
         config = cfg.replace(config, {"run.workdir": f"runs/search-{args.preset}-seed{config.seed}"})
         resolved = dataclasses.replace(resolved, config=config)
     if args.print_config:
+        from prdarts_jax import search_inputs
+
+        search_inputs.check_method(config)
         print_config(presets.table(resolved), args.json)
         return 0
     from prdarts_jax import search_loop

@@ -131,6 +131,16 @@ def _strategy(
     return made
 
 
+def check_method(config: SearchConfig) -> None:
+    """Makes the space and the strategy of a config, without data, and throws them away.
+
+    Raises:
+      UserError: an option of the method, an operation or a file of the user that is not possible.
+    """
+    primitives = runs.user_primitives(config.space.primitives, "space.primitives", {})
+    _strategy(config, Space.create(config.space, classes=2, in_channels=1, user=primitives), None, {})
+
+
 def document(config: SearchConfig, inputs: Inputs, sources: Mapping[str, str] | None) -> dict[str, Any]:
     """The content of config.json."""
     space = inputs.problem.space

@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from prdarts_jax import parallel, runs, search_inputs, search_program
+from prdarts_jax import parallel, runs, search_inputs, search_program, userfile
 from prdarts_jax.config import SearchConfig
 from prdarts_jax.data import batches
 from prdarts_jax.dispatch import Images
@@ -221,7 +221,10 @@ class _Search(EpochLoop[Carry, SearchResult]):
         log.write("epoch", epoch, step, **row)
         text = f"epoch {epoch + 1}/{self.config.epochs} | train {row['train_loss']:.3f} {row['train_accuracy']:.1%}"
         bar.epoch_line(f"{text} | val {row['val_loss']:.3f} {row['val_accuracy']:.1%}")
-        self.stopped = strategy.end_epoch(arch, row, epoch)
+        self.stopped = userfile.call(strategy.end_epoch, arch, row, epoch, field="method.strategy")
+        if not isinstance(self.stopped, Stop | None):
+            found = type(self.stopped).__name__
+            raise UserError(f"method.strategy: end_epoch gives a {found}; allowed: None or a Stop")
         return row
 
     def evaluate(self, carry: Carry, progress: Mapping[str, Any]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -90,6 +91,12 @@ def strategy(made: Strategy, space: Space, epochs: int, *, field: str = "method.
             p = {kind: np.shape(value) for kind, value in made.probabilities(arch, progress).items()}
         genotype = made.derive(jax.device_get(arch))
         jax.eval_shape(made.expected, arch, progress)
+    # Not called: what it does with the metrics of an epoch shows when there are some.
+    signature = inspect.signature(made.end_epoch)
+    try:
+        signature.bind(arch, {}, 0)
+    except TypeError:
+        raise UserError(f"{field}: end_epoch takes {signature}; allowed: (arch, metrics, epoch)") from None
     allowed = {kind: (space.num_edges, space.num_ops) for kind in CELL_TYPES}
     if p != allowed:
         raise UserError(f"{field}: probabilities have shapes {p}; allowed: {allowed}")

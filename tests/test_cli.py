@@ -347,6 +347,23 @@ def test_print_config_as_text_has_a_line_a_value(search, capsys):
     assert rows["run.workdir"] == ("runs/search-digits-seed0", "default (ours)")
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--method.options.tau_max=-1"], "method.options.tau_max: -1.0 is not possible; allowed: "),
+        (["--method.options.executed_ops=9"], "method.options.executed_ops: 9 is not possible; allowed: 1 to 8"),
+        (["--strategy=darts", "--method.options.init_scale=inf"], "method.options.init_scale: inf is not possible"),
+        (["--space.ops=none,skip"], "space.ops"),
+    ],
+)
+def test_print_config_refuses_what_the_search_would_refuse(search, capsys, flags, said):
+    assert cli.main(["search", "--preset=digits", "--print-config", *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
 def test_help_has_a_line_a_field_with_default_and_comment(capsys):
     assert cli.main(["search", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()

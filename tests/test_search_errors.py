@@ -147,6 +147,7 @@ probabilities = _with(probabilities=boom)
 derive = _with(derive=boom)
 late = _with(schedule=lambda epoch, epochs: {} if epoch == 0 else boom())
 no_genotype = _with(derive=lambda arch: 3)
+no_epoch = _with(end_epoch=lambda arch, metrics: None)
 narrow = _with(probabilities=lambda arch, progress: {k: v[:, 1:] for k, v in arch.items()})
 
 def update(config):
@@ -179,6 +180,7 @@ BOOM_LINE = 7
             for name in ("schedule", "init", "sample", "expected", "penalty", "probabilities", "derive", "late")
         ),
         ("strategy", "no_genotype", "method.strategy: derive gives a int; allowed: a Genotype"),
+        ("strategy", "no_epoch", "method.strategy: end_epoch takes (arch, metrics); allowed: (arch, metrics, epoch)"),
         ("strategy", "narrow", "method.strategy: probabilities have shapes {'normal': (2, 2), 'reduce': (2, 2)}"),
         *(
             (flag, name, f"{field}: FILE:{BOOM_LINE}: RuntimeError: boom")

@@ -279,6 +279,12 @@ def test_cell_types_draw_different_noise() -> None:
 # --- DARTS ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale", [-1.0, float("inf"), float("nan")])
+def test_darts_refuses_an_impossible_scale(scale: float) -> None:
+    with pytest.raises(UserError, match=r"init_scale: .* is not possible; allowed: a finite number >= 0"):
+        darts(space=Space(), init_scale=scale)
+
+
 def test_darts_is_a_softmax_over_the_allowed_operations() -> None:
     space = SPACES["restricted"]
     strategy = darts(space=space)

@@ -7,11 +7,14 @@ Liu, Simonyan, Yang: DARTS: Differentiable Architecture Search, ICLR 2019.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from prdarts_jax import gates as gating
+from prdarts_jax.config import require
 from prdarts_jax.gates import Gates
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
@@ -25,11 +28,17 @@ def darts(*, space: Space, init_scale: float = 1e-3) -> Strategy:
       space: the search space.
       init_scale: alpha starts at init_scale * N(0,1).
 
+    Raises:
+      UserError: a value that is not possible.
+
     >>> strategy = darts(space=Space())
     >>> gates = strategy.sample(jax.random.key(0), strategy.init(jax.random.key(1)), {})
     >>> bool(jnp.allclose(gates.ops["normal"].sum(axis=1), 1.0, atol=1e-6))
     True
     """
+
+    possible = math.isfinite(init_scale) and init_scale >= 0
+    require(possible, "method.options.init_scale", init_scale, "a finite number >= 0")
 
     def weights(arch: Arch) -> dict[str, jax.Array]:
         """Softmax over the operations an edge may use."""
