@@ -24,12 +24,17 @@ _OPS_FILES = ("space.ops", "space.edge_ops")  # may be given as a JSON file
 
 @dataclass(frozen=True)
 class Preset:
-    """Data and scale by dotted config path, and a method with options; what is not named keeps its earlier value."""
+    """Data and scale by dotted config path, and a method with options; what is not named keeps its earlier value.
+
+    `method_settings` are fields outside `method.*` that are part of the preset's method, and go with it when another
+    strategy takes its place.
+    """
 
     summary: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     method: str = "prdarts"
     options: Mapping[str, Any] = field(default_factory=dict)
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ PRESETS: Mapping[str, Preset] = {
     "paper": Preset("PR-DARTS on CIFAR-10 as published"),
     "released": Preset(
         "PR-DARTS on CIFAR-10 as the program of its authors does it",
-        settings={"space.cells": 6, "space.pool_norm": False, "batch_size": 250},
+        settings={"space.cells": 6, "batch_size": 250},
+        method_settings={"space.pool_norm": False},
         options={
             "tau_max": 1.0,
             "straight_through": True,
@@ -137,8 +143,8 @@ PROVENANCE: Mapping[str, str] = {
 def resolve(preset: str = "paper", strategy: str | None = None, flags: Mapping[str, Any] | None = None) -> Resolved:
     """The config of a search, and the source of each of its values.
 
-    A strategy other than the preset's own replaces the whole method section: the preset's options are dropped. The
-    options of the strategy are all filled in, so that the config says everything that is computed.
+    A strategy other than the preset's own replaces the whole method section: the preset's options, and what else is
+    part of its method, are dropped. The options of the strategy are all filled in, so that the config says everything that is computed.
 
     Args:
       preset: a name of `PRESETS`.
@@ -159,14 +165,16 @@ def resolve(preset: str = "paper", strategy: str | None = None, flags: Mapping[s
     flags = _read_lists(flags or {})
     strategy = flags.pop("method.strategy", None) if strategy is None else strategy
     method = chosen.method if strategy is None else strategy
-    preset_options = chosen.options if method == chosen.method else {}
+    preset_options, preset_settings = {}, chosen.settings
+    if method == chosen.method:
+        preset_options, preset_settings = chosen.options, {**chosen.settings, **chosen.method_settings}
     flag_options = {path.removeprefix(OPTIONS): flags.pop(path) for path in list(flags) if path.startswith(OPTIONS)}
 
     config = cfg.SearchConfig()
     sources = {path: "default" for path, _, _ in cfg.fields(SearchConfig) if path != "method.options"}
     layers = (
         (f"strategy {method}", registry.settings(method)),
-        (f"preset {preset}", chosen.settings),
+        (f"preset {preset}", preset_settings),
         ("flag", flags),
     )
     merged: dict[str, Any] = {}

@@ -148,6 +148,8 @@ def test_preset_scale_wins_over_the_strategy_and_flags_over_all():
 
 def test_another_strategy_replaces_the_whole_method_section():
     assert presets.resolve("released", "darts").config.method.options == {"init_scale": 0.001}
+    made = presets.resolve("released", "darts").config.space
+    assert (made.cells, made.pool_norm) == (6, True)  # the scale is the preset's, the norm after pools the method's
     kept = presets.resolve("released", "prdarts")
     assert kept.config == presets.resolve("released").config
     assert kept.sources["method.options.tau_max"] == "preset released"
