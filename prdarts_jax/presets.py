@@ -144,7 +144,8 @@ def resolve(preset: str = "paper", strategy: str | None = None, flags: Mapping[s
     """The config of a search, and the source of each of its values.
 
     A strategy other than the preset's own replaces the whole method section: the preset's options, and what else is
-    part of its method, are dropped. The options of the strategy are all filled in, so that the config says everything that is computed.
+    part of its method, are dropped. The options of the strategy are all filled in, so that the config says everything
+    that is computed.
 
     Args:
       preset: a name of `PRESETS`.
@@ -165,9 +166,9 @@ def resolve(preset: str = "paper", strategy: str | None = None, flags: Mapping[s
     flags = _read_lists(flags or {})
     strategy = flags.pop("method.strategy", None) if strategy is None else strategy
     method = chosen.method if strategy is None else strategy
-    preset_options, preset_settings = {}, chosen.settings
-    if method == chosen.method:
-        preset_options, preset_settings = chosen.options, {**chosen.settings, **chosen.method_settings}
+    own = method == chosen.method
+    preset_options = chosen.options if own else {}
+    preset_settings = {**chosen.settings, **(chosen.method_settings if own else {})}
     flag_options = {path.removeprefix(OPTIONS): flags.pop(path) for path in list(flags) if path.startswith(OPTIONS)}
 
     config = cfg.SearchConfig()
