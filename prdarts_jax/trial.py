@@ -91,8 +91,8 @@ def strategy(made: Strategy, space: Space, epochs: int, *, field: str = "method.
             p = {kind: np.shape(value) for kind, value in made.probabilities(arch, progress).items()}
         genotype = made.derive(jax.device_get(arch))
         jax.eval_shape(made.expected, arch, progress)
-    # Not called: what it does with the metrics of an epoch shows when there are some.
-    signature = inspect.signature(made.end_epoch)
+        # Not called: what it does with the metrics of an epoch shows when there are some.
+        signature = inspect.signature(made.end_epoch)
     try:
         signature.bind(arch, {}, 0)
     except TypeError:

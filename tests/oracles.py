@@ -34,6 +34,28 @@ def quick_jit(f: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(f, compiler_options=options)
 
 
+def normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal, float64."""
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def float64(tree: Any) -> Any:
+    """float64 copies; biases and scales get noise, so that a mix-up of the two would show."""
+    rng = np.random.default_rng(0)
+
+    def widen(a: jax.Array) -> jax.Array:
+        wide = np.asarray(a, np.float64)
+        return jax.numpy.asarray(wide + rng.normal(scale=0.1, size=wide.shape) if wide.ndim == 1 else wide)
+
+    return jax.tree.map(widen, tree)
+
+
+def all_executed(space: Space, kind: str) -> jax.Array:
+    """int32[E,O]: every operation that an edge may use, void for the others."""
+    operations = np.where(space.allowed[kind], np.arange(space.num_ops), space.num_ops)
+    return jax.numpy.asarray(operations.astype(np.int32))
+
+
 def sigmoid(x: Any) -> np.ndarray:
     return 1.0 / (1.0 + np.exp(-np.asarray(x, np.float64)))
 
@@ -113,7 +135,7 @@ def torch_leaves(tree: Any) -> Any:
 
 def torch_grads(tree: Any) -> Any:
     """Their gradients as numpy; zeros where a leaf was not used."""
-    return jax.tree.map(lambda t: (np.zeros(t.shape) if t.grad is None else t.grad.numpy()), tree)
+    return jax.tree.map(lambda t: np.zeros(t.shape) if t.grad is None else t.grad.numpy(), tree)
 
 
 def nchw(x: Any) -> Any:

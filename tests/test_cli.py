@@ -356,7 +356,7 @@ def test_print_config_as_text_has_a_line_a_value(search, capsys):
         (["--space.ops=none,skip"], "space.ops"),
     ],
 )
-def test_print_config_refuses_what_the_search_would_refuse(search, capsys, flags, said):
+def test_print_config_refuses_a_method_or_space_that_the_search_would_refuse(search, capsys, flags, said):
     assert cli.main(["search", "--preset=digits", "--print-config", *flags]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

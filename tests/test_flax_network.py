@@ -20,21 +20,8 @@ from prdarts_jax.space.cell import declare_edges, mixed_nodes
 from prdarts_jax.space.spec import CELL_TYPES, Space
 
 
-def _normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
-
-
-def _float64(tree: Any) -> Any:
-    """float64 copies; vectors (scales, biases) get noise, so that a mix-up of the two would show."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda a: jnp.asarray(np.asarray(a, np.float64) + (rng.normal(scale=0.1, size=a.shape) if a.ndim == 1 else 0)),
-        tree,
-    )
-
-
 def _assert_same(ours: Callable[..., jax.Array], theirs: Callable[..., jax.Array], *args: Any) -> None:
-    """Values, and gradients in every argument for a random cotangent; the gradients are not all zero."""
+    """Values, and gradients in every argument for a random cotangent."""
 
     @oracles.quick_jit
     def run(ct: jax.Array, *args: Any) -> Any:
@@ -44,7 +31,8 @@ def _assert_same(ours: Callable[..., jax.Array], theirs: Callable[..., jax.Array
             both.append((y, pull(ct)))
         return both
 
-    a, b = run(_normal(99, jax.eval_shape(theirs, *args).shape), *args)
+    args = jax.tree.map(jnp.asarray, args)
+    a, b = run(oracles.normal(99, jax.eval_shape(theirs, *args).shape), *args)
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, mine), other in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
         assert mine.dtype == np.float64
@@ -55,17 +43,13 @@ def _assert_same(ours: Callable[..., jax.Array], theirs: Callable[..., jax.Array
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_primitive(name: str, stride: int) -> None:
     with jax.enable_x64(True):
-        params = _float64(draw(jax.random.key(1), PRIMITIVES[name].weights(4, stride)))
+        params = oracles.float64(draw(jax.random.key(1), PRIMITIVES[name].weights(4, stride)))
         _assert_same(
             lambda p, x: PRIMITIVES[name].apply(p, x, stride, fast_leaves()),
             lambda p, x: flax_oracles.primitive(name, p, x, stride),
             params,
-            _normal(2, (3, 7, 6, 4)),
+            oracles.normal(2, (3, 7, 6, 4)),
         )
-
-
-def _executed(space: Space) -> jax.Array:
-    return jnp.tile(jnp.arange(space.num_ops, dtype=jnp.int32), (space.num_edges, 1))
 
 
 @pytest.mark.parametrize("kind", CELL_TYPES)
@@ -75,14 +59,14 @@ def _executed(space: Space) -> jax.Array:
 def test_cell(space: Space, kind: str) -> None:
     """All operations on all edges of a cell, through the scan and its rule."""
     with jax.enable_x64(True):
-        executed = _executed(space)
+        executed = oracles.all_executed(space, kind)
         _assert_same(
             lambda w, g, s0, s1: mixed_nodes(w, g, executed, s0, s1, space=space, kind=kind),
             lambda w, g, s0, s1: flax_oracles.cell(space, kind, w, g, s0, s1),
-            _float64(draw(jax.random.key(2), declare_edges(space, kind, 4))),
-            _normal(3, (space.num_edges, space.num_ops)),
-            _normal(4, (2, 7, 6, 4)),
-            _normal(5, (2, 7, 6, 4)),
+            oracles.float64(draw(jax.random.key(2), declare_edges(space, kind, 4))),
+            oracles.normal(3, (space.num_edges, space.num_ops)),
+            oracles.normal(4, (2, 7, 6, 4)),
+            oracles.normal(5, (2, 7, 6, 4)),
         )
 
 
@@ -92,11 +76,11 @@ def test_search_network() -> None:
     space = Space(nodes=1, cells=4, channels=4, classes=5, ops=ops, head_norm=True)
     assert [c.kind[0] for c in space.layout] == list("nrrn")
     with jax.enable_x64(True):
-        executed = {kind: _executed(space) for kind in CELL_TYPES}
+        executed = {kind: oracles.all_executed(space, kind) for kind in CELL_TYPES}
         _assert_same(
             lambda w, g, x: supernet.apply(w, Gates(g, executed), x, space=space)[0],
             lambda w, g, x: flax_oracles.supernet(space, w, g, x),
-            _float64(draw(jax.random.key(3), supernet.declare(space))),
-            {kind: _normal(6 + i, (space.num_edges, space.num_ops)) for i, kind in enumerate(CELL_TYPES)},
-            _normal(8, (3, 9, 7, 3)),
+            oracles.float64(draw(jax.random.key(3), supernet.declare(space))),
+            {kind: oracles.normal(6 + i, (space.num_edges, space.num_ops)) for i, kind in enumerate(CELL_TYPES)},
+            oracles.normal(8, (3, 9, 7, 3)),
         )

@@ -243,10 +243,18 @@ def test_the_path_term_raises_the_convolutions_on_the_path(penalised):
     assert high > low + 0.05
 
 
-def test_an_answer_of_end_epoch_that_is_no_event(npz, tmp_path, capsys, quick):
-    (tmp_path / "mine.py").write_text(MINE.replace('Stop(FOUND, "seen enough") if', '"enough" if'))
+@pytest.mark.parametrize(
+    ("written", "instead", "said"),
+    [
+        ('Stop(FOUND, "seen enough") if', '"enough" if', "end_epoch gives a str; allowed: None or a Stop"),
+        ('assert metrics["train_loss"] > 0', 'metrics["no such"]', "KeyError: 'no such'"),
+    ],
+)
+def test_a_mistake_in_end_epoch_is_one_line(npz, tmp_path, capsys, quick, written, instead, said):
+    assert written in MINE
+    (tmp_path / "mine.py").write_text(MINE.replace(written, instead))
     command = [*_without_method(words(tmp_path / "w", npz)), "--strategy", f"{tmp_path}/mine.py:strategy"]
-    search_cases.one_error(capsys, command, 2, "method.strategy: end_epoch gives a str; allowed: None or a Stop")
+    search_cases.one_error(capsys, command, 2, "method.strategy: ", said)
 
 
 # The preset

@@ -1,4 +1,4 @@
-"""What reaches a step: the images of both halves, augmented as the config says, from draws of their own.
+"""What reaches a step: the batches of both halves, augmented as the config says, from draws of their own.
 
 The step is replaced by one that hands its batches out, and the transformation of every image is found by trying all.
 """
@@ -36,35 +36,60 @@ def dataset() -> Dataset:
     return from_arrays("noise", images, np.arange(40) % 2)
 
 
-def _batches(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **flags: object):
-    """(train, validation) images [S,B,H,W,C] of a dispatch in which both read the same images."""
-    seen: list[tuple[np.ndarray, ...]] = []
+class Half(NamedTuple):
+    """What the steps of a dispatch got of one half."""
+
+    order: np.ndarray  # [S,B]: which images it was to be
+    images: np.ndarray  # [S,B,H,W,C]
+    labels: np.ndarray  # [S,B]
+    keys: list[bytes]  # of the augmentation
+
+
+class Seen(NamedTuple):
+    train: Half
+    val: Half
+    keys: list[bytes]  # of the gates
+
+
+def _dispatch(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **flags: object) -> Seen:
+    """The batches of a dispatch. The halves read different images."""
+    steps: dict[int, tuple[np.ndarray, ...]] = {}
+    load_images = search_program.load_images
+    loaded: list[jax.Array] = []  # keys, in the order of the trace: train, validation
+
+    def spying(key, images, positions, **options):  # type: ignore[no-untyped-def]
+        loaded.append(jax.random.key_data(key))
+        return load_images(key, images, positions, **options)
 
     def make_search_step(**_: object):
         def step(state, batches, key, progress):  # type: ignore[no-untyped-def]
-            jax.debug.callback(
-                lambda *a: seen.append(tuple(map(np.asarray, a))), state.step, batches.train.images, batches.val.images
-            )
+            keys = (*loaded[-2:], jax.random.key_data(key)) if loaded else ()
+            values = (*batches.train, *batches.val, *keys)
+            jax.debug.callback(lambda i, *a: steps.update({int(i): tuple(map(np.asarray, a))}), state.step, *values)
             return state.replace(step=state.step + 1), {"loss": jnp.zeros(())}
 
         return step
 
     monkeypatch.setattr(bilevel, "make_search_step", make_search_step)
+    monkeypatch.setattr(search_program, "load_images", spying)
     config = search_cases.config(**flags)
     with search_cases.standard_promotion():
         inputs = search_inputs.prepare(config, data=dataset)
         key, progress = jax.random.key(seed), inputs.problem.strategy.schedule(0, 1)
         carry = search_program.initial_carry(inputs.problem, inputs.mesh, key, progress, (*SIZE, 1))
-        order = np.tile(np.arange(BATCH, dtype=np.int32), (STEPS, 1))
+        order = np.random.default_rng(1).permutation(40).reshape(STEPS, BATCH).astype(np.int32)
+        orders = search_program.Orders(order, order[::-1].copy())
         program = search_program.make_dispatch(inputs.problem, inputs.mesh)
         data = Images(dataset.train_images, dataset.train_labels)
         positions = np.arange(BATCH, dtype=np.int32)
-        orders = search_program.Orders(order, order)
         jax.block_until_ready(program(carry, STEPS, True, orders, positions, key, progress, data))
     jax.effects_barrier()
-    assert sorted(int(step) for step, *_ in seen) == list(range(STEPS))
-    seen.sort(key=lambda one: int(one[0]))
-    return np.stack([train for _, train, _ in seen]), np.stack([val for *_, val in seen])
+    assert sorted(steps) == list(range(STEPS))
+    train, train_labels, val, val_labels, *keys = map(np.stack, zip(*(steps[i] for i in range(STEPS)), strict=True))
+    train_keys, val_keys, gate_keys = ([row.tobytes() for row in rows] for rows in keys)
+    return Seen(
+        Half(orders.train, train, train_labels, train_keys), Half(orders.val, val, val_labels, val_keys), gate_keys
+    )
 
 
 def _explain(out: np.ndarray, image: np.ndarray, dataset: Dataset, padding: int, cutout: int) -> Found:
@@ -84,17 +109,17 @@ def _explain(out: np.ndarray, image: np.ndarray, dataset: Dataset, padding: int,
     return answers[0]
 
 
-def _explain_all(outs: np.ndarray, dataset: Dataset, padding: int, cutout: int) -> list[Found]:
-    return [
-        _explain(out[i, :, :, 0], dataset.train_images[i, :, :, 0], dataset, padding, cutout)
-        for out in outs
-        for i in range(BATCH)
-    ]
+def _explain_all(half: Half, dataset: Dataset, padding: int, cutout: int) -> list[Found]:
+    np.testing.assert_array_equal(half.labels, dataset.train_labels[half.order])
+    pairs = zip(half.images.reshape(-1, *SIZE), dataset.train_images[half.order].reshape(-1, *SIZE), strict=True)
+    return [_explain(out, image, dataset, padding, cutout) for out, image in pairs]
 
 
 def test_crop_flip_and_cutout_reach_both_halves_with_draws_of_their_own(dataset, monkeypatch):
     flags = {"data__crop_padding": 2, "data__flip": True, "data__cutout": 3}
-    train, val = (_explain_all(b, dataset, 2, 3) for b in _batches(dataset, monkeypatch, **flags))
+    seen = _dispatch(dataset, monkeypatch, **flags)
+    assert len({*seen.train.keys, *seen.val.keys, *seen.keys}) == 3 * STEPS  # no draw shares a key with another
+    train, val = (_explain_all(half, dataset, 2, 3) for half in (seen.train, seen.val))
     for found in (train, val):
         assert {one.flip for one in found} == {False, True}
         assert len({one.crop for one in found}) > 10  # of 25; 40 uniform draws give 20 on average
@@ -115,8 +140,9 @@ def test_crop_flip_and_cutout_reach_both_halves_with_draws_of_their_own(dataset,
     ],
 )
 def test_each_setting_does_its_own_part(dataset, monkeypatch, flags, padding, cutout, flips):
-    for batches in _batches(dataset, monkeypatch, **flags):
-        found = _explain_all(batches, dataset, padding, cutout)
+    seen = _dispatch(dataset, monkeypatch, **flags)
+    for half in (seen.train, seen.val):
+        found = _explain_all(half, dataset, padding, cutout)
         assert {one.flip for one in found} == flips
         assert len({one.crop for one in found}) >= (7 if padding else 1)  # 40 draws of 9 places, or of one
         assert (max(one.hole for one in found) > 0) == (cutout > 0)
@@ -124,6 +150,6 @@ def test_each_setting_does_its_own_part(dataset, monkeypatch, flags, padding, cu
 
 def test_another_seed_draws_otherwise(dataset, monkeypatch):
     flags = {"data__crop_padding": 2, "data__flip": True}
-    one, same, other = (_batches(dataset, monkeypatch, seed, **flags)[0] for seed in (0, 0, 1))
+    one, same, other = (_dispatch(dataset, monkeypatch, seed, **flags).train.images for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.mean(one == other) < 0.5

@@ -24,21 +24,6 @@ SIZES = {1: ((5, 8),), 2: ((5, 8), (6, 7))}  # by stride: odd and even, not squa
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
 
 
-def _float64(tree: Any) -> Any:
-    """float64 copies; biases and scales get noise, so that a mix-up of the two would show."""
-    rng = np.random.default_rng(0)
-
-    def widen(a: jax.Array) -> jax.Array:
-        wide = np.asarray(a, np.float64)
-        return jnp.asarray(wide + rng.normal(scale=0.1, size=wide.shape) if wide.ndim == 1 else wide)
-
-    return jax.tree.map(widen, tree)
-
-
-def _normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape)
-
-
 def _assert_close(ours: Any, theirs: Any) -> None:
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
@@ -53,9 +38,9 @@ def test_primitive(name: str, stride: int, leaves: Leaves) -> None:
     torch = oracles.require_torch()
     primitive, channels = PRIMITIVES[name], 4
     with jax.enable_x64(True):
-        params = _float64(draw(jax.random.key(1), primitive.weights(channels, stride)))
-        images = [_normal(i, (3, *size, channels)) for i, size in enumerate(SIZES[stride])]
-        cotangents = [_normal(9, (3, -(-h // stride), -(-w // stride), channels)) for h, w in SIZES[stride]]
+        params = oracles.float64(draw(jax.random.key(1), primitive.weights(channels, stride)))
+        images = [oracles.normal(i, (3, *size, channels)) for i, size in enumerate(SIZES[stride])]
+        cotangents = [oracles.normal(9, (3, -(-h // stride), -(-w // stride), channels)) for h, w in SIZES[stride]]
 
         @oracles.quick_jit
         def run(params: Any, images: list[jax.Array], cotangents: list[jax.Array]) -> Any:
@@ -84,7 +69,7 @@ def test_ties_of_max_pooling_go_where_torch_sends_them() -> None:
         inputs = torch.tensor(x, requires_grad=True)
         for stride in (1, 2):
             y, pull = jax.vjp(lambda x, stride=stride: LEAVES["fast"].max_pool(x, stride), jnp.asarray(x))
-            ct = _normal(1, y.shape)
+            ct = oracles.normal(1, y.shape)
             out = oracles.nhwc(torch.nn.MaxPool2d(3, stride, 1)(oracles.nchw(inputs)))
             (expected,) = torch.autograd.grad(out, inputs, torch.tensor(ct))
             np.testing.assert_allclose(pull(jnp.asarray(ct))[0], expected.numpy(), **TOLERANCE)
@@ -97,14 +82,9 @@ _FEW = ("none", "max_pool_3x3", "skip_connect", "dil_conv_3x3")
 
 def _random_gates(space: Space, seed: int) -> dict[str, np.ndarray]:
     return {
-        kind: np.where(space.allowed[kind], _normal(seed + i, (space.num_edges, space.num_ops)), 0.0)
+        kind: np.where(space.allowed[kind], oracles.normal(seed + i, (space.num_edges, space.num_ops)), 0.0)
         for i, kind in enumerate(CELL_TYPES)
     }
-
-
-def _all_executed(space: Space, kind: str) -> jax.Array:
-    allowed = space.allowed[kind]
-    return jnp.asarray(np.where(allowed, np.arange(space.num_ops), space.num_ops).astype(np.int32))
 
 
 @pytest.mark.parametrize("kind", CELL_TYPES)
@@ -117,10 +97,10 @@ def test_cell(space: Space, kind: str) -> None:
     """The sparse cell (all operations executed) and the reference cell; torch sums node by node."""
     torch = oracles.require_torch()
     with jax.enable_x64(True):
-        weights = _float64(draw(jax.random.key(2), declare_edges(space, kind, 4)))
+        weights = oracles.float64(draw(jax.random.key(2), declare_edges(space, kind, 4)))
         gates = _random_gates(space, 3)[kind]
-        s0, s1 = _normal(5, (2, 7, 6, 4)), _normal(6, (2, 7, 6, 4))
-        executed = _all_executed(space, kind)
+        s0, s1 = oracles.normal(5, (2, 7, 6, 4)), oracles.normal(6, (2, 7, 6, 4))
+        executed = oracles.all_executed(space, kind)
 
         def sparse(w: Any, g: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
             return mixed_nodes(w, g, executed, s0, s1, space=space, kind=kind)
@@ -131,7 +111,7 @@ def test_cell(space: Space, kind: str) -> None:
         leaf, g, t0, t1 = (oracles.torch_leaves(v) for v in (weights, gates, s0, s1))
         nodes = oracles.torch_cell(space, kind, leaf, g, oracles.nchw(t0), oracles.nchw(t1))
         expected = torch.stack([oracles.nhwc(n) for n in nodes])
-        ct = _normal(7, tuple(expected.shape))
+        ct = oracles.normal(7, tuple(expected.shape))
         expected.backward(torch.tensor(ct))
 
         for network in (sparse, dense):
@@ -154,10 +134,10 @@ def test_supernet(head_norm: bool) -> None:
     space = Space(nodes=1, cells=4, channels=4, classes=5, in_channels=2, ops=ops, head_norm=head_norm)
     assert [c.kind[0] for c in space.layout] == list("nrrn")
     with jax.enable_x64(True):
-        weights = _float64(draw(jax.random.key(3), supernet.declare(space)))
-        gates, images = _random_gates(space, 4), _normal(8, (4, 11, 9, 2))
+        weights = oracles.float64(draw(jax.random.key(3), supernet.declare(space)))
+        gates, images = _random_gates(space, 4), oracles.normal(8, (4, 11, 9, 2))
         labels = np.array([0, 3, 4, 1])
-        executed = {kind: _all_executed(space, kind) for kind in CELL_TYPES}
+        executed = {kind: oracles.all_executed(space, kind) for kind in CELL_TYPES}
 
         def loss(weights: Any, gates: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits, _ = supernet.apply(weights, Gates(gates, executed), images, space=space)

@@ -16,7 +16,8 @@ import numpy as np
 
 from prdarts_jax import gates as gating
 from prdarts_jax import regularizers
-from prdarts_jax.errors import UserError, unknown
+from prdarts_jax.config import require
+from prdarts_jax.errors import unknown
 from prdarts_jax.gates import Gates
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
@@ -184,8 +185,7 @@ def prdarts(
 
 
 def _check(name: str, value: float, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"method.options.{name}: {value!r} is not possible; allowed: {allowed}")
+    require(holds, f"method.options.{name}", value, allowed)
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
