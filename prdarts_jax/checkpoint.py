@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -145,32 +145,7 @@ class Checkpointer:
         found = (re.fullmatch(r"(?:replaced-)?(\d+)", path.name) for path in self._directory.iterdir() if path.is_dir())
         return sorted({int(match.group(1)) for match in found if match} - self._aside)
 
-    def read_info(self, step: int) -> dict[str, Any]:
-        """The `info` saved with a step.
-
-        Raises:
-            UserError: there is no such step.
-            RunError: the checkpoint is damaged.
-        """
-        self.wait()
-        with self._damage_ends(step):
-            return self._document(step)["info"]
-
-    def restore(self, step: int, target: Any) -> Restored:
-        """The checkpoint of one step; see `restore_latest` for `target`.
-
-        Raises:
-            UserError: there is no such step, or `target` has other leaves, shapes or dtypes.
-            RunError: the checkpoint is damaged.
-        """
-        self.wait()
-        with self._damage_ends(step):
-            document = self._document(step)
-            return Restored(step, self._state(step, document, target), document["info"])
-
-    def restore_latest(
-        self, target: Any, *, accept: Callable[[int, dict[str, Any]], bool] | None = None
-    ) -> Restored | None:
+    def restore_latest(self, target: Any) -> Restored | None:
         """The newest checkpoint whose digests verify, or None where there is none.
 
         A damaged one is reported by one line and the one before it is tried. Checkpoints newer than the restored one
@@ -180,20 +155,16 @@ class Checkpointer:
         Args:
             target: a state, concrete or abstract (`jax.eval_shape`); arrays take its shardings where it has them,
                 Python numbers and NumPy arrays come back as such.
-            accept: called with (step, info) before the arrays are read; False passes on to the one before. What it
-                raises leaves this method.
 
         Raises:
             UserError: `target` has other leaves, shapes or dtypes than an intact checkpoint.
-            RunError: there are checkpoints, and none that is accepted can be used.
+            RunError: there are checkpoints, and none can be used.
         """
         self.wait()
         steps, reasons = self.steps(), []
         for step in reversed(steps):
             try:
                 document = self._document(step)
-                if accept is not None and not accept(step, document["info"]):
-                    continue
                 state = self._state(step, document, target)
             except _Damage as damage:
                 reasons.append(f"step {step}: {damage}")
@@ -360,19 +331,9 @@ class Checkpointer:
         left = f"the last good checkpoint is step {good[-1]}" if good else "there is no earlier checkpoint"
         return RunError(f"checkpoint at step {step} could not be written to {self._directory}: {reason(error)}; {left}")
 
-    @contextlib.contextmanager
-    def _damage_ends(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except _Damage as damage:
-            raise RunError(f"checkpoint at step {step} in {self._directory} cannot be used: {damage}") from damage
-
     def _document(self, step: int) -> dict[str, Any]:
         """The JSON item of a step whose files are all as they were written."""
         path = self._path(step)
-        if not path.is_dir():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"checkpoint: step {step} is not in {self._directory}; there: {there}")
         try:
             missing = [item for item in _ITEMS if not (path / item).is_dir()]
             if missing:

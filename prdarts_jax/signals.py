@@ -18,9 +18,9 @@ class StopRequest:
     >>> with StopRequest() as stop:
     ...     bool(stop)
     ...     signal.raise_signal(signal.SIGTERM)
-    ...     bool(stop), stop.signum == signal.SIGTERM, stop.exit_status
+    ...     bool(stop), stop.signum == signal.SIGTERM
     False
-    (True, True, 143)
+    (True, True)
     """
 
     def __init__(self) -> None:
@@ -30,11 +30,6 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signum is not None
-
-    @property
-    def exit_status(self) -> int:
-        """128 + signal, as shells count: 143 after SIGTERM, 130 after Ctrl-C; 0 while no signal has come."""
-        return 0 if self.signum is None else 128 + self.signum
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if signum == signal.SIGINT:

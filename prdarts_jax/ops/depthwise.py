@@ -1,6 +1,6 @@
 """Depthwise convolution with a lowering chosen per platform and differentiation rules of its own.
 
-XLA lowers a grouped convolution on CPU to a naive loop (jax-ml/jax issue 23713), 20 to 70 times slower than a sum of
+XLA lowers a grouped convolution on CPU to a naive loop (jax-ml/jax issue 23713), several times slower than a sum of
 shifted slices, and plain autodiff of the shifted sum yields k*k separate reductions for the weight gradient. Hence:
 
     y[b,i,j,c]  = sum_{p,q} x[b, s*i + d*p - P, s*j + d*q - P, c] * w[p,q,c]

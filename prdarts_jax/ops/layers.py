@@ -76,8 +76,8 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 # --- batch normalisation with the statistics of the batch -------------------------------------------------------------
 
 
-def _per_channel(v: jax.Array, ndim: int = 4) -> jax.Array:
-    return v.reshape((1,) * (ndim - 1) + v.shape)
+def _per_channel(v: jax.Array) -> jax.Array:
+    return v.reshape(1, 1, 1, -1)
 
 
 def _normalise(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
