@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prdarts_jax.config import SearchConfig
     from prdarts_jax.errors import RunError, UserError
     from prdarts_jax.evaluation import Evaluation, evaluate
+    from prdarts_jax.population import PopulationResult, search_population
     from prdarts_jax.presets import resolve
     from prdarts_jax.search_loop import SearchResult, search
     from prdarts_jax.space.genotype import Genotype
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Evaluation",
     "Genotype",
+    "PopulationResult",
     "RunError",
     "SearchConfig",
     "SearchResult",
@@ -35,12 +37,14 @@ __all__ = [
     "evaluate",
     "resolve",
     "search",
+    "search_population",
     "train",
 ]
 
 _HOME = {
     "Evaluation": "evaluation",
     "Genotype": "space.genotype",
+    "PopulationResult": "population",
     "RunError": "errors",
     "SearchConfig": "config",
     "SearchResult": "search_loop",
@@ -50,6 +54,7 @@ _HOME = {
     "evaluate": "evaluation",
     "resolve": "presets",
     "search": "search_loop",
+    "search_population": "population",
     "train": "train_loop",
 }
 

@@ -57,33 +57,36 @@ class Batches(NamedTuple):
 def weight_transform(config: WeightsConfig) -> optax.GradientTransformation:
     """SGD as published: clip by global norm, then coupled L2, then (Nesterov) momentum, then the learning rate.
 
-    The learning rate is a hyperparameter of the state: the step sets it from `progress["weight_learning_rate"]`.
+    Learning rate, weight decay and momentum are hyperparameters of the state, so that searches with other values share
+    a compiled step; the step sets the learning rate from `progress["weight_learning_rate"]`.
 
     >>> tx = weight_transform(WeightsConfig())
-    >>> float(tx.init({"w": jnp.zeros(2)}).hyperparams["learning_rate"])
-    0.02500000037252903
+    >>> {name: round(float(value), 6) for name, value in tx.init({"w": jnp.zeros(2)}).hyperparams.items()}
+    {'learning_rate': 0.025, 'weight_decay': 0.0005, 'momentum': 0.9}
     """
 
-    def make(learning_rate: float) -> optax.GradientTransformation:
+    def make(learning_rate: float, weight_decay: float, momentum: float) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(config.clip_norm) if config.clip_norm != float("inf") else optax.identity(),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.sgd(learning_rate, momentum=config.momentum, nesterov=config.nesterov),
+            optax.add_decayed_weights(weight_decay),
+            optax.sgd(learning_rate, momentum=momentum, nesterov=config.nesterov),
         )
 
-    return optax.inject_hyperparams(make)(learning_rate=config.learning_rate)
+    return optax.inject_hyperparams(make)(
+        learning_rate=config.learning_rate, weight_decay=config.weight_decay, momentum=config.momentum
+    )
 
 
 def arch_transform(config: ArchConfig) -> optax.GradientTransformation:
     """Adam with coupled L2 (weight decay added to the gradient), as published."""
 
-    def make(learning_rate: float) -> optax.GradientTransformation:
+    def make(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.chain(
-            optax.add_decayed_weights(config.weight_decay),
+            optax.add_decayed_weights(weight_decay),
             optax.adam(learning_rate, b1=config.beta1, b2=config.beta2, eps=config.eps),
         )
 
-    return optax.inject_hyperparams(make)(learning_rate=config.learning_rate)
+    return optax.inject_hyperparams(make)(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def init_state(
@@ -119,6 +122,19 @@ def set_learning_rate(opt_state: Any, rate: Any) -> Any:
     old = opt_state.hyperparams["learning_rate"]
     rate = jnp.asarray(rate, jnp.asarray(old).dtype)
     return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
+
+
+def set_hyperparameters(opt_state: Any, tx: optax.GradientTransformation) -> Any:
+    """An `inject_hyperparams` state with the hyperparameters of another such transformation; other states as they are.
+
+    >>> tx = weight_transform(WeightsConfig(weight_decay=0.25))
+    >>> state = set_hyperparameters(weight_transform(WeightsConfig()).init({"w": jnp.zeros(2)}), tx)
+    >>> float(state.hyperparams["weight_decay"])
+    0.25
+    """
+    if not isinstance(getattr(opt_state, "hyperparams", None), dict):
+        return opt_state
+    return opt_state._replace(hyperparams=tx.init({"any": jnp.zeros((), jnp.float32)}).hyperparams)
 
 
 def mean_over(axis_name: str | None, tree: Any) -> Any:

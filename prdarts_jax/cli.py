@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import prdarts_jax
-from prdarts_jax import cli_export, cli_flags, cli_train, presets
+from prdarts_jax import cli_export, cli_flags, cli_population, cli_train, presets
 from prdarts_jax import config as cfg
 from prdarts_jax.cli_flags import COMMON, Command, compilation_cache, help_text, print_config
 from prdarts_jax.cli_flags import Parser as _Parser
@@ -40,6 +40,7 @@ SEARCH = Command(
     aliases=ALIASES,
     own={
         "--preset NAME": " | ".join(presets.PRESETS) + " (default: paper)",
+        **cli_population.FLAGS,
         "--print-config": "print every value and its source, and stop",
         "--json": "with --print-config: as JSON",
     },
@@ -125,6 +126,8 @@ def _search(words: list[str]) -> int:
     flags, rest = split_flags(words)
     parser = _Parser("prdarts search", add_help=False)
     parser.add_argument("--preset", default="paper")
+    parser.add_argument("--sweep", action="append", default=[])
+    parser.add_argument("--population")
     parser.add_argument("--print-config", "--print_config", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(rest)
@@ -135,20 +138,28 @@ def _search(words: list[str]) -> int:
     compilation_cache()  # before a strategy's module imports JAX
     resolved = presets.resolve(args.preset, flags.pop("method.strategy", None), flags)
     config = resolved.config
+    sweep = cli_population.sweep_of(args.sweep, args.population, flags, config)
     if not config.run.workdir:
-        config = cfg.replace(config, {"run.workdir": f"runs/search-{args.preset}-seed{config.seed}"})
+        name = f"population-{args.preset}" if sweep else f"search-{args.preset}-seed{config.seed}"
+        config = cfg.replace(config, {"run.workdir": f"runs/{name}"})
         resolved = dataclasses.replace(resolved, config=config)
     if args.print_config:
         from prdarts_jax import search_inputs
 
         search_inputs.check_method(config)
-        print_config(presets.table(resolved), args.json)
+        print_config(cli_population.table(presets.table(resolved), sweep, resolved), args.json)
         return 0
+    workdir = Path(config.run.workdir)
+    again = shlex.join(["prdarts", "search", *cli_flags.to_go_on(words, SEARCH)])
+    if sweep:
+        from prdarts_jax import population
+
+        return cli_population.finish(
+            population.search_population(config, workdir, sweep, sources=resolved.sources), again
+        )
     from prdarts_jax import search_loop
 
-    workdir = Path(config.run.workdir)
-    result = search_loop.search(config, workdir, sources=resolved.sources)
-    return _finish(result, workdir, shlex.join(["prdarts", "search", *cli_flags.to_go_on(words, SEARCH)]))
+    return _finish(search_loop.search(config, workdir, sources=resolved.sources), workdir, again)
 
 
 def _finish(result: Any, workdir: Path, command: str) -> int:

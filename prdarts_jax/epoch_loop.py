@@ -5,10 +5,11 @@ What a dispatch computes, which rows an epoch writes and how it ends is said by 
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import IO, Any, Generic, NamedTuple, TypeVar
 
@@ -41,6 +42,38 @@ class Start(NamedTuple):
     stop: StopRequest
     old: Mapping[str, Any] | None  # config.json of the run that is resumed
     document: Mapping[str, Any]  # config.json of now
+    label: str = ""  # its name among the runs of one process
+    compiled: bool = False  # whether a run of this process has compiled its program
+    began: float | None = None  # time.monotonic() from which the time limit counts; None: when the run is made
+
+
+class Work(NamedTuple):
+    """A dispatch that a run asks for."""
+
+    loop: Any  # the EpochLoop that asks
+    carry: Any
+    steps: np.int32
+    fresh: np.bool_
+    batches: Any
+    progress: Mapping[str, np.float32]
+
+    def done(self) -> Done:
+        """What the run wants back, computed by its own program."""
+        return self.loop.dispatch(self.carry, self.steps, self.fresh, self.batches, self.progress)
+
+
+Done = tuple[Any, Mapping[str, Any]]  # (carry, each metric of each step)
+
+
+def drive(run: Generator[Work, Done, Result]) -> Result:
+    """Computes what a run asks for, dispatch by dispatch, until it ends; what it raises leaves this function."""
+    with contextlib.closing(run):
+        try:
+            work = next(run)
+            while True:
+                work = run.send(work.done())
+        except StopIteration as end:
+            return end.value
 
 
 class Speed(NamedTuple):
@@ -68,7 +101,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         self.start, self.workdir = start, start.workdir
         self.epochs, self.epoch_steps, self.images_per_step = epochs, epoch_steps, images_per_step
         self.total_steps = epoch_steps * epochs
-        self.began = time.monotonic()
+        self.began = time.monotonic() if start.began is None else start.began
 
     # What a subclass says.
 
@@ -124,10 +157,15 @@ class EpochLoop(ABC, Generic[Carry, Result]):
 
     def say(self, text: str) -> None:
         """A line for people."""
-        print(text, file=self.start.notes, flush=True)
+        label = self.start.label
+        print(f"{label}: {text}" if label else text, file=self.start.notes, flush=True)
 
     def go(self) -> Result:
         """Runs to the end, a stop, or the time limit."""
+        return drive(self.work())
+
+    def work(self) -> Generator[Work, Done, Result]:
+        """The same as a generator of dispatches: whoever drives it may compute those of several runs at once."""
         run, workdir = self.start.run, self.workdir
         tensorboard = workdir / "tensorboard" if run.tensorboard else None
         with (
@@ -137,8 +175,9 @@ class EpochLoop(ABC, Generic[Carry, Result]):
             carry, step = self._restore(saved)
             log.truncate_after(step)
             self.open(step)
-            with Progress(self.total_steps, initial=step, enabled=run.progress) as bar:
-                return self._loop(carry, step, saved, log, bar)
+            label = self.start.label
+            with Progress(self.total_steps, initial=step, enabled=run.progress, label=label) as bar:
+                return (yield from self._loop(carry, step, saved, log, bar))
 
     def _restore(self, saved: Checkpointer) -> tuple[Carry, int]:
         found = saved.restore_latest(self.target())
@@ -151,13 +190,15 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         self.recall(found.info.get("stopped"))
         return found.state, found.step
 
-    def _loop(self, carry: Carry, step: int, saved: Checkpointer, log: MetricsLog, bar: Progress) -> Result:
+    def _loop(
+        self, carry: Carry, step: int, saved: Checkpointer, log: MetricsLog, bar: Progress
+    ) -> Generator[Work, Done, Result]:
         run, stop = self.start.run, self.start.stop
         length = min(run.steps_per_dispatch, self.epoch_steps)
         last_save = time.monotonic()
         row: dict[str, Any] = {}
-        compiled = False
-        if step < self.total_steps and self.decided() is None:
+        compiled = self.start.compiled
+        if step < self.total_steps and self.decided() is None and not compiled:
             self.say(f"compiling the {self.noun} (once: compiled programs are kept for the next start)")
         while step < self.total_steps and self.decided() is None:
             epoch, first = divmod(step, self.epoch_steps)
@@ -167,7 +208,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                 count = min(length, self.epoch_steps - start)
                 chunk = jax.tree.map(lambda b, s=start, n=count: runs.padded(b[s : s + n], length), now.batches)
                 began = time.monotonic()
-                carry, rows = self.dispatch(carry, np.int32(count), np.bool_(start == 0), chunk, now.progress)
+                carry, rows = yield Work(self, carry, np.int32(count), np.bool_(start == 0), chunk, now.progress)
                 values = {name: np.asarray(value)[:count] for name, value in rows.items()}
                 elapsed = time.monotonic() - began
                 if not compiled:

@@ -223,6 +223,7 @@ class Progress:
         initial: steps done before, by the run this one resumes; they do not count for the speed.
         enabled: auto (bar if `stream` is a terminal, lines otherwise) | bar | lines | off.
         stream: where it goes.
+        label: the run's name among several, before everything shown of it.
 
     Raises:
         UserError: `enabled` is none of these.
@@ -233,14 +234,20 @@ class Progress:
     """
 
     def __init__(
-        self, total_steps: int, *, initial: int = 0, enabled: str = "auto", stream: IO[str] | None = None
+        self,
+        total_steps: int,
+        *,
+        initial: int = 0,
+        enabled: str = "auto",
+        stream: IO[str] | None = None,
+        label: str = "",
     ) -> None:
         if enabled not in ("auto", "bar", "lines", "off"):
             raise UserError(f"progress: {enabled!r} is not a mode; allowed: auto | bar | lines | off")
         self._stream = sys.stderr if stream is None else stream
         if enabled == "auto":
             enabled = "bar" if self._stream.isatty() else "lines"
-        self._mode = enabled
+        self._mode, self._label = enabled, f"{label}: " if label else ""
         self._total, self._initial, self._done = total_steps, initial, initial
         self._began = time.monotonic()
         self._fields: dict[str, Any] = {}
@@ -248,7 +255,14 @@ class Progress:
         if enabled == "bar":
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total_steps, initial=initial, file=self._stream, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total_steps,
+                initial=initial,
+                file=self._stream,
+                unit="step",
+                dynamic_ncols=True,
+                desc=label or None,
+            )
 
     def update(self, n: int, **fields: Any) -> None:
         """Advance by n steps; fields (loss, accuracy, tau, skips, images/s ...) replace those shown before."""
@@ -261,9 +275,9 @@ class Progress:
     def epoch_line(self, text: str) -> None:
         """A line that stays: above the bar, or with the step, the last fields and the time left where there is none."""
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            self._bar.write(f"{self._label}{text}", file=self._stream)
         elif self._mode == "lines":
-            parts = [text, f"step {self._done}/{self._total}"]
+            parts = [f"{self._label}{text}", f"step {self._done}/{self._total}"]
             parts += [f"{name} {_short(value)}" for name, value in self._fields.items() if f"{name} " not in text]
             if self._done > self._initial:
                 each = (time.monotonic() - self._began) / (self._done - self._initial)

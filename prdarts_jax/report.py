@@ -8,18 +8,21 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from prdarts_jax import plots
 from prdarts_jax.errors import UserError
-from prdarts_jax.report_data import Run, read
+from prdarts_jax.report_data import Run, population, read
+from prdarts_jax.report_sweep import FIGURES, label, settings, spread
 from prdarts_jax.space.genotype import CELLS
 from prdarts_jax.workdir import atomic_write_text
 
@@ -83,10 +86,11 @@ def report(workdirs: Sequence[str | Path], out: str | Path | None = None) -> Pat
     """Write one HTML page about the workdirs: each run in full, and their mean and standard deviation over seeds.
 
     Runs whose configs differ in `seed` (and in how they were run) alone form a group; means are over a group's finished
-    runs, with the sample standard deviation (n - 1).
+    runs, with the sample standard deviation (n - 1). The folder of a population stands for its members: they are in a
+    table by the swept values, and their pages are linked instead of shown.
 
     Args:
-      workdirs: one or more workdirs of searches or trainings, finished or not.
+      workdirs: one or more workdirs of searches or trainings, finished or not, or folders of populations.
       out: the file to write; report.html in the workdir, or in the current directory if there are several.
 
     Returns:
@@ -98,9 +102,15 @@ def report(workdirs: Sequence[str | Path], out: str | Path | None = None) -> Pat
     """
     if not workdirs:
         raise UserError("workdir: none is given; allowed: one or more workdirs")
-    runs = [read(w) for w in workdirs]
-    target = Path(out) if out is not None else (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
-    page = _page(runs)
+    populations = [population(w) for w in workdirs]
+    paths = [path for w, p in zip(workdirs, populations, strict=True) for path in (p.folders if p else [Path(w)])]
+    runs = [read(path) for path in paths]
+    if not runs:
+        raise UserError(f"workdir: no member of {str(workdirs[0])!r} has been started; allowed: start the population")
+    whole = Path(workdirs[0]) if len(workdirs) == 1 else Path()
+    target = Path(out) if out is not None else whole / "report.html"
+    swept = dict.fromkeys(field for p in populations if p for field in p.swept)
+    page = _page(runs, tuple(swept), None if not any(populations) else target.parent)
     if out is None:  # whole or not there: a run whose report is there is not given another
         atomic_write_text(target, page)
         return target
@@ -111,15 +121,19 @@ def report(workdirs: Sequence[str | Path], out: str | Path | None = None) -> Pat
     return target
 
 
-def _page(runs: Sequence[Run]) -> str:
+def _page(runs: Sequence[Run], swept: Sequence[str] = (), linked: Path | None = None) -> str:
+    """The page; runs are linked, from a page in the folder `linked`, or shown in full."""
     groups = _groups(runs)
     title = f"{runs[0].path.name}: {runs[0].kind}" if len(runs) == 1 else f"{len(runs)} runs"
     ids = (f"f{i}-" for i in itertools.count())
-    parts = [f"<h1>{_esc(title)}</h1>", _summary(groups), _differences(runs)]
+    parts = [f"<h1>{_esc(title)}</h1>", _swept(runs, swept), _summary(groups), _differences(runs)]
     parts += [_over_seeds(name, group, ids) for name, group in groups.items()]
-    limits = _shared_limits(runs)
-    columns = "".join(_run(run, ids, limits) for run in runs)
-    parts.append(f'<h2>{"Runs" if len(runs) > 1 else "Run"}</h2><div class="runs">{columns}</div>')
+    if linked is not None:
+        parts.append(f'<h2>Runs</h2><section class="card">{"".join(_link(run, linked) for run in runs)}</section>')
+    else:
+        limits = _shared_limits(runs)
+        columns = "".join(_run(run, ids, limits) for run in runs)
+        parts.append(f'<h2>{"Runs" if len(runs) > 1 else "Run"}</h2><div class="runs">{columns}</div>')
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -131,6 +145,32 @@ def _page(runs: Sequence[Run]) -> str:
 
 
 # The parts that compare runs
+
+
+def _swept(runs: Sequence[Run], swept: Sequence[str]) -> str:
+    """The table of a sweep: a row a setting, mean and standard deviation over its seeds."""
+    if not swept:
+        return ""
+    found = settings(runs, swept)
+    fields = [f for f in FIGURES if any(f in setting.figures for setting in found)]
+    lines = [
+        _row([_esc(label(s)), f"{s.finished} of {s.members}", *(spread(s.figures.get(f)) for f in fields)], 1)
+        for s in found
+    ]
+    table = f'<table class="summary">{_head(["setting", "seeds", *(f.replace("_", " ") for f in fields)], 1)}'
+    note = '<p class="note">Last epoch of the finished members: mean ± sample standard deviation over the seeds.</p>'
+    body = f'<div class="scroll">{table}{"".join(lines)}</table></div>{note}'
+    return f'<h2>Sweep</h2><section class="card">{body}</section>'
+
+
+def _link(run: Run, page: Path) -> str:
+    """A line about a run, with its own report where there is one."""
+    name = f"<code>{_esc(run.path.name)}</code>"
+    if (run.path / "report.html").is_file():
+        address = quote(Path(os.path.relpath(run.path / "report.html", page)).as_posix())
+        name = f'<a href="{address}">{name}</a>'
+    skips = "" if run.genotype is None else f", {run.genotype.skips('normal')} skips in the normal cell"
+    return f"<p>{name} {_tag(run)} {_esc(_progress(run))} epochs{skips}</p>"
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:

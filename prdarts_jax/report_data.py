@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prdarts_jax.errors import UserError
 from prdarts_jax.space.genotype import Genotype
 
 _KINDS = ("search", "train")
+POPULATION, POPULATION_SCHEMA = "population.json", 1
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,31 @@ class Run:
         # Trained networks are averaged over seeds of one architecture, not over architectures.
         found = self.genotype.to_json() if self.kind == "train" and self.genotype else ""
         return json.dumps([self.kind, same, found], sort_keys=True)
+
+
+class Population(NamedTuple):
+    """What a population's folder says of its members."""
+
+    swept: tuple[str, ...]  # dotted config paths
+    folders: tuple[Path, ...]  # of the members that were started
+
+
+def population(workdir: str | Path) -> Population | None:
+    """The population of a folder, or None if it is not that of one.
+
+    Raises:
+      UserError: a damaged population.json.
+    """
+    path = Path(workdir) / POPULATION
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        folders = tuple(Path(workdir) / str(name) for name in found["members"])
+        swept = tuple(str(field) for field in found["sweep"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: does not name a population ({type(e).__name__}: {e})") from None
+    return Population(swept, tuple(folder for folder in folders if (folder / "config.json").is_file()))
 
 
 def read(workdir: str | Path) -> Run:

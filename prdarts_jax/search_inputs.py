@@ -40,6 +40,7 @@ def prepare(
     arch_tx: optax.GradientTransformation | Callable[[SearchConfig], optax.GradientTransformation] | None = None,
     strategy: Strategy | Callable[..., Strategy] | None = None,
     data: Dataset | None = None,
+    like: Inputs | None = None,
 ) -> Inputs:
     """Loads and checks everything a search needs. Nothing is written to the disk but the cache of decoded images.
 
@@ -48,6 +49,7 @@ def prepare(
       weight_tx, arch_tx: in place of the config's optimizers: a transformation, or a function of the config.
       strategy: in place of the config's method: a Strategy, or a function of `space` that makes one.
       data: in place of the config's source.
+      like: of a search that differs in numbers alone: its data and space are taken, and nothing is tried again.
 
     Raises:
       UserError: anything that is not possible, named by its field.
@@ -55,6 +57,7 @@ def prepare(
     runs.check_tensorboard(config.run)
     digests: dict[str, str] = {}
     mesh = parallel.make_mesh(parallel.choose_devices(config.run.devices))
+    data = like.dataset if like is not None else data
     dataset = data if data is not None else load(config.data.source, config.run.data_dir or None)
     digests["data"] = dataset.digest
     images = dataset.train_images
@@ -62,7 +65,11 @@ def prepare(
     check_batch(config.batch_size, len(halves(config, len(images))[0]), mesh.size)
 
     primitives = runs.user_primitives(config.space.primitives, "space.primitives", digests)
-    space = Space.create(config.space, classes=dataset.num_classes, in_channels=images.shape[3], user=primitives)
+    space = (
+        like.problem.space
+        if like is not None
+        else Space.create(config.space, classes=dataset.num_classes, in_channels=images.shape[3], user=primitives)
+    )
     problem = Problem(
         space=space,
         strategy=_strategy(config, space, strategy, digests),
@@ -82,7 +89,8 @@ def prepare(
         "arch.transform": problem.arch_tx,
     }
     given = {field: value for field, value in made.items() if field in digests}
-    trial.search(problem, mesh, images.shape[1:], config.epochs, primitives or {}, given)
+    if like is None:
+        trial.search(problem, mesh, images.shape[1:], config.epochs, primitives or {}, given)
     return Inputs(problem, dataset, mesh, digests)
 
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from prdarts_jax import parallel, runs, search_inputs, search_program, userfile
+from prdarts_jax import bilevel, parallel, runs, search_inputs, userfile
 from prdarts_jax.config import SearchConfig
 from prdarts_jax.data import batches
 from prdarts_jax.dispatch import Images
-from prdarts_jax.epoch_loop import Epoch, EpochLoop, Speed, Start
+from prdarts_jax.epoch_loop import Done, Epoch, EpochLoop, Speed, Start, Work, drive
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.metrics import MetricsLog, Progress, check_finite
 from prdarts_jax.runs import EpochLog
 from prdarts_jax.schedules import cosine as learning_rate
 from prdarts_jax.search_inputs import Inputs
-from prdarts_jax.search_program import Carry, Orders
+from prdarts_jax.search_program import Carry, Orders, Programs, abstract_carry
 from prdarts_jax.signals import StopRequest
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.strategies.base import Stop
@@ -96,10 +98,29 @@ def search(
     config = search_inputs.with_method(config, strategy)
     inputs = search_inputs.prepare(config, weight_tx=weight_tx, arch_tx=arch_tx, strategy=strategy, data=data)
     document = search_inputs.document(config, inputs, sources)
+    with StopRequest() as stop:
+        start = Start(config.run, workdir, out if out is not None else sys.stdout, stop, None, document)
+        return drive(dispatches(config, inputs, start))
+
+
+def dispatches(
+    config: SearchConfig, inputs: Inputs, start: Start, shared: Shared | None = None
+) -> Generator[Work, Done, SearchResult]:
+    """A search in its locked workdir, as the generator of its dispatches.
+
+    Args:
+      config, inputs: of the search.
+      start: what `search` makes of its arguments; the config.json of an earlier start is looked for here.
+      shared: what it has in common with other searches of this process.
+
+    Raises:
+      UserError: the workdir holds something else, or is in use; nothing is changed on disk.
+      RunError: as in `search`.
+    """
+    workdir, document = start.workdir, start.document
     overwrite, compared = config.run.overwrite, search_inputs.compared
     runs.check_workdir(workdir, document, overwrite=overwrite, compared=compared)
-    with runs.lock(workdir), StopRequest() as stop:
-        notes = out if out is not None else sys.stdout
+    with runs.lock(workdir):
         # Again, now that no other process can change it.
         old = runs.check_workdir(workdir, document, overwrite=overwrite, compared=compared)
         if overwrite:
@@ -109,10 +130,23 @@ def search(
             return SearchResult("already-finished", found, workdir, _pictures(workdir, found, again=False))
         if old is None:
             atomic_write_json(workdir / "config.json", document)
-        return _Search(config, inputs, Start(config.run, workdir, notes, stop, old, document)).go()
+        return (yield from _Search(config, inputs, start._replace(old=old), shared or Shared(inputs)).work())
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
+
+
+class Shared:
+    """What searches of one process have in common: their programs, and the images on the devices of these."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.mesh, self._dataset = inputs.mesh, inputs.dataset
+        self.programs = Programs(inputs.problem, inputs.mesh, inputs.dataset.train_images.shape[1:])
+
+    @functools.cached_property
+    def images(self) -> Images:
+        """The training images, on all devices of the mesh."""
+        return parallel.replicate(self.mesh, Images(self._dataset.train_images, self._dataset.train_labels))
 
 
 class _Search(EpochLoop[Carry, SearchResult]):
@@ -120,8 +154,8 @@ class _Search(EpochLoop[Carry, SearchResult]):
 
     noun = "search"
 
-    def __init__(self, config: SearchConfig, inputs: Inputs, start: Start) -> None:
-        self.config, self.inputs = config, inputs
+    def __init__(self, config: SearchConfig, inputs: Inputs, start: Start, shared: Shared) -> None:
+        self.config, self.inputs, self.shared = config, inputs, shared
         self.problem, self.mesh = inputs.problem, inputs.mesh
         self.train_half, self.val_half = search_inputs.halves(config, len(inputs.dataset.train_images))
         self.key = jax.random.key(config.seed)
@@ -148,12 +182,19 @@ class _Search(EpochLoop[Carry, SearchResult]):
         return {name: np.float32(value) for name, value in self.numbers(epoch).items()}
 
     def first(self) -> Carry:
-        image = self.inputs.dataset.train_images.shape[1:]
-        return search_program.initial_carry(self.problem, self.mesh, self.key, self.progress(0), image)
+        carry = self.shared.programs.initial(self.key, self.progress(0))
+        # The program may be that of a search with other numbers in its optimizers.
+        weight_opt, arch_opt = carry.state.weight_opt, carry.state.arch_opt
+        if "weights.transform" not in self.inputs.digests:
+            weight_opt = bilevel.set_hyperparameters(weight_opt, self.problem.weight_tx)
+        if "arch.transform" not in self.inputs.digests:
+            arch_opt = bilevel.set_hyperparameters(arch_opt, self.problem.arch_tx)
+        state = dataclasses.replace(carry.state, weight_opt=weight_opt, arch_opt=arch_opt)
+        return parallel.replicate(self.mesh, dataclasses.replace(carry, state=state))
 
     def target(self) -> Carry:
         image = self.inputs.dataset.train_images.shape[1:]
-        return search_program.abstract_carry(self.problem, self.mesh, self.key, self.progress(0), image)
+        return abstract_carry(self.problem, self.mesh, self.key, self.progress(0), image)
 
     def decided(self) -> dict[str, Any] | None:
         if self.stopped is None:
@@ -167,10 +208,6 @@ class _Search(EpochLoop[Carry, SearchResult]):
         done = step // self.epoch_steps
         self.genotypes = EpochLog(self.workdir / "genotypes.jsonl", done)
         self.probabilities = EpochLog(self.workdir / "probabilities.jsonl", done)
-        self.program = search_program.make_dispatch(self.problem, self.mesh)
-        self.evaluation = search_program.make_evaluation(self.problem, self.mesh)
-        train = self.inputs.dataset
-        self.data = parallel.replicate(self.mesh, Images(train.train_images, train.train_labels))
 
     def epoch(self, epoch: int) -> Epoch:
         orders = Orders(
@@ -184,7 +221,8 @@ class _Search(EpochLoop[Carry, SearchResult]):
     def dispatch(
         self, carry: Carry, count: np.int32, fresh: np.bool_, batches: Any, progress: Mapping[str, np.float32]
     ) -> tuple[Carry, Mapping[str, jax.Array]]:
-        return self.program(carry, count, fresh, batches, self.positions, self.key, progress, self.data)
+        program, images = self.shared.programs.dispatch, self.shared.images
+        return program(carry, count, fresh, batches, self.positions, self.key, progress, images)
 
     def shown(self, carry: Carry, values: Mapping[str, np.ndarray], now: Epoch) -> dict[str, Any]:
         genotype = self.problem.strategy.derive(jax.device_get(carry.state.arch))
@@ -230,7 +268,9 @@ class _Search(EpochLoop[Carry, SearchResult]):
     def evaluate(self, carry: Carry, progress: Mapping[str, Any]) -> tuple[float, float]:
         """Loss and accuracy on the whole validation half, with the expected gates."""
         order, mask = batches.padded_batches(len(self.val_half), self.config.batch_size)
-        loss, accuracy = self.evaluation(carry.state, self.val_half[order], mask, progress, self.data)
+        state = carry.state if self.shared.mesh == self.mesh else parallel.replicate(self.shared.mesh, carry.state)
+        evaluation, images = self.shared.programs.evaluation, self.shared.images
+        loss, accuracy = evaluation(state, self.val_half[order], mask, progress, images)
         return float(loss), float(accuracy)
 
     def left(self, status: str, row: Mapping[str, Any]) -> SearchResult:

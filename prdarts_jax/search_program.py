@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,16 +72,31 @@ def _initial(problem: Problem, mesh: Mesh, images: tuple[int, ...]) -> Callable[
     return program
 
 
-def initial_carry(problem: Problem, mesh: Mesh, key: jax.Array, progress: Progress, image: tuple[int, ...]) -> Carry:
-    """The carry before the first step, on all devices of the mesh.
+class Programs:
+    """The compiled programs of a search, made when first asked for: searches that differ in arrays alone share them.
 
     Args:
       problem, mesh: static.
-      key: base key of the search.
-      progress: of any epoch.
       image: (H, W, C) of the data.
     """
-    return parallel.replicate(mesh, jax.jit(_initial(problem, mesh, image))(key, progress))
+
+    def __init__(self, problem: Problem, mesh: Mesh, image: tuple[int, ...]) -> None:
+        self.problem, self.mesh, self._image = problem, mesh, image
+
+    @functools.cached_property
+    def initial(self) -> Callable[[jax.Array, Progress], Carry]:
+        """(base key, progress of any epoch) -> the carry before the first step, on one device."""
+        return jax.jit(_initial(self.problem, self.mesh, self._image))
+
+    @functools.cached_property
+    def dispatch(self) -> Callable[..., tuple[Carry, Sums]]:
+        """See `make_dispatch`."""
+        return make_dispatch(self.problem, self.mesh)
+
+    @functools.cached_property
+    def evaluation(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """See `make_evaluation`."""
+        return make_evaluation(self.problem, self.mesh)
 
 
 def abstract_carry(problem: Problem, mesh: Mesh, key: jax.Array, progress: Progress, image: tuple[int, ...]) -> Carry:
@@ -99,14 +115,8 @@ def _step(problem: Problem, axis_name: str | None) -> Callable[..., Any]:
     )
 
 
-def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Sums]]:
-    """The jitted program (carry, count, fresh, orders, positions, key, progress, data) -> (carry, rows).
-
-    It runs `count` steps on the first `count` batches of `orders`; `fresh` starts the sums of an epoch; `positions`
-    int32[B] are the places in the global batch, 0..B-1 (they are split over the devices with the batch). `rows` holds
-    each metric of each step, float32[S]. The carry is donated.
-    """
-    axis_name = parallel.axis_of(mesh)
+def dispatch_program(problem: Problem, axis_name: str | None) -> Callable[..., tuple[Carry, Sums]]:
+    """What `make_dispatch` compiles, as a pure per-device function."""
     step = _step(problem, axis_name)
 
     def load(key: jax.Array, data: Images, index: jax.Array, positions: jax.Array) -> Batch:
@@ -143,6 +153,17 @@ def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Su
         state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=length)
         return Carry(state, sums), rows
 
+    return program
+
+
+def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Sums]]:
+    """The jitted program (carry, count, fresh, orders, positions, key, progress, data) -> (carry, rows).
+
+    It runs `count` steps on the first `count` batches of `orders`; `fresh` starts the sums of an epoch; `positions`
+    int32[B] are the places in the global batch, 0..B-1 (they are split over the devices with the batch). `rows` holds
+    each metric of each step, float32[S]. The carry is donated.
+    """
+    program = dispatch_program(problem, parallel.axis_of(mesh))
     everywhere, batch = parallel.REPLICATED, PartitionSpec(None, parallel.AXIS)
     in_specs = (
         everywhere,

@@ -117,8 +117,39 @@ def test_search_own_data_shows_a_strategy_of_its_own(monkeypatch):
     assert made.schedule(0, 5).keys() == presets.registry.factory("prdarts")(space=Space()).schedule(0, 5).keys()
 
 
+def test_lambda_study_smoke(tmp_path, monkeypatch, capsys):
+    experiment = _load("lambda_study", monkeypatch)
+    folder = tmp_path / "runs" / "lambda-study-smoke"
+    assert experiment.main(["--scale", "smoke", "--devices", "1", "--epochs", "1", "--which", "lambda3"]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["lambda3"]
+    members = {f"seed={seed},lambda3={value}" for seed in (0, 1) for value in (0.005, 0.5)}
+    assert {path.name for path in (folder / "lambda3").iterdir() if path.is_dir()} == members
+    for name in members:
+        document = json.loads((folder / "lambda3" / name / "config.json").read_text())
+        assert document["config"]["method"]["options"]["lambda3"] == float(name.rpartition("=")[2])
+        assert document["config"]["method"]["options"]["lambda1"] == 0.01
+        assert Genotype.load(folder / "lambda3" / name)
+    assert experiment.main(["--scale", "smoke", "--devices", "1", "--epochs", "1", "--which", "lambda3"]) == 0
+    assert "all 4 searches are finished already" in capsys.readouterr().out
+    assert experiment.main(["--scale", "smoke", "--epohcs", "1"]) == 2
+    assert "did you mean --epochs?" in capsys.readouterr().err
+
+
+def test_lambda_study_computes_what_it_says(monkeypatch, capsys):
+    experiment = _load("lambda_study", monkeypatch)
+    assert experiment.PUBLISHED == {"lambda1": 0.01, "lambda2": 0.005, "lambda3": 0.005}
+    assert experiment.main(["--scale", "paper", "--which", "lambda2", "--print-config", "--json"]) == 0
+    found = {path: row["value"] for path, row in json.loads(capsys.readouterr().out).items()}
+    preset = {path: json.loads(json.dumps(value)) for path, value, _ in presets.table(presets.resolve("paper"))}
+    changed = {path for path, value in found.items() if preset[path] != value}
+    assert changed == {"run.workdir", "method.options.lambda2", "seed"}
+    assert found["method.options.lambda2"] == "0.001,0.0025,0.005,0.01,0.025"
+    assert found["seed"] == "0,1,2"
+    assert os.listdir() == []
+
+
 def test_help_is_the_docstring(monkeypatch, capsys):
-    for name in ("search_cifar10", "search_own_data"):
+    for name in ("search_cifar10", "search_own_data", "lambda_study"):
         with pytest.raises(SystemExit) as stop:
             _load(name, monkeypatch).main(["--help"])
         assert stop.value.code == 0

@@ -155,7 +155,7 @@ def test_masks_are_those_of_the_choice_even_where_a_gate_is_zero() -> None:
     """An executed gate clipped to 0 still counts in the penalty: its P is what the penalty pushes."""
     strategy = prdarts(space=FULL, executed_mask=True)
     arch = {kind: jnp.full((14, 8), -50.0) for kind in CELL_TYPES}
-    gates = strategy.sample(jax.random.key(0), arch, {"tau": 0.1})
+    gates = strategy.sample(jax.random.key(0), arch, {"tau": 0.1, "gate_dropout": 0.0})
     assert all(bool((gates.ops[kind] == 0).all()) for kind in CELL_TYPES)
     assert all(gates.stats["mask"][kind].sum(axis=1).tolist() == [2] * 14 for kind in CELL_TYPES)
 

@@ -144,7 +144,7 @@ def test_rows_and_their_fields(finished):
     assert set(steps[0]) == {"kind", "epoch", "step"} | measured
     derived = {f"{kind}_{what}" for kind in ("normal", "reduce") for what in ("skips", "depth")}
     derived |= {f"mean_p/{group}" for group in ("none", "skip", "conv")}  # this space has no pools
-    derived |= {f"progress/{name}" for name in ("tau", "lambda1", "lambda2", "lambda3")}
+    derived |= {f"progress/{name}" for name in ("tau", "lambda1", "lambda2", "lambda3", "gate_dropout")}
     derived |= {"progress/weight_learning_rate", "progress/arch_learning_rate"}
     machine = {"time_epoch_s", "images_per_s", "memory_peak_gb"}
     assert set(epochs[0]) == {"kind", "epoch", "step"} | measured | derived | machine

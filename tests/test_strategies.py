@@ -232,7 +232,7 @@ def test_samples_of_the_options(subsample: str, straight_through: bool) -> None:
     plain = prdarts(space=space, op_subsample="all").sample(jax.random.key(5), arch, {"tau": 0.5})
 
     def total(arch: Any) -> Any:
-        gates = strategy.sample(jax.random.key(5), arch, {"tau": 0.5})
+        gates = strategy.sample(jax.random.key(5), arch, {"tau": 0.5, "gate_dropout": 0.0})
         return sum(jnp.sum(gates.ops[kind] ** 2) for kind in CELL_TYPES), gates
 
     (_, gates), grads = jax.value_and_grad(total, has_aux=True)(arch)

@@ -98,12 +98,13 @@ def prdarts(
     def schedule(epoch: int, epochs: int) -> dict[str, float]:
         fraction = epoch / max(epochs - 1, 1)
         tau = tau_max - (tau_max - tau_min) * fraction
-        return {"tau": tau, "lambda1": lambda1, "lambda2": lambda2, "lambda3": lambda3}
+        coefficients = {"lambda1": lambda1, "lambda2": lambda2, "lambda3": lambda3}
+        return {"tau": tau, **coefficients, "gate_dropout": gate_dropout}
 
     def probability(beta: jax.Array, progress: Progress) -> jax.Array:
         return gating.activation_probability(beta, tau=progress["tau"], a=a, b=b)
 
-    def choose(key: jax.Array, g: jax.Array, kind: str) -> jax.Array:
+    def choose(key: jax.Array, g: jax.Array, kind: str, progress: Progress) -> jax.Array:
         """int32[E,K]: the executed operations for gates g."""
         allowed = space.allowed[kind]
         score_key, tie_key = jax.random.split(key)
@@ -111,7 +112,8 @@ def prdarts(
             return gating.all_ops(allowed)
         if op_subsample == "uniform":
             return gating.top_k(tie_key, jnp.zeros_like(g), allowed, executed_ops)
-        dropped = jax.random.bernoulli(score_key, gate_dropout, g.shape) if gate_dropout else jnp.zeros(g.shape, bool)
+        # Drawn at a rate of 0 too, where nothing is dropped: one program serves all rates.
+        dropped = jax.random.bernoulli(score_key, progress["gate_dropout"], g.shape)
         return gating.top_k(tie_key, g - dropped.astype(g.dtype), allowed, executed_ops)
 
     def gates_of(draw: Callable[[int, str], tuple[jax.Array, jax.Array]]) -> Gates:
@@ -130,7 +132,7 @@ def prdarts(
         def draw(i: int, kind: str) -> tuple[jax.Array, jax.Array]:
             noise_key, choice_key = jax.random.split(jax.random.fold_in(key, i))
             g = gating.hard_concrete(noise_key, arch[kind], tau=progress["tau"], a=a, b=b)
-            return g, choose(choice_key, g, kind)
+            return g, choose(choice_key, g, kind, progress)
 
         return gates_of(draw)
 

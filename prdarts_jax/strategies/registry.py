@@ -26,6 +26,7 @@ class Row:
     reference: str
     settings: Mapping[str, Any]  # dotted path of a config field -> the method's published value
     source: str  # where the settings were read
+    arrays: tuple[str, ...] = ()  # options that enter the compiled step through `schedule` alone: a sweep may name them
 
 
 _DARTS_OPTIMIZERS: Mapping[str, Any] = {
@@ -64,6 +65,7 @@ _ROWS = (
             "weights.weight_decay": 5e-4,
         },
         source="arXiv 2006.16537; where it is silent, the program its authors released",
+        arrays=("tau_max", "tau_min", "lambda1", "lambda2", "lambda3", "gate_dropout"),
     ),
     Row(
         name="darts",
@@ -155,6 +157,29 @@ def settings(name_or_path: str) -> Mapping[str, Any]:
                 "but the method's own (its defaults are those of the factory)"
             )
     return given
+
+
+def arrays(name_or_path: str) -> tuple[str, ...]:
+    """The options of a method whose values are arrays in the compiled step, so that searches with others share it.
+
+    A user's factory may carry their names as its attribute `arrays`; without it there are none.
+
+    Raises:
+      UserError: no such method, or names that are no options of it.
+
+    >>> arrays("prdarts")[:2]
+    ('tau_max', 'tau_min')
+    """
+    if not userfile.is_path(name_or_path):
+        return row(name_or_path).arrays
+    given, known = getattr(factory(name_or_path), "arrays", ()), options(name_or_path)
+    names = tuple(given) if isinstance(given, tuple | list | set) else (given,)
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"method.strategy: arrays of {name_or_path!r} are {given!r}; allowed: names among {' | '.join(known)}"
+            )
+    return names
 
 
 def options(name_or_path: str) -> dict[str, Any]:

@@ -1,0 +1,504 @@
+"""A population: each member is its single search, one compilation serves all, and nothing that ends it loses any."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+import search_cases
+from search_cases import EPOCH_STEPS, assert_same, one_error, outcome, search, snapshot, words
+
+from prdarts_jax import cli, population, population_program, report, report_data, report_sweep, search_loop
+from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.errors import UserError
+from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.workdir import WorkdirLock
+
+MOMENT = 1e-9  # minutes: over as soon as the first dispatch is
+SWEEP = {"seed": [0, 1], "lambda1": [0.01, 5.0]}
+NAMES = ("seed=0,lambda1=0.01", "seed=1,lambda1=0.01", "seed=0,lambda1=5.0", "seed=1,lambda1=5.0")
+SIDE = "1 of 2 side by side"
+REPORT = report.report  # the real one; searches of these tests draw none
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    with search_cases.shared_programs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("population")
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    return search_cases.write_npz(tmp_path_factory.mktemp("data") / "digits.npz")
+
+
+def populate(workdir, sweep=SWEEP, *, given=None, **flags):
+    config = search_cases.config(**flags)
+    return population.search_population(config, workdir, sweep, **{"data": search_cases.digits(), **(given or {})})
+
+
+def single(folder, **flags):
+    """The outcome of an ordinary search, computed once for all tests."""
+    workdir = folder / "single" / ",".join(["search", *(f"{name}={value}" for name, value in sorted(flags.items()))])
+    if not workdir.exists():
+        assert search(workdir, **flags).status == "finished"
+    return outcome(workdir)
+
+
+def singles(folder, **flags):
+    """The outcomes of the members of SWEEP."""
+    return {
+        f"seed={seed},lambda1={lambda1}": single(folder, seed=seed, method__options__lambda1=lambda1, **flags)
+        for seed in SWEEP["seed"]
+        for lambda1 in SWEEP["lambda1"]
+    }
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """The compiled programs of the populations of a test, by what they are."""
+    seen, shared = [], population.Shared
+
+    def spying(inputs):
+        seen.append(shared(inputs))
+        return seen[-1]
+
+    monkeypatch.setattr(population, "Shared", spying)
+    return lambda kind: [getattr(one.programs, kind)._cache_size() for one in seen]
+
+
+@pytest.fixture
+def finished(folder):
+    """A population on one device; tests may not change it."""
+    workdir = folder / "finished"
+    if not workdir.exists():
+        assert populate(workdir).status == "finished"
+    return workdir
+
+
+# Members
+
+
+def test_each_member_is_its_single_search(folder, finished):
+    expected = singles(folder)
+    assert {p.name for p in finished.iterdir() if p.is_dir()} == set(NAMES) == expected.keys()
+    for name, want in expected.items():
+        assert_same(outcome(finished / name), want)
+    leaves = [outcome(finished / name)["leaves"] for name in NAMES]
+    assert all(leaves[i] != leaves[j] for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        {"weights.weight_decay": [5e-4, 0.5], "weights.momentum": [0.9, 0.0]},
+        {"weights.learning_rate": [0.025, 0.2], "weights.learning_rate_min": [0.001, 0.1]},
+        {"arch.learning_rate": [3e-4, 0.1], "arch.weight_decay": [1e-3, 1.0]},
+        {"tau_max": [10.0, 2.0], "tau_min": [0.1, 1.0]},
+        {"gate_dropout": [0.0, 0.9], "lambda2": [0.005, 1.0]},
+        {"lambda3": [0.005, 2.0]},
+    ],
+    ids=lambda sweep: "+".join(sweep),
+)
+def test_every_number_that_can_be_swept(folder, tmp_path, compilations, sweep):
+    """The last member shares the first one's programs and has none of its numbers."""
+    epochs = 2
+    result = populate(tmp_path / "w", sweep, epochs=epochs, evaluate_every=1)
+    assert result.status == "finished"
+    assert len(result.members) == 2 ** len(sweep)
+    options = {name if "." in name else f"method.options.{name}": values[-1] for name, values in sweep.items()}
+    flags = {path.replace(".", "__"): value for path, value in options.items()}
+    last = tmp_path / "w" / [*result.members][-1]
+    assert_same(outcome(last), single(folder, epochs=epochs, evaluate_every=1, **flags))
+    assert outcome(last)["leaves"] != outcome(tmp_path / "w" / next(iter(result.members)))["leaves"]
+    for kind in ("initial", "dispatch", "evaluation"):
+        assert compilations(kind) == [1], kind
+
+
+def test_one_compilation_serves_all_members(tmp_path, compilations, monkeypatch):
+    from prdarts_jax import search_program
+
+    for name in ("make_dispatch", "make_evaluation", "_initial"):  # programs of its own, not those of other tests
+        monkeypatch.setattr(search_program, name, getattr(search_program, name).__wrapped__)
+    populate(tmp_path / "w", epochs=1, evaluate_every=1)
+    assert len([p for p in (tmp_path / "w").iterdir() if p.is_dir()]) == 4
+    for kind in ("initial", "dispatch", "evaluation"):
+        assert compilations(kind) == [1], kind
+
+
+def test_members_are_ordinary_workdirs(finished, npz, capsys, tmp_path):
+    workdir = finished / NAMES[2]
+    assert search(workdir, method__options__lambda1=5.0).status == "already-finished"
+    with pytest.raises(UserError, match="holds another search"):
+        search(workdir)
+    capsys.readouterr()
+    assert cli.main(["derive", str(workdir)]) == 0
+    assert Genotype.from_json(capsys.readouterr().out) == Genotype.load(workdir)
+    document = json.loads((workdir / "config.json").read_text())
+    assert document["sources"]["method.options.lambda1"] == document["sources"]["seed"] == "sweep"
+    assert document["platform"]["devices"] == 1
+
+
+def test_a_single_search_goes_on_with_a_member(folder, tmp_path, capsys):
+    """And the population with what the single search has finished."""
+    workdir = tmp_path / "w"
+    assert populate(workdir, run__time_limit=MOMENT).status == "time-limit"
+    member = workdir / NAMES[0]
+    assert Checkpointer(member / "checkpoints").steps() == [3]
+    capsys.readouterr()
+    assert search(member).status == "finished"
+    assert "resuming at step 3 " in capsys.readouterr().out
+    result = populate(workdir)
+    assert {name: r.status for name, r in result.members.items()} == {
+        name: "already-finished" if name == NAMES[0] else "finished" for name in NAMES
+    }
+    for name, want in singles(folder).items():
+        assert_same(outcome(workdir / name), want)
+
+
+def test_progress_names_the_member(tmp_path, capsys):
+    populate(tmp_path / "w", {"seed": [0, 1]}, epochs=1, run__progress="lines")
+    said = capsys.readouterr()
+    for seed in (0, 1):
+        assert f"seed={seed}: epoch 1/1 | train " in said.err
+    compiled = [line for line in said.out.splitlines() if "compil" in line]
+    assert [line.partition(": ")[0] for line in compiled] == ["seed=0"] * 2
+
+
+# Stopping
+
+
+def test_stopped_after_every_dispatch(folder, tmp_path):
+    statuses = []
+    sweep = {"seed": [0, 1]}
+    while "finished" not in statuses:
+        statuses.append(populate(tmp_path / "w", sweep, run__time_limit=MOMENT, epochs=2).status)
+        assert len(statuses) < 20
+    dispatches = 2 * 3  # of a member
+    # A member that has computed its last dispatch writes its results; the next one is left to the next start.
+    assert statuses == ["time-limit"] * (2 * dispatches - 1) + ["finished"]
+    for seed in (0, 1):
+        assert_same(outcome(tmp_path / "w" / f"seed={seed}"), single(folder, seed=seed, epochs=2))
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(folder, npz, tmp_path, monkeypatch, capsys, signum, status):
+    update, seen = search_loop.Progress.update, []
+
+    def interrupted(self, n, **fields):
+        seen.append(n)
+        if sum(seen) == 3 * EPOCH_STEPS + 3:  # in the first epoch of the second member
+            signal.raise_signal(signum)
+        update(self, n, **fields)
+
+    command = [*words(tmp_path / "w", npz), "--population", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(search_loop.Progress, "update", interrupted)
+        assert cli.main(command) == status
+    said = capsys.readouterr()
+    assert said.err == ""
+    last = said.out.splitlines()[-1]
+    assert f"saved in {tmp_path / 'w'}; to go on: prdarts search --preset digits" in last
+    assert "--population 3" in last
+    assert (tmp_path / "w" / "seed=0" / "genotype.json").exists()
+    assert Checkpointer(tmp_path / "w" / "seed=1" / "checkpoints").steps() == [3]
+    assert not (tmp_path / "w" / "seed=2").exists()
+
+    assert cli.main(command) == 0
+    for seed in range(3):
+        assert_same(outcome(tmp_path / "w" / f"seed={seed}"), single(folder, seed=seed))
+
+
+def test_killed_and_started_again(folder, npz, tmp_path):
+    """kill -9 of a real process at a random moment after the second member has begun, then the same command again."""
+    workdir, log = tmp_path / "w", tmp_path / "log"
+    command = [sys.executable, "-m", "prdarts_jax", *words(workdir, npz, epochs=6), "--population=3"]
+    with log.open("ab") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    while not (workdir / "seed=1" / "config.json").exists():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    delay = random.uniform(0, 1.0)
+    time.sleep(delay)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, log.read_text()
+    assert not (workdir / "report.html").exists()
+
+    where = f"killed {delay:.3f} s after the second member began"
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, f"{where}: {again.stderr}"
+    assert (workdir / "report.html").is_file()
+    for seed in range(3):
+        found, expected = outcome(workdir / f"seed={seed}"), single(folder, seed=seed, epochs=6)
+        for part in expected:
+            assert found[part] == expected[part], f"{where}: seed {seed}: {part}"
+
+
+def test_a_failing_member_is_named_and_the_others_go_on(folder, npz, tmp_path, capsys):
+    command = [*words(tmp_path / "w", npz), "--sweep", "weights.learning_rate=1e30,0.025"]
+    name = "weights.learning_rate=1e+30"
+    for _ in range(2):  # again: it fails again, and what is finished stays
+        capsys.readouterr()
+        assert cli.main(command) == 1
+        first, last = capsys.readouterr().err.splitlines()
+        assert (
+            first.startswith(f"prdarts: {name} failed: ") and "at step 1;" in first and "other members go on" in first
+        )
+        assert last.startswith(f"prdarts: error: population: {name} failed: ") and "at step " in last
+        assert not (tmp_path / "w" / name / "genotype.json").exists()
+        assert_same(outcome(tmp_path / "w" / "weights.learning_rate=0.025"), single(folder))
+
+
+def test_a_member_in_use_is_named_and_the_others_go_on(folder, tmp_path, capsys):
+    with WorkdirLock(tmp_path / "w" / "seed=0"):
+        (tmp_path / "w" / "population.json").write_text(json.dumps({"schema_version": 1, "kind": "population"}))
+        result = populate(tmp_path / "w", {"seed": [0, 1]})
+    assert result.status == "failed"
+    assert "in use by process" in result.failures["seed=0"]
+    assert_same(outcome(tmp_path / "w" / "seed=1"), single(folder, seed=1))
+
+
+# The folder
+
+
+def test_a_finished_population_is_reported_again(npz, tmp_path, capsys, monkeypatch):
+    def page(workdirs):
+        path = workdirs[0] / "report.html"
+        path.write_text("a page")
+        return path
+
+    monkeypatch.setattr(report, "report", page)
+    command = [*words(tmp_path / "w", npz, epochs=1), "--population=2"]
+    assert cli.main(command) == 0
+    first, before = capsys.readouterr().out, snapshot(tmp_path / "w")
+    assert cli.main(command) == 0
+    second = capsys.readouterr().out
+    assert second.splitlines()[0].startswith("all 2 searches are finished already; --overwrite starts them again: ")
+    assert second.splitlines()[1:] == first.splitlines()[-len(second.splitlines()) + 1 :]
+    assert snapshot(tmp_path / "w") == before
+    assert cli.main([*command, "--overwrite"]) == 0
+    assert "finished already" not in capsys.readouterr().out
+    same = {name: content for name, (_, content) in snapshot(tmp_path / "w").items() if name.endswith("genotype.json")}
+    assert same == {name: content for name, (_, content) in before.items() if name.endswith("genotype.json")}
+
+
+def test_a_larger_sweep_keeps_the_members_that_are_there(tmp_path):
+    assert populate(tmp_path / "w", {"seed": [0]}, epochs=1).status == "finished"
+    before = snapshot(tmp_path / "w" / "seed=0")
+    result = populate(tmp_path / "w", {"seed": [0, 1]}, epochs=1)
+    assert [r.status for r in result.members.values()] == ["already-finished", "finished"]
+    assert snapshot(tmp_path / "w" / "seed=0") == before
+    assert json.loads((tmp_path / "w" / "population.json").read_text())["members"] == ["seed=0", "seed=1"]
+
+
+def test_other_folders_are_left_alone(finished, npz, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    before = snapshot(tmp_path)
+    for more in ([], ["--overwrite"]):
+        command = [*words(tmp_path, npz), "--population=2", *more]
+        one_error(capsys, command, 2, "workdir: ", "'thesis.tex'", "no population.json")
+        assert snapshot(tmp_path) == before
+    one = tmp_path / "one"
+    assert search(one, epochs=1).status == "finished"
+    one_error(capsys, [*words(one, npz), "--population=2"], 2, "workdir: ", "'checkpoints'", "no population.json")
+    one_error(capsys, words(finished, npz), 2, "workdir: ", "'population.json' and no config.json")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "population.json").write_text("{")
+    one_error(capsys, [*words(tmp_path / "p", npz), "--population=2"], 2, "population.json does not name a population")
+
+
+def test_members_of_another_population_are_refused(finished):
+    before = snapshot(finished)
+    with pytest.raises(UserError, match=r"seed=0,lambda1=0\.01 holds another search \(epochs: 3 in the workdir, 2 now"):
+        populate(finished, epochs=2)
+    assert snapshot(finished) == before
+
+
+# Own code
+
+
+FACTORY = """
+import functools
+from prdarts_jax.strategies.prdarts import prdarts
+
+def mine(*, space, pull=1.0):
+    base = prdarts(space=space, executed_ops=1)
+    {body}
+
+mine.arrays = ("pull",)
+"""
+THROUGH_SCHEDULE = """schedule = lambda epoch, epochs: base.schedule(epoch, epochs) | {"pull": pull}
+    def penalty(arch, gates, progress):
+        total, terms = base.penalty(arch, gates, progress)
+        return progress["pull"] * total, terms
+    return base._replace(schedule=schedule, penalty=penalty)"""
+FROZEN = """def penalty(arch, gates, progress):
+        total, terms = base.penalty(arch, gates, progress)
+        return pull * total, terms
+    return base._replace(penalty=penalty)"""
+
+
+def _users_config(tmp_path, body):
+    from prdarts_jax import presets
+
+    (tmp_path / "mine.py").write_text(FACTORY.replace("{body}", body))
+    flags = {name: value for name, value in search_cases.FLAGS.items() if not name.startswith("method.")}
+    return presets.resolve("digits", f"{tmp_path / 'mine.py'}:mine", {**flags, "epochs": 1}).config
+
+
+@pytest.mark.slow
+def test_a_number_of_the_users_own_method(tmp_path):
+    config, data = _users_config(tmp_path, THROUGH_SCHEDULE), search_cases.digits()
+    result = population.search_population(config, tmp_path / "w", {"pull": [1.0, 0.0]}, data=data)
+    assert result.status == "finished"
+    strong, weak = (search_cases.rows(tmp_path / "w" / f"pull={pull}", "step") for pull in ("1.0", "0.0"))
+    assert strong[0]["penalty/total"] < 0 or strong[0]["penalty/total"] > 0
+    assert all(row["penalty/total"] == 0 for row in weak)
+
+
+def test_a_number_that_the_users_method_has_frozen_is_refused(tmp_path):
+    config, data = _users_config(tmp_path, FROZEN), search_cases.digits()
+    with pytest.raises(UserError, match=r"sweep: pull=0\.0 makes another program of method\.strategy"):
+        population.search_population(config, tmp_path / "w", {"pull": [1.0, 0.0]}, data=data)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_users_optimizer_that_has_frozen_the_seed_is_refused(tmp_path):
+    import optax
+
+    def noisy(config):
+        return optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(config.seed)), optax.sgd(0.1))
+
+    with pytest.raises(UserError, match=r"sweep: seed=1 makes another program of weights\.transform"):
+        populate(tmp_path / "w", {"seed": [0, 1]}, given={"weight_tx": noisy})
+    with pytest.raises(UserError, match=r"'weights.weight_decay' needs a compilation of its own"):
+        populate(tmp_path / "w", {"weights.weight_decay": [0.1]}, given={"weight_tx": noisy})
+    assert not (tmp_path / "w").exists()
+
+
+# Several devices
+
+
+@pytest.fixture
+def side_by_side(folder):
+    if jax.device_count() < 2:
+        pytest.skip(f"{jax.device_count()} devices of 2")
+    workdir = folder / "side-by-side"
+    if not workdir.exists():
+        assert populate(workdir, run__devices="2", epochs=2, evaluate_every=2).status == "finished"
+    return workdir
+
+
+@pytest.mark.multidevice
+def test_members_on_several_devices_are_their_single_searches(folder, side_by_side):
+    """To float tolerance: the compiler may fuse the program of an axis otherwise."""
+    for name, want in singles(folder, epochs=2, evaluate_every=2).items():
+        found = outcome(side_by_side / name)
+        assert found["genotype"] == want["genotype"]
+        assert found["leaves"].keys() == want["leaves"].keys()
+        for mine, single_ in zip(found["rows"], want["rows"], strict=True):
+            assert mine.keys() == single_.keys()
+            for field in mine.keys() - {"kind"}:
+                assert mine[field] == pytest.approx(single_[field], rel=1e-4, abs=1e-5), (name, field)
+        document = json.loads((side_by_side / name / "config.json").read_text())
+        assert document["platform"]["devices"] == SIDE and len(document["devices"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+def test_stopped_side_by_side(side_by_side, tmp_path, capsys):
+    """Members at different steps, and a device without a member, compute what they compute side by side."""
+    flags = {"run__devices": "2", "epochs": 2, "evaluate_every": 2}
+    statuses = []
+    while "finished" not in statuses:
+        statuses.append(populate(tmp_path / "w", run__time_limit=MOMENT, **flags).status)
+        if len(statuses) == 2:  # one member loses the steps since its first checkpoint, and the other does not
+            newest = tmp_path / "w" / NAMES[1] / "checkpoints" / "6"
+            shutil.rmtree(newest)
+        assert len(statuses) < 30
+    assert len(statuses) > 10
+    for name in NAMES:
+        assert_same(outcome(tmp_path / "w" / name), outcome(side_by_side / name))
+    capsys.readouterr()
+    os.remove(tmp_path / "w" / NAMES[0] / "genotype.json")
+    assert search(tmp_path / "w" / NAMES[0], epochs=2, evaluate_every=2).status == "finished"
+    assert f"to float tolerance only (devices {SIDE} -> 1)" in capsys.readouterr().out
+
+
+@pytest.mark.multidevice
+def test_three_members_on_two_devices_have_one_program_without_collectives(tmp_path, monkeypatch):
+    made, original = [], population_program.SideBySide
+
+    class Spy(original):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(population, "SideBySide", Spy)
+    texts, mapped = [], population_program._mapped
+
+    def spying(*args):
+        program = mapped(*args)
+
+        def call(*arguments):
+            if not texts:
+                texts.append(program.lower(*arguments).as_text())
+            return program(*arguments)
+
+        call.program = program
+        return call
+
+    monkeypatch.setattr(population_program, "_mapped", spying)
+    result = populate(tmp_path / "w", {"seed": [0, 1, 2]}, run__devices="2", epochs=1)
+    assert result.status == "finished"
+    assert len(made[0].devices) == 2
+    assert made[0].program.program._cache_size() == 1
+    assert "func.func public @main" in texts[0]
+    assert not [word for word in ("all_reduce", "all_gather", "collective", "all_to_all") if word in texts[0]]
+
+
+# The report
+
+
+def test_the_report_has_mean_and_deviation_by_setting(finished, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(report, "report", REPORT)
+    found = report_data.population(finished)
+    assert found.swept == ("seed", "method.options.lambda1")
+    settings = report_sweep.settings([report_data.read(p) for p in found.folders], found.swept)
+    assert [report_sweep.label(s) for s in settings] == ["lambda1=0.01", "lambda1=5.0"]
+    for setting, names in zip(settings, (NAMES[:2], NAMES[2:]), strict=True):
+        rows = [search_cases.rows(finished / name, "epoch")[-1] for name in names]
+        assert (setting.members, setting.finished) == (2, 2)
+        for field in ("val_accuracy", "val_loss", "normal_skips"):
+            values = [row[field] for row in rows]
+            mean, deviation = setting.figures[field]
+            assert mean == pytest.approx(sum(values) / 2)
+            assert deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+            assert deviation == pytest.approx(statistics.stdev(values))
+    out = tmp_path / "page.html"
+    assert cli.main(["report", str(finished), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "<h2>Sweep</h2>" in page and "2 of 2" in page
+    for setting in settings:
+        assert report_sweep.spread(setting.figures["val_loss"]) in page
+        assert f'<td class="t">{report_sweep.label(setting)}</td>' in page
+    for name in NAMES:
+        assert f"<code>{name}</code>" in page
+    assert "P over epochs" not in page  # members are linked, not shown in full
+    table = report_sweep.lines(settings)
+    assert len(table) == 3 and table[0].split()[0] == "n"
+    capsys.readouterr()
