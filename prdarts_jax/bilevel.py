@@ -149,6 +149,7 @@ def make_search_step(
     weight_tx: optax.GradientTransformation,
     arch_tx: optax.GradientTransformation,
     axis_name: str | None = None,
+    local_batch_norm: bool = False,
     apply: Callable[..., Any] = supernet.apply,
 ) -> Callable[[SearchState, Batches, jax.Array, Progress], tuple[SearchState, Metrics]]:
     """A pure function (state, batches, key, progress) -> (state, metrics): one step of each of the two groups.
@@ -158,6 +159,7 @@ def make_search_step(
       strategy: the method; `strategy.traits.order` says which group moves first.
       weight_tx, arch_tx: any optax transformations; neither sees the other group's gradients or state.
       axis_name: mapped axis over which the batches are split; None on one device.
+      local_batch_norm: BN statistics of each device's part of a batch; gradients and metrics stay means over the axis.
       apply: the network, `supernet.apply` or (small spaces, tests) `supernet.apply_reference`.
 
     Returns:
@@ -166,8 +168,10 @@ def make_search_step(
       them does not recompile. Metrics are float32 scalars, validation metrics taken before the architecture moves.
     """
 
+    norm_axis = None if local_batch_norm else axis_name
+
     def losses(weights: Any, gates: Gates, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logits, _ = apply(weights, gates, batch.images, space=space, axis_name=axis_name)
+        logits, _ = apply(weights, gates, batch.images, space=space, axis_name=norm_axis)
         return cross_entropy(logits, batch.labels), accuracy(logits, batch.labels)
 
     def weight_step(

@@ -97,12 +97,12 @@ class Checkpointer:
 
     Use it as a context manager: leaving it waits for the save in flight, also when an exception leaves it. Opening it
     touches nothing on disk; the directory is made, and left-overs of a killed run are removed, by the first save.
-    Every process of a distributed run makes the same calls with the same arguments.
+    Of a run of several processes one has a Checkpointer, and waits for no other (`distributed.restore_latest`).
 
     Args:
         directory: where the step directories live (made absolute; need not exist).
         keep: how many complete checkpoints stay; an older one goes only after the newer one is complete.
-        warn: called (on process 0) with one line for each checkpoint that cannot be used.
+        warn: called with one line for each checkpoint that cannot be used.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as d, Checkpointer(Path(d) / "checkpoints") as checkpoints:
@@ -118,7 +118,7 @@ class Checkpointer:
         silence_writers()
         self._directory = Path(directory).expanduser().resolve()
         self._keep = keep
-        self._warn_line = warn or (lambda line: print(line, file=sys.stderr))
+        self._warn = warn or (lambda line: print(line, file=sys.stderr))
         self._writer: ocp.AsyncCheckpointer | None = None
         self._pending: int | None = None  # the step being written
         self._aside: frozenset[int] = frozenset()  # newer than the restored one: moved away by the next save
@@ -210,10 +210,9 @@ class Checkpointer:
                 with contextlib.suppress(_Damage, UserError, OSError):
                     if self._document(step)["sha256"] == document["sha256"]:
                         return
-                if self._primary() and self._path(step) == self._directory / str(step):
+                if self._path(step) == self._directory / str(step):
                     _move(self._directory / str(step), self._directory / f"replaced-{step}")
-            if self._primary():
-                require_room(self._directory, sum(array.nbytes for array in arrays.values()))
+            require_room(self._directory, sum(array.nbytes for array in arrays.values()))
             if self._writer is None:
                 self._writer = self._open_writer()
             self._pending = step
@@ -235,11 +234,10 @@ class Checkpointer:
         step = self._pending
         try:
             self._writer.wait_until_finished()
-            if self._primary():
-                self._complete_sums(step)
-                shutil.rmtree(self._directory / f"replaced-{step}", ignore_errors=True)
-                for old in self.steps()[: -self._keep]:
-                    shutil.rmtree(self._path(old), ignore_errors=True)
+            self._complete_sums(step)
+            shutil.rmtree(self._directory / f"replaced-{step}", ignore_errors=True)
+            for old in self.steps()[: -self._keep]:
+                shutil.rmtree(self._path(old), ignore_errors=True)
         except Exception as error:
             raise self._failed(step, error) from error
         self._pending = None
@@ -259,14 +257,6 @@ class Checkpointer:
 
     # Inside.
 
-    @staticmethod
-    def _primary() -> bool:
-        return jax.process_index() == 0
-
-    def _warn(self, line: str) -> None:
-        if self._primary():
-            self._warn_line(line)
-
     def _path(self, step: int) -> Path:
         """A kill between the two renames of a replacement leaves only the set-back copy: it still counts."""
         path = self._directory / str(step)
@@ -277,16 +267,15 @@ class Checkpointer:
         """Before writing: the directory exists, nothing half-written or abandoned is in it."""
         if self._prepared and not self._aside:
             return
-        if self._primary():
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for path in list(self._directory.iterdir()):
-                if path.is_dir() and (_TMP in path.name or (self._aside and path.name.startswith("set-aside-"))):
-                    shutil.rmtree(path)
-            for path in self._directory.glob("replaced-*"):
-                final = self._directory / path.name.removeprefix("replaced-")
-                shutil.rmtree(path) if final.is_dir() else path.rename(final)
-            for step in self._aside:
-                _move(self._directory / str(step), self._directory / f"set-aside-{step}")
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in list(self._directory.iterdir()):
+            if path.is_dir() and (_TMP in path.name or (self._aside and path.name.startswith("set-aside-"))):
+                shutil.rmtree(path)
+        for path in self._directory.glob("replaced-*"):
+            final = self._directory / path.name.removeprefix("replaced-")
+            shutil.rmtree(path) if final.is_dir() else path.rename(final)
+        for step in self._aside:
+            _move(self._directory / str(step), self._directory / f"set-aside-{step}")
         self._prepared, self._aside = True, frozenset()
 
     def _open_writer(self) -> ocp.AsyncCheckpointer:
@@ -295,13 +284,13 @@ class Checkpointer:
         options = ocp.options.AsyncOptions(
             post_finalization_callback=self._write_sums, create_directories_asynchronously=False
         )
-        handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))
-        return ocp.AsyncCheckpointer(handler, async_options=options)
+        alone = _alone()
+        composite = ocp.CompositeOptions(async_options=options, multiprocessing_options=alone)
+        handler = ocp.CompositeCheckpointHandler(composite_options=composite)
+        return ocp.AsyncCheckpointer(handler, async_options=options, multiprocessing_options=alone)
 
     def _write_sums(self) -> None:
         """Called by orbax when all files are written and before the directory gets its final name."""
-        if not self._primary():
-            return
         for root in self._directory.glob(f"{self._pending}{_TMP}*"):
             files = (path for item in _ITEMS for path in (root / item).rglob("*") if path.is_file())
             (root / _SUMS).write_text(digests.sums(root, files), encoding="utf-8")
@@ -322,7 +311,7 @@ class Checkpointer:
         self._pending, self._writer = None, None
         good: list[int] = []
         with contextlib.suppress(OSError):
-            if self._primary() and self._directory.is_dir():
+            if self._directory.is_dir():
                 for wreck in self._directory.glob(f"{step}{_TMP}*"):
                     shutil.rmtree(wreck, ignore_errors=True)
                 if self._path(step) != self._directory / str(step):
@@ -388,8 +377,18 @@ class Checkpointer:
 
     @staticmethod
     def _read(path: Path, **items: Any) -> Any:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        alone = _alone()
+        handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             return reader.restore(path, args=ocp.args.Composite(**items))
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For orbax: this process waits for no other. Else a full disk of one would be a deadlock of all."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"p{me}")
 
 
 def _move(source: Path, destination: Path) -> None:

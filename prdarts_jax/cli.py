@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import prdarts_jax
-from prdarts_jax import cli_export, cli_flags, cli_population, cli_train, presets
+from prdarts_jax import cli_distributed, cli_export, cli_flags, cli_population, cli_train, presets
 from prdarts_jax import config as cfg
 from prdarts_jax.cli_flags import COMMON, Command, compilation_cache, help_text, print_config
 from prdarts_jax.cli_flags import Parser as _Parser
@@ -43,6 +43,7 @@ SEARCH = Command(
         **cli_population.FLAGS,
         "--print-config": "print every value and its source, and stop",
         "--json": "with --print-config: as JSON",
+        **cli_distributed.FLAGS,
     },
     intro="usage: prdarts search [--preset NAME] [--FIELD VALUE ...]\n\n"
     "Searches a cell. The same command again resumes; --flag, --no-flag and --flag=false set a switch.",
@@ -59,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["strategies", "--jsn"])  # an error line on stderr
     2
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    return cli_distributed.leave(_status(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _status(words: list[str]) -> int:
+    """Every mistake and failure as its exit status and its line."""
     try:
         return _dispatch(words)
     except UserError as error:
@@ -130,7 +135,9 @@ def _search(words: list[str]) -> int:
     parser.add_argument("--population")
     parser.add_argument("--print-config", "--print_config", action="store_true")
     parser.add_argument("--json", action="store_true")
+    cli_distributed.add_flags(parser)
     args = parser.parse_args(rest)
+    cluster = cli_distributed.cluster(args)
     if args.json and not args.print_config:
         raise UserError("flag: --json goes with --print-config")
     if args.preset not in presets.PRESETS:
@@ -149,17 +156,22 @@ def _search(words: list[str]) -> int:
         search_inputs.check_method(config)
         print_config(cli_population.table(presets.table(resolved), sweep, resolved), args.json)
         return 0
-    workdir = Path(config.run.workdir)
     again = shlex.join(["prdarts", "search", *cli_flags.to_go_on(words, SEARCH)])
-    if sweep:
-        from prdarts_jax import population
+    if sweep and cluster is not None:
+        raise UserError("flag: --sweep and --population are for one process, with its devices")
 
-        return cli_population.finish(
-            population.search_population(config, workdir, sweep, sources=resolved.sources), again
-        )
-    from prdarts_jax import search_loop
+    def work() -> int:
+        workdir = Path(config.run.workdir)
+        if sweep:
+            from prdarts_jax import population
 
-    return _finish(search_loop.search(config, workdir, sources=resolved.sources), workdir, again)
+            found = population.search_population(config, workdir, sweep, sources=resolved.sources)
+            return cli_population.finish(found, again)
+        from prdarts_jax import search_loop
+
+        return _finish(search_loop.search(config, workdir, sources=resolved.sources), workdir, again)
+
+    return cli_distributed.run(cluster, "search", words, work)
 
 
 def _finish(result: Any, workdir: Path, command: str) -> int:

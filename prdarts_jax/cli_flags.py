@@ -30,6 +30,7 @@ COMMON: Mapping[str, str] = {
     "steps-per-dispatch": "run.steps_per_dispatch",
     "time-limit": "run.time_limit",
     "overwrite": "run.overwrite",
+    "local-batch-norm": "local_batch_norm",
     "weight-tx": "weights.transform",
     "progress": "run.progress",
     "tensorboard": "run.tensorboard",

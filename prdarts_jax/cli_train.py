@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prdarts_jax import cli_distributed, train_presets
 from prdarts_jax import config as cfg
-from prdarts_jax import train_presets
 from prdarts_jax.cli_flags import (
     COMMON,
     Command,
@@ -38,6 +38,7 @@ TRAIN = Command(
         "--seeds A..B": "several seeds (or A,B,C), each in WORKDIR/seed<N>; mean and standard deviation at the end",
         "--print-config": "print every value and its source, and stop",
         "--json": "with --print-config: as JSON",
+        **cli_distributed.FLAGS,
     },
     intro="usage: prdarts train --genotype NAME|FILE|WORKDIR [--preset NAME] [--FIELD VALUE ...]\n\n"
     "Trains a genotype from scratch. The same command again resumes; --flag, --no-flag and --flag=false set a switch.",
@@ -79,7 +80,9 @@ def train(words: list[str]) -> int:
     parser.add_argument("--seeds")
     parser.add_argument("--print-config", "--print_config", action="store_true")
     parser.add_argument("--json", action="store_true")
+    cli_distributed.add_flags(parser)
     args = parser.parse_args(rest)
+    cluster = cli_distributed.cluster(args)
     if args.json and not args.print_config:
         raise UserError("flag: --json goes with --print-config")
     if args.preset not in train_presets.PRESETS:
@@ -99,15 +102,19 @@ def train(words: list[str]) -> int:
     if args.genotype is None:
         raise UserError("--genotype: none is given; allowed: a name of the zoo (prdarts zoo) | FILE | WORKDIR")
     compilation_cache()  # before JAX is imported
-    from prdarts_jax import train_loop
 
-    workdir = Path(config.run.workdir)
-    command = shlex.join(["prdarts", "train", *to_go_on(words, TRAIN)])
-    if seeds is None:
-        result: Any = train_loop.train(config, args.genotype, workdir, sources=resolved.sources)
-        return _finish(result, workdir, command, _headline(result.metrics))
-    result = train_loop.train_seeds(config, args.genotype, workdir, seeds, sources=resolved.sources)
-    return _finish(result, workdir, command, _over_seeds(seeds, result))
+    def work() -> int:
+        from prdarts_jax import train_loop
+
+        workdir = Path(config.run.workdir)
+        command = shlex.join(["prdarts", "train", *to_go_on(words, TRAIN)])
+        if seeds is None:
+            result: Any = train_loop.train(config, args.genotype, workdir, sources=resolved.sources)
+            return _finish(result, workdir, command, _headline(result.metrics))
+        result = train_loop.train_seeds(config, args.genotype, workdir, seeds, sources=resolved.sources)
+        return _finish(result, workdir, command, _over_seeds(seeds, result))
+
+    return cli_distributed.run(cluster, "train", words, work)
 
 
 def _finish(result: Any, workdir: Path, command: str, lines: Sequence[str]) -> int:

@@ -212,6 +212,7 @@ class SearchConfig:
     batch_size: int = 128  # global, of each of the two halves
     seed: int = 0  # of every random number: initialisation, split, batches, augmentation, gates
     dtype: str = "float32"  # of activations; parameters, BN statistics and architecture parameters stay float32
+    local_batch_norm: bool = False  # BN statistics of each device's part of the batch, not of the whole batch
     evaluate_every: int = 0  # epochs between full evaluations with the expected gates; 0 = never
 
     def __post_init__(self) -> None:

@@ -15,8 +15,9 @@ from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import runs
+from prdarts_jax import distributed, followers, parallel, runs
 from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.config import RunConfig
 from prdarts_jax.metrics import MetricsLog, Progress, check_finite
@@ -96,6 +97,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
     """One start of a run, from the restored (or first) step to the end, a stop, or the time limit."""
 
     noun: str  # what the run is called in notes
+    mesh: Mesh  # the devices it is computed on
 
     def __init__(self, start: Start, *, epochs: int, epoch_steps: int, images_per_step: int) -> None:
         self.start, self.workdir = start, start.workdir
@@ -143,7 +145,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
 
     @abstractmethod
     def left(self, status: str, row: Mapping[str, Any]) -> Result:
-        """The run is left early, and saved."""
+        """The run is left early, and saved; or, on a process that writes nothing, finished elsewhere."""
 
     def decided(self) -> Any:
         """Why the run ends before its last epoch, as JSON, or None; kept in checkpoints."""
@@ -156,9 +158,10 @@ class EpochLoop(ABC, Generic[Carry, Result]):
     # The loop.
 
     def say(self, text: str) -> None:
-        """A line for people."""
-        label = self.start.label
-        print(f"{label}: {text}" if label else text, file=self.start.notes, flush=True)
+        """A line for people, of which there is one in a run of several processes."""
+        if distributed.is_first():
+            label = self.start.label
+            print(f"{label}: {text}" if label else text, file=self.start.notes, flush=True)
 
     def go(self) -> Result:
         """Runs to the end, a stop, or the time limit."""
@@ -169,18 +172,18 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         run, workdir = self.start.run, self.workdir
         tensorboard = workdir / "tensorboard" if run.tensorboard else None
         with (
-            Checkpointer(workdir / "checkpoints", warn=runs.warn) as saved,
-            MetricsLog(workdir / "metrics.jsonl", tensorboard_dir=tensorboard) as log,
+            followers.checkpointer(workdir / "checkpoints") as saved,
+            followers.metrics_log(workdir / "metrics.jsonl", tensorboard) as log,
         ):
             carry, step = self._restore(saved)
             log.truncate_after(step)
             self.open(step)
-            label = self.start.label
-            with Progress(self.total_steps, initial=step, enabled=run.progress, label=label) as bar:
+            shown, label = run.progress if distributed.is_first() else "off", self.start.label
+            with Progress(self.total_steps, initial=step, enabled=shown, label=label) as bar:
                 return (yield from self._loop(carry, step, saved, log, bar))
 
     def _restore(self, saved: Checkpointer) -> tuple[Carry, int]:
-        found = saved.restore_latest(self.target())
+        found = distributed.restore_latest(saved, self.target())
         if found is None:
             return self.first(), 0
         changed = runs.tolerance(self.start.old or {}, self.start.document)
@@ -207,6 +210,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
             for start in range(first, self.epoch_steps, length):
                 count = min(length, self.epoch_steps - start)
                 chunk = jax.tree.map(lambda b, s=start, n=count: runs.padded(b[s : s + n], length), now.batches)
+                chunk = parallel.place(self.mesh, chunk, PartitionSpec(None, parallel.AXIS))
                 began = time.monotonic()
                 carry, rows = yield Work(self, carry, np.int32(count), np.bool_(start == 0), chunk, now.progress)
                 values = {name: np.asarray(value)[:count] for name, value in rows.items()}
@@ -225,18 +229,23 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                 if epoch_done:
                     row = self.end_epoch(carry, epoch, step, now, log, bar, speed)
                 over_time = run.time_limit > 0 and time.monotonic() - self.began > 60 * run.time_limit
-                leaving = bool(stop) or over_time
+                ended = self.decided()
+                wish = distributed.agreed(distributed.Wish(stop.signum, over_time), ended=ended is not None)
+                stop.signum, leaving = wish.signum, bool(wish)
                 due = epoch_done and ((epoch + 1) % run.checkpoint_every == 0 or step == self.total_steps)
                 late = run.checkpoint_minutes > 0 and time.monotonic() - last_save > 60 * run.checkpoint_minutes
-                ended = self.decided()
                 if due or late or leaving or ended is not None:
                     saved.save(step, carry, {"epoch": step // self.epoch_steps, "step": step, "stopped": ended})
                     last_save = time.monotonic()
                 if leaving and ended is None and step < self.total_steps:
-                    saved.wait()
+                    distributed.together(saved.wait)
                     return self.left("interrupted" if stop else "time-limit", row)
-        saved.wait()
-        return self.finish(carry, step, log)
+
+        def finish() -> Result:
+            saved.wait()
+            return self.finish(carry, step, log) if distributed.is_first() else self.left("finished", row)
+
+        return distributed.together(finish)
 
     def _log_steps(self, log: MetricsLog, epoch: int, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Rows of every log_every-th step (counted globally, so independent of the dispatches); stops at a NaN."""

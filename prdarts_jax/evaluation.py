@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from prdarts_jax import config as cfg
-from prdarts_jax import parallel, runs, train_inputs, train_program
+from prdarts_jax import distributed, parallel, runs, train_inputs, train_program
 from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.data.batches import check_batch, padded_batches
 from prdarts_jax.data.sources import Dataset, load
@@ -131,7 +131,7 @@ def measure(
       RunError: the loss is not finite.
     """
     order, mask = padded_batches(len(labels), batch_size)
-    loss, rank, confidence = (np.asarray(value)[mask] for value in program(variables, order, data))
+    loss, rank, confidence = (value[mask] for value in distributed.fetch(program(variables, order, data)))
     if not np.isfinite(mean := np.mean(loss)):  # comparisons with NaN would count as right
         raise RunError(f"test_loss is {mean}: the weights are not finite; the last good checkpoint is kept")
     return figures(loss, rank, confidence, labels, classes)

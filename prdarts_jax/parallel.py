@@ -21,20 +21,30 @@ REPLICATED = PartitionSpec()
 
 
 def choose_devices(spec: str) -> list[jax.Device]:
-    """The devices of a run: all visible ones, or the first N of them.
+    """The devices of a run: all visible ones, or the first N of them; of several processes, as many of each.
 
     Raises:
-      UserError: more than there are.
+      UserError: more than there are, or no multiple of the processes.
 
     >>> len(choose_devices("1"))
     1
     """
-    visible = jax.devices()
+    visible, processes = jax.devices(), jax.process_count()
     if spec == "all":
         return visible
-    if int(spec) > len(visible):
+    count = int(spec)
+    if count > len(visible):
         raise UserError(f"run.devices: {spec} is more than there are; allowed: 1..{len(visible)} | all")
-    return visible[: int(spec)]
+    if processes == 1:
+        return visible[:count]
+    of_each = [[d for d in visible if d.process_index == process] for process in range(processes)]
+    if count % processes or count // processes > min(map(len, of_each)):
+        have = "+".join(str(len(own)) for own in of_each)
+        raise UserError(
+            f"run.devices: {spec} is not possible with {processes} processes of {have} devices; "
+            "allowed: as many of each | all"
+        )
+    return [device for own in of_each for device in own[: count // processes]]
 
 
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
@@ -55,8 +65,27 @@ def map_over(mesh: Mesh, program: Callable[..., Any], in_specs: Any, out_specs: 
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """A tree of arrays on all devices of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
+    """A tree of arrays, the same on every process, on all devices of the mesh."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
+    return place(mesh, jax.tree.map(np.asarray, tree), REPLICATED)
+
+
+def place(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
+    """Host arrays for a mapped program: each process puts its own parts of them on its own devices.
+
+    Args:
+      mesh: of the program.
+      tree: NumPy arrays, the same on every process.
+      spec: how the program splits them.
+
+    Returns:
+      the tree itself on a single process, where the call of the program places it.
+    """
+    if jax.process_count() == 1:
+        return tree
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
 def describe(mesh: Mesh) -> list[str]:
@@ -65,4 +94,11 @@ def describe(mesh: Mesh) -> list[str]:
     >>> describe(make_mesh(jax.devices()[:1]))
     ['cpu:0 (cpu)']
     """
-    return [f"{d.platform}:{d.id} ({d.device_kind})" for d in mesh.devices.flat]
+    if jax.process_count() == 1:
+        return [f"{d.platform}:{d.id} ({d.device_kind})" for d in mesh.devices.flat]
+    seen: dict[int, int] = {}  # ids are those of the whole job: devices are numbered within their process instead
+    lines = []
+    for d in mesh.devices.flat:
+        number = seen[d.process_index] = seen.get(d.process_index, -1) + 1
+        lines.append(f"process {d.process_index}, {d.platform}:{number} ({d.device_kind})")
+    return lines

@@ -310,6 +310,7 @@ def _config(run: Run) -> str:
 def _versions(run: Run) -> str:
     lines = [_row([_esc(k), _esc(v)]) for k, v in run.versions.items()]
     lines += [_row(["device", _esc(device)]) for device in run.devices]
+    lines += [_row(["processes", _esc(run.processes)])]
     return f"<h3>Versions and devices</h3><table>{''.join(lines)}</table>"
 
 

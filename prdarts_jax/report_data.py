@@ -32,6 +32,7 @@ class Run:
     genotype: Genotype | None  # the result; of an unfinished search, the cell of its last epoch
     finished: bool
     probabilities: Sequence[Mapping[str, Any]]  # rows {"epoch", "normal": [E, O], "reduce": [E, O]}
+    processes: int = 1  # over which the devices are spread
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -123,6 +124,7 @@ def read(workdir: str | Path) -> Run:
         genotype=genotype,
         finished=finished,
         probabilities=_lines(path / "probabilities.jsonl"),
+        processes=(head.get("platform") or {}).get("processes", 1),
     )
 
 

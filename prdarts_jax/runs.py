@@ -27,6 +27,7 @@ from prdarts_jax.source_digest import source_digest, uncomparable
 from prdarts_jax.workdir import WorkdirLock, atomic_write_text
 
 _PACKAGES = ("prdarts-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_ONE_PROCESS = {"processes": 1, "distributed": False}  # where a config.json does not say it
 NOUNS: Mapping[str, str] = {"search": "search", "train": "training"}  # kind in config.json -> what messages call it
 
 
@@ -263,7 +264,14 @@ def document(
         **more,
         "versions": versions(),
         "devices": parallel.describe(mesh),
-        "platform": {"backend": jax.default_backend(), "cores": _cores(), "devices": mesh.size},
+        "platform": {
+            "backend": jax.default_backend(),
+            "cores": _cores(),
+            "devices": mesh.size,
+            "processes": jax.process_count(),
+            # On CPU other collectives are used then, of one process as of many: their sums have another order.
+            "distributed": jax.distributed.is_initialized(),
+        },
     }
 
 
@@ -278,6 +286,8 @@ def compared(document: Mapping[str, Any], kind: type, files: Iterable[str]) -> d
     flat = cfg.computed(cfg.from_dict(kind, document["config"]))
     for field in files:
         flat.pop(field)
+    if flat["local_batch_norm"]:  # then how the batch is split decides what is computed
+        flat["devices of local_batch_norm"] = document["platform"]["devices"]
     return flat | {f"digest of {name}": value for name, value in document["digests"].items()}
 
 
@@ -302,8 +312,8 @@ def tolerance(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     >>> tolerance({"platform": {"cores": 2}}, {"platform": {"cores": 4}})
     ['cores 2 -> 4']
     """
-    before = {**old.get("versions", {}), **old.get("platform", {})}
-    after = {**new.get("versions", {}), **new.get("platform", {})}
+    before = {**_ONE_PROCESS, **old.get("versions", {}), **old.get("platform", {})}
+    after = {**_ONE_PROCESS, **new.get("versions", {}), **new.get("platform", {})}
     changed = [
         f"{k} {before.get(k)} -> {after.get(k)}" for k in sorted(before | after) if before.get(k) != after.get(k)
     ]

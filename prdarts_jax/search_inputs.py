@@ -81,6 +81,7 @@ def prepare(
         mean=dataset.mean,
         std=dataset.std,
         dtype=config.dtype,
+        local_batch_norm=config.local_batch_norm,
     )
     # What is not the user's has its tests; tracing a large network costs seconds.
     made = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -12,15 +13,15 @@ from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from prdarts_jax import bilevel, parallel, runs, search_inputs, userfile
+from prdarts_jax import bilevel, distributed, followers, parallel, runs, search_inputs, userfile
 from prdarts_jax.config import SearchConfig
 from prdarts_jax.data import batches
 from prdarts_jax.dispatch import Images
 from prdarts_jax.epoch_loop import Done, Epoch, EpochLoop, Speed, Start, Work, drive
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.metrics import MetricsLog, Progress, check_finite
-from prdarts_jax.runs import EpochLog
 from prdarts_jax.schedules import cosine as learning_rate
 from prdarts_jax.search_inputs import Inputs
 from prdarts_jax.search_program import Carry, Orders, Programs, abstract_carry
@@ -94,9 +95,14 @@ def search(
       RunError: a metric is not finite, or the disk fails; the last good checkpoint is kept.
     """
     workdir = Path(workdir).expanduser()
-    check_writable(workdir)
     config = search_inputs.with_method(config, strategy)
-    inputs = search_inputs.prepare(config, weight_tx=weight_tx, arch_tx=arch_tx, strategy=strategy, data=data)
+
+    def prepare() -> Inputs:
+        if distributed.is_first():
+            check_writable(workdir)
+        return search_inputs.prepare(config, weight_tx=weight_tx, arch_tx=arch_tx, strategy=strategy, data=data)
+
+    inputs = distributed.prepared(prepare)
     document = search_inputs.document(config, inputs, sources)
     with StopRequest() as stop:
         start = Start(config.run, workdir, out if out is not None else sys.stdout, stop, None, document)
@@ -119,17 +125,31 @@ def dispatches(
     """
     workdir, document = start.workdir, start.document
     overwrite, compared = config.run.overwrite, search_inputs.compared
-    runs.check_workdir(workdir, document, overwrite=overwrite, compared=compared)
-    with runs.lock(workdir):
-        # Again, now that no other process can change it.
-        old = runs.check_workdir(workdir, document, overwrite=overwrite, compared=compared)
+    distributed.same(config, compared(document), document["versions"])
+
+    def check() -> dict[str, Any] | None:
+        return runs.check_workdir(workdir, document, overwrite=overwrite, compared=compared)
+
+    def begin() -> list[Any]:
+        """(config.json of the search in the workdir or None, its genotype if it is finished)."""
+        check()
+        lock.enter_context(runs.lock(workdir))
+        old = check()  # again, now that no other process can change it
         if overwrite:
             runs.clear(workdir, _OWN)
         if old is not None and (workdir / "genotype.json").is_file():
-            found = Genotype.load(workdir)
-            return SearchResult("already-finished", found, workdir, _pictures(workdir, found, again=False))
+            return [old, json.loads(Genotype.load(workdir).to_json())]
         if old is None:
             atomic_write_json(workdir / "config.json", document)
+        return [old, None]
+
+    with contextlib.ExitStack() as lock:
+        old, finished = distributed.on_first(begin)
+        if finished is not None:
+            found = Genotype.from_json(finished)
+            again = SearchResult("already-finished", found, workdir)
+            pictures = distributed.on_first(lambda: str(_pictures(workdir, found, again=False) or ""))
+            return again._replace(report=Path(pictures)) if pictures else again
         return (yield from _Search(config, inputs, start._replace(old=old), shared or Shared(inputs)).work())
 
 
@@ -160,7 +180,8 @@ class _Search(EpochLoop[Carry, SearchResult]):
         self.train_half, self.val_half = search_inputs.halves(config, len(inputs.dataset.train_images))
         self.key = jax.random.key(config.seed)
         self.stopped: Stop | None = None
-        self.positions = np.arange(config.batch_size, dtype=np.int32)
+        positions = np.arange(config.batch_size, dtype=np.int32)
+        self.positions = parallel.place(self.mesh, positions, PartitionSpec(parallel.AXIS))
         super().__init__(
             start,
             epochs=config.epochs,
@@ -206,8 +227,8 @@ class _Search(EpochLoop[Carry, SearchResult]):
 
     def open(self, step: int) -> None:
         done = step // self.epoch_steps
-        self.genotypes = EpochLog(self.workdir / "genotypes.jsonl", done)
-        self.probabilities = EpochLog(self.workdir / "probabilities.jsonl", done)
+        self.genotypes = followers.epoch_log(self.workdir / "genotypes.jsonl", done)
+        self.probabilities = followers.epoch_log(self.workdir / "probabilities.jsonl", done)
 
     def epoch(self, epoch: int) -> Epoch:
         orders = Orders(
@@ -269,8 +290,8 @@ class _Search(EpochLoop[Carry, SearchResult]):
         """Loss and accuracy on the whole validation half, with the expected gates."""
         order, mask = batches.padded_batches(len(self.val_half), self.config.batch_size)
         state = carry.state if self.shared.mesh == self.mesh else parallel.replicate(self.shared.mesh, carry.state)
-        evaluation, images = self.shared.programs.evaluation, self.shared.images
-        loss, accuracy = evaluation(state, self.val_half[order], mask, progress, images)
+        placed = parallel.place(self.shared.mesh, (self.val_half[order], mask), PartitionSpec(None, parallel.AXIS))
+        loss, accuracy = self.shared.programs.evaluation(state, *placed, progress, self.shared.images)
         return float(loss), float(accuracy)
 
     def left(self, status: str, row: Mapping[str, Any]) -> SearchResult:

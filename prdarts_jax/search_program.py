@@ -52,6 +52,7 @@ class Problem(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: str
+    local_batch_norm: bool = False
 
 
 def _initial(problem: Problem, mesh: Mesh, images: tuple[int, ...]) -> Callable[[jax.Array, Progress], Carry]:
@@ -112,6 +113,7 @@ def _step(problem: Problem, axis_name: str | None) -> Callable[..., Any]:
         weight_tx=problem.weight_tx,
         arch_tx=problem.arch_tx,
         axis_name=axis_name,
+        local_batch_norm=problem.local_batch_norm,
     )
 
 
@@ -181,10 +183,11 @@ def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Su
 def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The jitted program (state, indices [S,B], mask [S,B], progress, data) -> (mean loss, accuracy).
 
-    The network has the expected gates; batch statistics come from the whole (padded) batches, the means from the images
-    under the mask alone.
+    The network has the expected gates; batch statistics come from the whole (padded) batches, or their parts on each
+    device (`local_batch_norm`), the means from the images under the mask alone.
     """
     axis_name = parallel.axis_of(mesh)
+    norm_axis = None if problem.local_batch_norm else axis_name
 
     def program(
         state: SearchState, indices: jax.Array, mask: jax.Array, progress: Progress, data: Images
@@ -195,7 +198,7 @@ def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., tuple[jax.Arr
             index, counted = batch
             images = normalize(data.images[index], problem.mean, problem.std, problem.dtype)
             labels = data.labels[index]
-            logits, _ = supernet.apply(state.weights, gates, images, space=problem.space, axis_name=axis_name)
+            logits, _ = supernet.apply(state.weights, gates, images, space=problem.space, axis_name=norm_axis)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             right = (jnp.argmax(logits, axis=1) == labels).astype(jnp.float32)
             found = jnp.stack([jnp.sum(jnp.where(counted, v, 0.0)) for v in (losses, right, jnp.ones_like(losses))])

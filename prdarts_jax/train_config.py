@@ -79,6 +79,7 @@ class TrainConfig:
     auxiliary_weight: float = 0.4  # of the auxiliary head's loss
     label_smoothing: float = 0.0  # s: targets (1 - s) one-hot + s / classes
     ema: float = 0.0  # decay d of the averaged weights d ema + (1 - d) weights, evaluated too; 0 = none
+    local_batch_norm: bool = False  # BN statistics of each device's part of the batch, not of the whole batch
     evaluate_every: int = 1  # epochs between evaluations on the test images, the last one always; 0 = never
 
     def __post_init__(self) -> None:

@@ -153,6 +153,7 @@ def make_problem(
         auxiliary_weight=config.auxiliary_weight,
         label_smoothing=config.label_smoothing,
         ema=config.ema,
+        local_batch_norm=config.local_batch_norm,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import sys
@@ -12,8 +13,9 @@ from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from prdarts_jax import metrics, parallel, runs, schedules, train_inputs, train_program
+from prdarts_jax import distributed, metrics, parallel, runs, schedules, train_inputs, train_program
 from prdarts_jax.data import batches
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.dispatch import Images
@@ -107,8 +109,7 @@ def train(
       RunError: a metric is not finite, or the disk fails; the last good checkpoint is kept.
     """
     workdir = Path(workdir).expanduser()
-    check_writable(workdir)
-    inputs = train_inputs.prepare(config, genotype, weight_tx=weight_tx, data=data)
+    inputs = _prepared(config, genotype, workdir, weight_tx, data)
     return _train(config, inputs, _programs(inputs), workdir, sources, out)
 
 
@@ -140,13 +141,16 @@ def train_seeds(
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds: {list(seeds)} is not possible; allowed: different seeds, at least one")
     workdir = Path(workdir).expanduser()
-    check_writable(workdir)
-    inputs = train_inputs.prepare(config, genotype, weight_tx=weight_tx, data=data)
+    inputs = _prepared(config, genotype, workdir, weight_tx, data)
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
     folders = [workdir / f"seed{seed}" for seed in seeds]
-    for each, folder in zip(configs, folders, strict=True):
-        check_writable(folder)
-        _check(each, inputs, folder, sources)
+
+    def check() -> None:
+        for each, folder in zip(configs, folders, strict=True):
+            check_writable(folder)
+            _check(each, inputs, folder, sources)
+
+    distributed.on_first(check)
     programs, began = _programs(inputs), time.monotonic()
     found: list[TrainResult] = []
     for each, folder in zip(configs, folders, strict=True):
@@ -156,11 +160,15 @@ def train_seeds(
         found.append(_train(dataclasses.replace(each, run=run), inputs, programs, folder, sources, out))
         if found[-1].status in ("interrupted", "time-limit"):
             return SeedsResult(found[-1].status, tuple(found), signum=found[-1].signum)
+    page = distributed.on_first(lambda: str(_common_report(folders, workdir) or ""))
+    status = "finished" if any(one.status == "finished" for one in found) else "already-finished"
+    return SeedsResult(status, tuple(found), over_seeds([one.metrics for one in found]), Path(page) if page else None)
+
+
+def _common_report(folders: Sequence[Path], workdir: Path) -> Path:
     from prdarts_jax import report
 
-    page = report.report(folders, workdir / "report.html")
-    status = "finished" if any(one.status == "finished" for one in found) else "already-finished"
-    return SeedsResult(status, tuple(found), over_seeds([one.metrics for one in found]), page)
+    return report.report(folders, workdir / "report.html")
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -194,6 +202,17 @@ def _programs(inputs: Inputs) -> _Programs:
     )
 
 
+def _prepared(config: TrainConfig, genotype: Genotype | str | Path, workdir: Path, tx: Any, data: Any) -> Inputs:
+    """The parts of the training, or trainings, in a workdir that can be written."""
+
+    def prepare() -> Inputs:
+        if distributed.is_first():
+            check_writable(workdir)
+        return train_inputs.prepare(config, genotype, weight_tx=tx, data=data)
+
+    return distributed.prepared(prepare)
+
+
 def _check(
     config: TrainConfig, inputs: Inputs, workdir: Path, sources: Mapping[str, str] | None
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -211,21 +230,30 @@ def _train(
     sources: Mapping[str, str] | None,
     out: IO[str] | None,
 ) -> TrainResult:
-    _check(config, inputs, workdir, sources)
-    with runs.lock(workdir), StopRequest() as stop:
-        # Again, now that no other process can change it.
-        document, old = _check(config, inputs, workdir, sources)
+    document = train_inputs.document(config, inputs, sources)
+    distributed.same(config, train_inputs.compared(document), document["versions"])
+
+    def begin() -> list[Any]:
+        """(config.json of the training in the workdir or None, final row and report of a finished one)."""
+        _check(config, inputs, workdir, sources)
+        lock.enter_context(runs.lock(workdir))
+        _, old = _check(config, inputs, workdir, sources)  # again, now that no other process can change it
         if config.run.overwrite:
             runs.clear(workdir, _OWN)
         if old is not None:
             final = [row for row in metrics.read(workdir / "metrics.jsonl") if row["kind"] == "final"]
             if final:
-                page = runs.report_path(workdir) or _report(workdir)
-                return TrainResult("already-finished", workdir, _values(final[-1]), page)
+                return [old, _values(final[-1]), str(runs.report_path(workdir) or _report(workdir) or "")]
         else:
             atomic_write_json(workdir / "config.json", document)
         if not (workdir / "genotype.json").is_file():
             atomic_write_text(workdir / "genotype.json", inputs.genotype.to_json(indent=1) + "\n")
+        return [old, None, ""]
+
+    with contextlib.ExitStack() as lock, StopRequest() as stop:
+        old, final, page = distributed.on_first(begin)
+        if final is not None:
+            return TrainResult("already-finished", workdir, final, Path(page) if page else None)
         start = Start(config.run, workdir, out if out is not None else sys.stdout, stop, old, document)
         return _Training(config, inputs, programs, start).go()
 
@@ -245,7 +273,8 @@ class _Training(EpochLoop[Carry, TrainResult]):
         self.key = jax.random.key(config.seed)
         self.image = self.dataset.train_images.shape[1:]
         self.indices = train_inputs.examples(config, len(self.dataset.train_images))
-        self.positions = np.arange(config.batch_size, dtype=np.int32)
+        positions = np.arange(config.batch_size, dtype=np.int32)
+        self.positions = parallel.place(self.mesh, positions, PartitionSpec(parallel.AXIS))
         super().__init__(
             start,
             epochs=config.epochs,
@@ -307,11 +336,16 @@ class _Training(EpochLoop[Carry, TrainResult]):
 
     def evaluate(self, carry: Carry) -> dict[str, float]:
         """The test figures of the weights, and of their averages."""
+
+        def program(variables: Any, order: np.ndarray, data: Images) -> Any:
+            placed = parallel.place(self.mesh, order, PartitionSpec(None, parallel.AXIS))
+            return self.programs.evaluation(variables, placed, data)
+
         row: dict[str, float] = {}
         for prefix, variables in (("", carry.state.variables), ("ema_", carry.state.ema)):
             if variables is not None:
                 found: Figures = measure(
-                    self.programs.evaluation,
+                    program,
                     variables,
                     self.test,
                     self.dataset.test_labels,

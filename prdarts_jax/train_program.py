@@ -67,6 +67,7 @@ class Problem(NamedTuple):
     auxiliary_weight: float
     label_smoothing: float
     ema: float  # decay; 0 = none
+    local_batch_norm: bool = False
 
 
 def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
@@ -102,8 +103,10 @@ def make_step(
 
     `positions` int[B] are the places of the images in the global batch; the key is the same on all devices. Gradients,
     BN statistics and metrics are means over `axis_name`. Metrics are of the network with drop-path, before the update.
+    With `local_batch_norm` a device normalises by its own part of the batch; the running statistics, of which there is
+    one set, move by the mean of the devices' statistics.
     """
-    network = problem.network.clone(axis_name=axis_name)
+    network = problem.network.clone(axis_name=None if problem.local_batch_norm else axis_name)
 
     def losses(
         params: Any, statistics: Any, batch: Batch, positions: jax.Array, key: jax.Array, progress: Progress
@@ -132,6 +135,8 @@ def make_step(
             params, statistics, batch, positions, key, progress
         )
         grads, metrics = mean_over(axis_name, (grads, metrics))
+        if problem.local_batch_norm:
+            statistics = mean_over(axis_name, statistics)
         metrics["gradient_norm/weights"] = optax.global_norm(grads)
         opt = set_learning_rate(state.opt, progress["learning_rate"])
         updates, opt = problem.tx.update(grads, opt, params)

@@ -1,0 +1,185 @@
+"""`local_batch_norm`: each device normalises by its own part of the batch, and the rest stays a mean over devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import search_cases
+import train_cases
+from jax.sharding import PartitionSpec
+
+from prdarts_jax import bilevel, parallel, search_inputs, train_inputs, train_program
+from prdarts_jax import config as cfg
+from prdarts_jax.bilevel import Batch, Batches, SearchState
+from prdarts_jax.config import SearchConfig
+from prdarts_jax.ops.layers import batch_norm
+from prdarts_jax.space.spec import Space
+from prdarts_jax.strategies import registry
+from prdarts_jax.train_config import TrainConfig
+
+pytestmark = pytest.mark.multidevice
+
+DEVICES, BATCH = 2, 8
+WHOLE, SPLIT = PartitionSpec(), PartitionSpec(parallel.AXIS)
+
+
+@pytest.fixture(autouse=True)
+def _two_devices():
+    if jax.device_count() < DEVICES:
+        pytest.skip(f"{jax.device_count()} devices of {DEVICES}")
+
+
+def _mesh():
+    return parallel.make_mesh(jax.devices()[:DEVICES])
+
+
+def _close(found: Any, expected: Any) -> None:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-5, atol=1e-6), found, expected
+    )
+
+
+def _part(tree: Any, device: int) -> Any:
+    return jax.tree.map(lambda x: x[device * BATCH // DEVICES : (device + 1) * BATCH // DEVICES], tree)
+
+
+def _mean(*trees: Any) -> Any:
+    return jax.tree.map(lambda *xs: np.mean([np.asarray(x, np.float64) for x in xs], axis=0), *trees)
+
+
+# Search
+
+
+def _normed(weights, gates, images, *, space, axis_name):
+    """BN of the search network between two products: small, and wrong wherever its statistics are."""
+    x = batch_norm(jnp.einsum("bhwc,cd->bhwd", images, weights["first"]), axis_name)
+    scale = jnp.sum(gates.ops["normal"] + gates.ops["reduce"])
+    return jax.nn.relu(x).mean(axis=(1, 2)) @ weights["last"] * scale, {}
+
+
+def _search_problem(weight_tx, arch_tx):
+    space = Space(nodes=1, ops=("skip_connect", "max_pool_3x3"), cells=3, channels=4, in_channels=1)
+    strategy = registry.factory("prdarts")(space=space, lambda1=0.0, lambda2=0.0, lambda3=0.0)
+    rng = np.random.default_rng(0)
+    weights = {"first": rng.normal(size=(2, 5)).astype(np.float32), "last": rng.normal(size=(5, 3)).astype(np.float32)}
+    arch = jax.device_get(strategy.init(jax.random.key(1)))
+    state = SearchState(np.int32(0), weights, arch, weight_tx.init(weights), arch_tx.init(arch))
+    # The two halves of the batch have different means: local and global statistics have nothing in common.
+    shift = np.repeat([0.0, 5.0], BATCH // DEVICES)[:, None, None, None]
+
+    def drawn():
+        images = rng.normal(size=(BATCH, 4, 4, 2)) + shift
+        return Batch(images.astype(np.float32), rng.integers(0, 3, BATCH).astype(np.int32))
+
+    progress = {name: np.float32(value) for name, value in {**strategy.schedule(0, 2), "tau": 1.0}.items()}
+
+    def step(axis_name, local):
+        return bilevel.make_search_step(
+            space=space,
+            strategy=strategy,
+            weight_tx=weight_tx,
+            arch_tx=arch_tx,
+            axis_name=axis_name,
+            local_batch_norm=local,
+            apply=_normed,
+        )
+
+    return step, state, Batches(drawn(), drawn()), progress
+
+
+@pytest.mark.parametrize("moved", ["weights", "arch"])
+def test_the_search_step_is_the_mean_of_the_steps_on_each_part(moved):
+    """With plain gradient descent of one group, the mean of the gradients moves it to the mean of the places."""
+    still, moving = optax.set_to_zero(), optax.sgd(0.5)
+    step, state, batches, progress = _search_problem(*((moving, still) if moved == "weights" else (still, moving)))
+    specs = (WHOLE, Batches(Batch(SPLIT, SPLIT), Batch(SPLIT, SPLIT)), WHOLE, WHOLE)
+    key = jax.random.key(3)
+
+    def mapped(local: bool) -> Any:
+        program = parallel.map_over(_mesh(), step(parallel.AXIS, local), specs, (WHOLE, WHOLE))
+        return jax.jit(program)(state, batches, key, progress)
+
+    found, metrics = mapped(True)
+    alone = [jax.jit(step(None, False))(state, _part(batches, i), key, progress) for i in range(DEVICES)]
+    _close(getattr(found, moved), _mean(*(getattr(one, moved) for one, _ in alone)))
+    # Validation comes after the weights have moved, and alone they move elsewhere.
+    for name in ("train_loss", "train_accuracy") + (("val_loss", "val_accuracy") if moved == "arch" else ()):
+        _close(metrics[name], _mean(*(m[name] for _, m in alone)))
+    before, after = (jax.tree.leaves(jax.device_get(getattr(one, moved))) for one in (state, found))
+    assert any(np.any(a != b) for a, b in zip(before, after, strict=True))
+    # The statistics of the whole batch are another computation, and the default.
+    _, whole_metrics = jax.jit(step(None, False))(state, batches, key, progress)
+    by_default = mapped(False)[1]
+    for name in ("train_loss", "val_loss"):
+        _close(by_default[name], whole_metrics[name])
+    assert abs(float(metrics["train_loss"]) - float(whole_metrics["train_loss"])) > 1e-2
+
+
+# Training
+
+
+def test_the_training_step_is_the_mean_of_the_steps_on_each_part():
+    """Gradients, metrics and running statistics; one set of running statistics is left, the same on both devices."""
+    config = train_cases.config(batch_size=BATCH, ema=0, drop_path=0.3)
+    inputs = train_inputs.prepare(config, train_cases.GENOTYPE, data=train_cases.digits())
+    problem = inputs.problem._replace(tx=optax.sgd(0.5))
+    data = train_cases.digits()
+    image = data.train_images.shape[1:]
+    state = train_program.initial_carry(problem, parallel.make_mesh(jax.devices()[:1]), jax.random.key(0), image).state
+    rng = np.random.default_rng(0)
+    shift = np.repeat([0.0, 3.0], BATCH // DEVICES)[:, None, None, None]
+    batch = Batch((rng.normal(size=(BATCH, *image)) + shift).astype(np.float32), data.train_labels[:BATCH])
+    positions, key = np.arange(BATCH, dtype=np.int32), jax.random.key(2)
+    progress = {"learning_rate": np.float32(0.5), "drop_path": np.float32(0.3)}
+
+    local = problem._replace(local_batch_norm=True)
+    program = train_program.make_step(local, parallel.AXIS)
+    specs = (WHOLE, Batch(SPLIT, SPLIT), SPLIT, WHOLE, WHOLE)
+    mapped = jax.jit(parallel.map_over(_mesh(), program, specs, (WHOLE, WHOLE)))
+    found, metrics = mapped(jax.device_get(state), batch, positions, key, progress)
+
+    single = jax.jit(train_program.make_step(problem))
+    alone = [single(state, _part(batch, i), _part(positions, i), key, progress) for i in range(DEVICES)]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=1e-4, atol=1e-5),
+        found.variables,
+        _mean(*(one.variables for one, _ in alone)),
+    )
+    for name in ("train_loss", "train_accuracy"):
+        _close(metrics[name], _mean(*(m[name] for _, m in alone)))
+    for leaf in jax.tree.leaves(found.variables):
+        copies = {np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards}
+        assert len(leaf.addressable_shards) == DEVICES and len(copies) == 1
+    _, whole = single(state, batch, positions, key, progress)
+    assert abs(float(metrics["train_loss"]) - float(whole["train_loss"])) > 1e-2
+
+
+# Config
+
+
+def test_off_by_default_and_part_of_what_is_computed():
+    assert not SearchConfig().local_batch_norm and not TrainConfig().local_batch_norm
+    data, given = search_cases.digits(), {"run__devices": "2"}
+    documents = {}
+    for local in (False, True):
+        config = search_cases.config(local_batch_norm=local, **given)
+        inputs = search_inputs.prepare(config, data=data)
+        assert inputs.problem.local_batch_norm is local
+        documents[local] = search_inputs.document(config, inputs, None)
+    same = cfg.differences(search_inputs.compared(documents[False]), search_inputs.compared(documents[True]))
+    assert any(line.startswith("local_batch_norm: False") for line in same)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_the_number_of_devices_then_decides_what_is_computed(local):
+    """Otherwise it changes the last bits alone, and a run may go on with another number."""
+    config = search_cases.config(local_batch_norm=local, run__devices="2")
+    two = search_inputs.document(config, search_inputs.prepare(config, data=search_cases.digits()), None)
+    four = {**two, "platform": {**two["platform"], "devices": 4}}
+    found = cfg.differences(search_inputs.compared(two), search_inputs.compared(four))
+    assert found == (["devices of local_batch_norm: 2 in the workdir, 4 now"] if local else [])
