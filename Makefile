@@ -6,10 +6,10 @@ ARGS ?=
 # Versions of what the pinned packages need in turn. `make setup CONSTRAINTS=` lets pip choose them.
 CONSTRAINTS ?= -c constraints.txt
 
-.PHONY: help setup search test test-slow lint doctest bench clean
+.PHONY: help setup search test test-slow lint doctest bench bench-full bench-gpu clean
 
 help:
-	@echo "make setup | search [ARGS='--seed 1'] | test | test-slow | lint | doctest | bench | clean"
+	@echo "make setup | search [ARGS='--seed 1'] | test | test-slow | lint | doctest | bench | bench-full | bench-gpu | clean"
 
 setup: $(STAMP)
 
@@ -40,6 +40,17 @@ doctest: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --scale smoke $(ARGS)
+
+# Hours on a quiet machine; the rows replace those in benchmarks/results, and docs/performance.md is written from them.
+bench-full: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python -m benchmarks --scale full --out benchmarks/results $(ARGS)
+
+# Under nine minutes, unattended, on a machine with a GPU that jax sees; PYTHON_GPU is its Python with jax, flax, optax,
+# chex and orbax-checkpoint (and torch for the peer). Nothing is installed.
+PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+bench-gpu:
+	$(PYTHON_GPU) -m benchmarks.bench_gpu --out benchmarks/results $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

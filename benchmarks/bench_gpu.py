@@ -1,0 +1,180 @@
+"""Everything about a GPU in one unattended run of less than nine minutes: `make bench-gpu`.
+
+    python -m benchmarks.bench_gpu [--platform gpu|cpu] [--scale full|smoke] [--budget SECONDS] [--out DIR]
+
+Needs jax with its GPU plugin, flax, optax, chex and orbax-checkpoint; the peers run where torch sees the GPU. The
+sections come in the order of their worth; each is a process with a limit, so one that fails or hangs costs its own
+numbers only, and one for which too little time is left is left out with a line. The exit status is 1 if a lowering
+computes something else than the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import rows as kept
+from benchmarks.cases import FEW, SearchCase, TrainCase
+from benchmarks.race import ROOT, environment, has_torch
+
+Row = dict[str, Any]
+BUDGET = 510.0  # seconds
+NO_GRAPHS, ALL_GRAPHS = "", "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE"
+_TINY = SearchCase(cells=3, channels=4, ops=FEW, side=8, batch=4)
+
+
+class Section(NamedTuple):
+    """A process: a function of `gpu_sections`, its arguments, and its times."""
+
+    name: str
+    given: Mapping[str, Any]
+    least: float  # seconds that must be left to start it
+    limit: float  # seconds after which it is ended
+    xla_flags: str = ""
+
+
+def _full() -> list[Section]:
+    paper = SearchCase(cells=8, batch=128)
+    case, few = paper._asdict(), {"steps": 20}
+    derived = TrainCase(batch=96)._asdict()
+    shapes = [[3, 1, 1], [5, 1, 1], [3, 2, 1], [5, 2, 2], [3, 1, 2]]
+    timed = {"scale": "full", "batch": 128, "steps": 50, "precisions": ["tf32", "bfloat16"]}
+
+    def graphs(kinds: str, label: str) -> Section:
+        given = {"case": case, "lowering": "library", "precision": "tf32", "label": f", {label}", **few}
+        return Section("search", given, 45, 100, f"--xla_gpu_enable_command_buffer={kinds}")
+
+    def step(lowering: str, precision: str) -> Section:
+        return Section("search", {"case": case, "lowering": lowering, "precision": precision, **few}, 45, 120)
+
+    def torch(kind: str, precision: str, **options: Any) -> Section:
+        given = {"kind": kind, "precision": precision, "options": options, "platform": "gpu", "steps": 10}
+        return Section("peer", {**given, "case": case if kind == "search" else derived}, 30, 150 if options else 60)
+
+    return [
+        Section("bandwidth", {"megabytes": 1024, "steps": 20}, 15, 40),
+        Section("correctness", {"side": 16, "channels": 16, "shapes": shapes[:3]}, 20, 60),
+        Section("step-correctness", {"case": paper._replace(cells=3, batch=8)._asdict()}, 40, 100),
+        Section("epochs", {"case": case, "precision": "tf32", "steps": 195, "project": True}, 60, 140),
+        step("library", "tf32"),
+        torch("search", "tf32"),
+        step("shifts", "tf32"),
+        step("diagonal", "tf32"),
+        Section("epochs", {"case": case, "precision": "bfloat16", "steps": 195, "project": True}, 60, 140),
+        graphs(ALL_GRAPHS, "conditionals in graphs"),
+        Section("depthwise", timed, 30, 60),
+        torch("search", "bfloat16"),
+        Section("train", {"case": derived, "precision": "tf32", **few}, 45, 100),
+        torch("train", "tf32"),
+        step("library", "bfloat16"),
+        step("library", "float32"),
+        step("shifts", "bfloat16"),
+        step("diagonal", "bfloat16"),
+        Section("train", {"case": derived, "precision": "bfloat16", **few}, 45, 100),
+        torch("train", "bfloat16"),
+        torch("train", "tf32", compiled=True),
+        graphs(NO_GRAPHS, "no graphs"),
+        Section(
+            "search", {**dict(step("library", "tf32").given), "case": paper._replace(executed=8)._asdict()}, 45, 120
+        ),
+        Section("correctness", {"side": 15, "channels": 16, "shapes": shapes[3:]}, 20, 60),
+    ]
+
+
+def _smoke(platform: str) -> list[Section]:
+    """Each kind of section once, without haste: a loaded machine is no failure."""
+    case, steps = _TINY._asdict(), {"steps": 1}
+    given: list[tuple[str, dict[str, Any]]] = [
+        ("bandwidth", {"megabytes": 4, "steps": 2}),
+        ("correctness", {"side": 8, "channels": 4, "shapes": [[3, 2, 1]]}),
+        ("step-correctness", {"case": case}),
+        ("depthwise", {"scale": "smoke", "batch": 2, "precisions": ["tf32", "bfloat16"], **steps}),
+        ("search", {"case": case, "lowering": "shifts", "precision": "bfloat16", **steps}),
+        ("epochs", {"case": case, "precision": "tf32", "steps": 4, "project": True}),
+        ("peer", {"kind": "search", "precision": "bfloat16", "platform": platform, "case": case, **steps}),
+    ]
+    return [Section(name, one, 1, 900) for name, one in given]
+
+
+def rows(platform: str, scale: str, budget: float, note: Callable[[str], None]) -> Iterator[Row]:
+    """Every number of every section that there is time for."""
+    began = time.monotonic()
+    for section in _smoke(platform) if scale == "smoke" else _full():
+        says = f"{section.name} {json.dumps(section.given.get('precision', ''))}".strip()
+        left = budget - (time.monotonic() - began)
+        if section.name == "peer" and not has_torch():
+            note(f"{says}: left out, torch is not installed")
+        elif left < section.least:
+            note(f"{says}: left out, {left:.0f} s of {budget:.0f} s are left and it needs {section.least:.0f} s")
+        else:
+            yield from _run(section, platform, min(section.limit, left), note)
+
+
+def _run(section: Section, platform: str, limit: float, note: Callable[[str], None]) -> Iterator[Row]:
+    settings = environment()
+    settings["JAX_PLATFORMS"] = "cpu" if platform == "cpu" else "cuda,cpu"
+    settings["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch, and the next process, find the memory free
+    if section.xla_flags:
+        settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {section.xla_flags}".strip()
+    command = [sys.executable, "-m", "benchmarks.gpu_sections", section.name, json.dumps(section.given)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=limit)
+        said, failure = done.stdout, done.returncode and f"status {done.returncode}: {done.stderr.strip()[-300:]}"
+    except subprocess.TimeoutExpired as ended:  # what it had found by then counts
+        said = ended.stdout.decode() if isinstance(ended.stdout, bytes) else ended.stdout or ""
+        failure = f"ended after {limit:.0f} s"
+    for line in said.splitlines():
+        if line.startswith("{") and line.endswith("}"):
+            yield json.loads(line)
+    if failure:
+        note(f"{section.name} {section.given.get('precision', '')}: {failure}")
+        yield {"section": section.name, "what": "failed", "value": None, "unit": "", "device": "", "failure": failure}
+
+
+def has_gpu() -> bool:
+    """Whether jax sees a GPU; asked in a process of its own, which gives it back."""
+    ask = "import jax; print(jax.devices()[0].platform)"
+    settings = {**environment(), "JAX_PLATFORMS": "cuda,cpu"}
+    done = subprocess.run([sys.executable, "-c", ask], env=settings, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() in ("gpu", "cuda")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_gpu", description=__doc__)
+    parser.add_argument("--platform", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--scale", choices=("smoke", "full"), default="full")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all sections together")
+    parser.add_argument("--out", type=Path, help="folder of gpu.jsonl, where rows replace older ones")
+    args = parser.parse_args(argv)
+    if args.out and args.scale == "smoke" and args.out.resolve() == kept.RESULTS:
+        parser.error("--out: rows of the smoke scale measure nothing and stay out of benchmarks/results")
+
+    def note(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if args.platform == "gpu" and not has_gpu():
+        note("jax sees no GPU: nothing is measured (--platform cpu --scale smoke shows that everything runs)")
+        return 1
+    facts, wrong, device = kept.facts(), [], ""
+    for row in rows(args.platform, args.scale, args.budget, note):
+        device = row.pop("device") or device  # torch's processes do not ask jax
+        row |= {**facts, "device": device}
+        print(json.dumps(row), flush=True)
+        if row.get("ok") is False:
+            wrong.append(row["what"])
+        if args.out and "failure" not in row:
+            kept.keep(args.out / "gpu.jsonl", [row])
+    for what in wrong:
+        note(f"wrong: {what}")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

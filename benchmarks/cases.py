@@ -1,0 +1,76 @@
+"""What is measured, as plain data. Imports neither jax nor torch: each library lives in a process of its own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from prdarts_jax.config import OPS
+
+FEW = ("none", "skip_connect", "sep_conv_3x3")  # the smoke scale is there to run, not to measure
+TAU = 5.0  # halfway through a search from 10 to 0.1
+
+
+class SearchCase(NamedTuple):
+    """A bilevel search step."""
+
+    method: str = "prdarts"  # prdarts | darts
+    cells: int = 8
+    channels: int = 16
+    ops: tuple[str, ...] = OPS
+    side: int = 32  # of the images, pixels
+    batch: int = 32
+    executed: int = 2  # K (prdarts; darts runs them all)
+    tau: float = TAU
+    closed: float = 0.0  # share of the edges whose gates are exactly zero
+    subsample: str = "topk_gate"  # prdarts: topk_gate | all
+
+    @property
+    def head_norm(self) -> bool:
+        """PR-DARTS normalises before the pooling, DARTS does not."""
+        return self.method == "prdarts"
+
+
+class TrainCase(NamedTuple):
+    """A training step of a derived network, with auxiliary head and drop-path."""
+
+    genotype: str = "PRDARTS"
+    cells: int = 20
+    channels: int = 36
+    side: int = 32
+    batch: int = 16
+    drop_path: float = 0.1
+
+
+class DepthwiseCase(NamedTuple):
+    """A depthwise convolution, forward and both gradients."""
+
+    side: int
+    channels: int
+    kernel: int
+    batch: int = 32
+    stride: int = 1
+    dilation: int = 1
+
+
+SEARCH = {
+    "smoke": {"prdarts-3": SearchCase(cells=3, channels=4, ops=FEW, side=8, batch=4)},
+    "full": {
+        "prdarts-6": SearchCase(cells=6),
+        "prdarts-8": SearchCase(cells=8),
+        "darts-dense-8": SearchCase("darts", cells=8),
+    },
+}
+TRAIN = {
+    "smoke": {"derived-3": TrainCase(cells=3, channels=4, batch=4)},
+    "full": {"derived-20": TrainCase()},
+}
+DEPTHWISE = {
+    "smoke": {"8x8x4-k3": DepthwiseCase(8, 4, 3, batch=2)},
+    "full": {
+        "32x32x16-k3": DepthwiseCase(32, 16, 3),
+        "32x32x16-k5": DepthwiseCase(32, 16, 5),
+        "16x16x32-k5": DepthwiseCase(16, 32, 5),
+        "8x8x64-k5": DepthwiseCase(8, 64, 5),
+    },
+}
+BATCHES = {"smoke": (4,), "full": (32, 64)}  # of the search step

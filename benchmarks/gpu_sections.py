@@ -1,0 +1,287 @@
+"""The parts of `bench_gpu`, each run in a process of its own: `python -m benchmarks.gpu_sections NAME JSON`.
+
+A JSON line a number: {section, what, value, unit, ...}; a row of the correctness has `ok`. Needs jax, flax, optax,
+chex and orbax-checkpoint, and torch for the peers alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from benchmarks.cases import DEPTHWISE, DepthwiseCase, SearchCase, TrainCase
+
+Row = dict[str, Any]
+PRECISIONS = ("float32", "tf32", "bfloat16")
+_MATMUL = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default"}
+# Largest error relative to the largest value: of a sum of some hundred products in each precision.
+TOLERANCE = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2}
+EPOCHS, EPOCH_STEPS = 200, 195  # of the paper's search: 25000 images of each half, batch 128
+
+
+def _dtype(precision: str) -> str:
+    return "bfloat16" if precision == "bfloat16" else "float32"
+
+
+def _median(run: Callable[[int], None], steps: int, blocks: int = 3) -> float:
+    """Seconds a step: the median of blocks of steps, after one step that does not count."""
+    run(1)
+    seconds = []
+    for _ in range(blocks):
+        began = time.perf_counter()
+        run(steps)
+        seconds.append((time.perf_counter() - began) / steps)
+    return statistics.median(seconds)
+
+
+def _memory() -> float | None:
+    """Peak of the device's memory in GB, where the platform says."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
+
+
+def _precision(name: str) -> contextlib.AbstractContextManager[None]:
+    import jax
+
+    return jax.default_matmul_precision(_MATMUL[name])
+
+
+def bandwidth(given: Mapping[str, Any]) -> Iterator[Row]:
+    """What a copy of a large array reaches: the measure that the other figures are held against."""
+    import jax
+    import jax.numpy as jnp
+
+    size = given["megabytes"] * 2**20 // 4
+    x = jnp.ones((size,), jnp.float32)
+    copy = jax.jit(lambda x: x + 1.0)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            y = copy(x)
+        jax.block_until_ready(y)
+
+    yield {"what": "copy", "value": 2 * x.nbytes / _median(run, given["steps"]) / 1e9, "unit": "GB/s"}
+
+
+def correctness(given: Mapping[str, Any]) -> Iterator[Row]:
+    """Every lowering in every precision against float64 on the CPU: forward, both gradients, strides, dilations."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from benchmarks.lowerings import LIBRARY, LOWERINGS, using
+    from prdarts_jax.ops.depthwise import depthwise_conv
+
+    def both(x: Any, kernel: Any, ct: Any, stride: int, dilation: int) -> Any:
+        y, pull = jax.vjp(lambda x, k: depthwise_conv(x, k, stride=stride, dilation=dilation), x, kernel)
+        return (y, *pull(ct.astype(y.dtype)))
+
+    rng = np.random.default_rng(0)
+    size, channels = given["side"], given["channels"]
+    cpu = jax.local_devices(backend="cpu")[0]
+    for kernel, stride, dilation in given["shapes"]:
+        out = -(-size // stride)
+        arrays = (
+            rng.normal(size=(4, size, size, channels)),
+            rng.normal(size=(kernel, kernel, channels)),
+            rng.normal(size=(4, out, out, channels)),
+        )
+        with jax.enable_x64(True), jax.default_device(cpu):
+            exact = jax.jit(both, static_argnums=(3, 4))(*map(jnp.asarray, arrays), stride, dilation)
+            exact = [np.asarray(leaf) for leaf in exact]
+        for name in (LIBRARY, *LOWERINGS):
+            for precision in PRECISIONS:
+                with using(name), _precision(precision):
+                    dtype = jnp.dtype(_dtype(precision))
+                    x, w, ct = (jnp.asarray(a, jnp.float32) for a in arrays)
+                    found = jax.jit(both, static_argnums=(3, 4))(x.astype(dtype), w, ct, stride, dilation)
+                worst = max(
+                    float(np.max(np.abs(np.asarray(f, np.float64) - e)) / np.max(np.abs(e)))
+                    for f, e in zip(found, exact, strict=True)
+                )
+                what = f"error, {name}, {precision}, {kernel}x{kernel}/{stride} dilation {dilation}"
+                yield {"what": what, "value": worst, "unit": "", "ok": bool(worst <= TOLERANCE[precision])}
+
+
+def step_correctness(given: Mapping[str, Any]) -> Iterator[Row]:
+    """The loss and the gradients of a small search network on the device against the CPU, in float32."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from benchmarks.ours import search_parts
+    from prdarts_jax import bilevel
+    from prdarts_jax.space import supernet
+
+    case = SearchCase(**given["case"])
+    parts = search_parts(case)
+    space, strategy = parts["space"], parts["strategy"]
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(case.batch, case.side, case.side, 3)).astype(np.float32)
+    labels = rng.integers(0, 10, case.batch).astype(np.int32)
+
+    def program(key: Any, images: Any, labels: Any) -> Any:
+        weights, arch = supernet.init(key, space), strategy.init(key)
+
+        def loss(weights: Any, arch: Any) -> Any:
+            numbers = strategy.schedule(0, 2) | {"tau": case.tau}
+            gates = strategy.sample(key, arch, {name: jnp.float32(value) for name, value in numbers.items()})
+            return bilevel.cross_entropy(supernet.apply(weights, gates, images, space=space)[0], labels)
+
+        return jax.value_and_grad(loss, (0, 1))(weights, arch)
+
+    results = []
+    for device in (jax.local_devices()[0], jax.local_devices(backend="cpu")[0]):
+        with jax.default_device(device), _precision("float32"):
+            found = jax.jit(program)(jax.random.key(0), images, labels)
+            results.append([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(found)])
+    worst = max(float(np.max(np.abs(a - b)) / (np.max(np.abs(b)) + 1e-3)) for a, b in zip(*results, strict=True))
+    yield {"what": "error of loss and gradients, search network", "value": worst, "unit": "", "ok": worst <= 1e-2}
+
+
+def depthwise(given: Mapping[str, Any]) -> Iterator[Row]:
+    """Every lowering in every precision: seconds of forward and both gradients, and the bytes that have to move."""
+    from benchmarks import ours
+    from benchmarks.lowerings import LIBRARY, LOWERINGS, using
+
+    for name, case in DEPTHWISE[given["scale"]].items():
+        fields = DepthwiseCase(*case)._replace(batch=given["batch"])
+        images = fields.batch * fields.side**2 * fields.channels
+        for lowering in (LIBRARY, *LOWERINGS):
+            for precision in given["precisions"]:
+                with using(lowering), _precision(precision):
+                    run, _ = ours.depthwise(dtype=_dtype(precision), **fields._asdict())
+                    seconds = _median(run, given["steps"])
+                what = f"{name}, batch {fields.batch}, {lowering}, {precision}"
+                yield {"what": what, "value": 1e6 * seconds, "unit": "us"}
+                # Read x, write y; read x and the cotangent, write dx.
+                moved = 5 * images * (2 if precision == "bfloat16" else 4)
+                yield {"what": f"{what}: bytes moved", "value": moved / seconds / 1e9, "unit": "GB/s"}
+
+
+def search(given: Mapping[str, Any]) -> Iterator[Row]:
+    """The bilevel step with one lowering in one precision."""
+    from benchmarks import ours
+    from benchmarks.lowerings import using
+
+    lowering, precision = given["lowering"], given["precision"]
+    with using(lowering), _precision(precision):
+        run, stages = ours.search(dtype=_dtype(precision), **given["case"])
+    case = SearchCase(**given["case"])
+    label = f"{case.method}, {case.cells} cells, batch {case.batch}, {lowering}, {precision}{given.get('label', '')}"
+    yield {"what": label, "value": 1e3 * _median(run, given["steps"]), "unit": "ms"}
+    yield {"what": f"{label}: compilation", "value": stages["compile_s"], "unit": "s"}
+    yield {"what": f"{label}: peak memory", "value": _memory(), "unit": "GB"}
+
+
+def train(given: Mapping[str, Any]) -> Iterator[Row]:
+    """The step of the derived network in one precision."""
+    from benchmarks import ours
+
+    precision, case = given["precision"], TrainCase(**given["case"])
+    with _precision(precision):
+        run, stages = ours.train(dtype=_dtype(precision), **given["case"])
+    label = f"{case.cells} cells, C = {case.channels}, batch {case.batch}, {precision}"
+    yield {"what": label, "value": 1e3 * _median(run, given["steps"]), "unit": "ms"}
+    yield {"what": f"{label}: compilation", "value": stages["compile_s"], "unit": "s"}
+    yield {"what": f"{label}: peak memory", "value": _memory(), "unit": "GB"}
+
+
+def epochs(given: Mapping[str, Any]) -> Iterator[Row]:
+    """Whole epochs in one dispatch of the search's own program, images on the device; the paper's search from it."""
+    import jax
+    import numpy as np
+
+    from prdarts_jax import config as cfg
+    from prdarts_jax import parallel, search_inputs, search_program
+    from prdarts_jax.data.sources import from_arrays
+    from prdarts_jax.dispatch import Images
+
+    case, precision, steps = SearchCase(**given["case"]), given["precision"], given["steps"]
+    images = np.random.default_rng(0).integers(0, 256, (2 * steps * case.batch, case.side, case.side, 3), np.uint8)
+    dataset = from_arrays("random", images, (np.arange(len(images)) % 10).astype(np.int32))
+    config = cfg.SearchConfig(
+        space=cfg.SpaceConfig(cells=case.cells, channels=case.channels, ops=case.ops),
+        data=cfg.DataConfig(crop_padding=min(4, case.side // 8)),
+        run=cfg.RunConfig(devices="1"),
+        batch_size=case.batch,
+        dtype=_dtype(precision),
+    )
+    with _precision(precision):
+        inputs = search_inputs.prepare(config, data=dataset)
+        problem, mesh, key = inputs.problem, inputs.mesh, jax.random.key(0)
+        halves = search_inputs.halves(config, len(images))
+        orders = search_program.Orders(*(half.reshape(steps, case.batch) for half in halves))
+        numbers = problem.strategy.schedule(0, 2) | {"weight_learning_rate": 0.025, "arch_learning_rate": 3e-4}
+        numbers["tau"] = case.tau
+        progress = {name: np.float32(value) for name, value in numbers.items()}
+        data = parallel.replicate(mesh, Images(dataset.train_images, dataset.train_labels))
+        programs = search_program.Programs(problem, mesh, images.shape[1:])
+        carry, program = parallel.replicate(mesh, programs.initial(key, progress)), programs.dispatch
+        positions = np.arange(case.batch, dtype=np.int32)
+        args = (orders, positions, key, progress, data)
+        carry, _ = program(carry, np.int32(1), np.bool_(True), *args)
+        jax.block_until_ready(carry)
+        began = time.perf_counter()
+        carry, _ = program(carry, np.int32(steps), np.bool_(True), *args)
+        jax.block_until_ready(carry)
+    rate = steps / (time.perf_counter() - began)
+    label = f"{case.cells} cells, batch {case.batch}, {precision}, {steps} steps in one dispatch"
+    yield {"what": label, "value": rate, "unit": "steps/s"}
+    yield {"what": f"{label}: peak memory", "value": _memory(), "unit": "GB"}
+    if given.get("project"):
+        hours = EPOCHS * EPOCH_STEPS / rate / 3600
+        yield {"what": f"{label}: {EPOCHS} epochs of {EPOCH_STEPS} steps", "value": hours, "unit": "h"}
+
+
+def peer(given: Mapping[str, Any]) -> Iterator[Row]:
+    """The same step in PyTorch on the same device, eager or compiled."""
+    import torch
+
+    from benchmarks.peers import sides
+
+    device = "cuda" if given["platform"] == "gpu" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU: no peer")
+    options = {"device": device, "precision": given["precision"], **given.get("options", {})}
+    run, _ = getattr(sides, given["kind"])(**options, **given["case"])
+    label = f"torch, {given['kind']}, {given['precision']}{', compiled' if options.get('compiled') else ''}"
+    yield {"what": label, "value": 1e3 * _median(run, given["steps"]), "unit": "ms"}
+    if device == "cuda":
+        yield {"what": f"{label}: peak memory", "value": torch.cuda.max_memory_allocated() / 2**30, "unit": "GB"}
+
+
+SECTIONS: dict[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
+    "bandwidth": bandwidth,
+    "correctness": correctness,
+    "step-correctness": step_correctness,
+    "depthwise": depthwise,
+    "search": search,
+    "train": train,
+    "epochs": epochs,
+    "peer": peer,
+}
+
+
+def _device() -> str:
+    import jax
+
+    return jax.devices()[0].device_kind
+
+
+def main() -> None:
+    name, given = sys.argv[1], json.loads(sys.argv[2])
+    device = "" if name == "peer" else _device()
+    for row in SECTIONS[name](given):
+        print(json.dumps({"section": name, **row, "device": device}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Our side of each comparison: a factory gives a function of n that runs n steps and waits for the last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.cases import DepthwiseCase, SearchCase, TrainCase
+from prdarts_jax import bilevel, strategies
+from prdarts_jax.bilevel import Batch, Batches
+from prdarts_jax.config import ArchConfig, SpaceConfig, WeightsConfig
+from prdarts_jax.space import Space
+
+Steps = Callable[[int], None]
+Clock = dict[str, float]  # seconds of each stage before the first step
+POOL = 4  # batches that take turns
+
+
+def _batch(seed: int, batch: int, side: int, dtype: Any = jnp.float32) -> Batch:
+    rng = np.random.default_rng(seed)
+    images = jnp.asarray(rng.normal(size=(batch, side, side, 3)), dtype)
+    return Batch(images, jnp.asarray(rng.integers(0, 10, batch), jnp.int32))
+
+
+def search_parts(case: SearchCase) -> dict[str, Any]:
+    """Space, strategy and transformations of a case."""
+    config = SpaceConfig(cells=case.cells, channels=case.channels, ops=case.ops, head_norm=case.head_norm)
+    space = Space.create(config, classes=10, in_channels=3)
+    options: dict[str, Any] = {}
+    if case.method == "prdarts":
+        options = {"executed_ops": case.executed, "op_subsample": case.subsample}
+    return {
+        "space": space,
+        "strategy": strategies.get(case.method, space=space, **options),
+        "weight_tx": bilevel.weight_transform(WeightsConfig()),
+        "arch_tx": bilevel.arch_transform(ArchConfig()),
+    }
+
+
+def compiled(program: Any, *args: Any) -> tuple[Any, Clock]:
+    """The executable of a jitted program, and what tracing and compiling (or loading) took."""
+    began = time.perf_counter()
+    lowered = program.lower(*args)
+    traced = time.perf_counter()
+    executable = lowered.compile()
+    return executable, {"trace_s": traced - began, "compile_s": time.perf_counter() - traced}
+
+
+def search(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
+    """The bilevel step of a `SearchCase`; gates are drawn afresh in each step."""
+    case = SearchCase(**fields)
+    parts = search_parts(case)
+    began = time.perf_counter()
+    state = jax.jit(lambda key: bilevel.init_state(key, **parts))(jax.random.key(0))
+    if case.closed:
+        # So far below zero that sigmoid((noise + beta) / tau) is 0: the strategy itself then makes the gates exactly 0.
+        shut = np.arange(parts["space"].num_edges) < round(case.closed * parts["space"].num_edges)
+        state = state.replace(arch={k: jnp.where(shut[:, None], -1e4 * case.tau, v) for k, v in state.arch.items()})
+    jax.block_until_ready(state)
+    clock = {"init_s": time.perf_counter() - began}
+    pool = [_batch(i, case.batch, case.side, dtype) for i in range(POOL)]
+    numbers = parts["strategy"].schedule(0, 2)
+    progress = {name: np.float32(value) for name, value in (numbers | ({"tau": case.tau} if numbers else {})).items()}
+    program = jax.jit(bilevel.make_search_step(**parts), donate_argnums=0)
+    step, stages = compiled(program, state, Batches(pool[0], pool[1]), jax.random.key(1), progress)
+    done = 0
+
+    def run(count: int) -> None:
+        nonlocal state, done
+        for _ in range(count):
+            batches = Batches(pool[done % POOL], pool[(done + 1) % POOL])
+            state, _ = step(state, batches, jax.random.key(done), progress)
+            done += 1
+        jax.block_until_ready(state)
+
+    return run, clock | stages
+
+
+def train(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
+    """The SGD step of a `TrainCase`; drop-path is drawn afresh in each step."""
+    from prdarts_jax import train_inputs, train_program
+    from prdarts_jax.space.genotype import Genotype
+    from prdarts_jax.train_config import NetworkConfig, TrainConfig
+
+    case = TrainCase(**fields)
+    network = NetworkConfig(channels=case.channels, cells=case.cells)
+    config = TrainConfig(network=network, batch_size=case.batch, dtype=dtype)
+    unit = ((0.0,) * 3, (1.0,) * 3)
+    problem = train_inputs.make_problem(config, Genotype.named(case.genotype), 10, unit, {})
+    pool = [_batch(i, case.batch, case.side, dtype) for i in range(POOL)]
+
+    def initial(key: jax.Array) -> train_program.TrainState:
+        made = problem.network.init(key, jnp.zeros((2, case.side, case.side, 3), dtype))
+        variables = train_program.Variables(made["params"], made["batch_stats"])
+        return train_program.TrainState(jnp.zeros((), jnp.int32), variables, problem.tx.init(variables.params), None)
+
+    began = time.perf_counter()
+    state = jax.block_until_ready(jax.jit(initial)(jax.random.key(0)))
+    clock = {"init_s": time.perf_counter() - began}
+    positions = jnp.arange(case.batch)
+    progress = {"learning_rate": np.float32(0.025), "drop_path": np.float32(case.drop_path)}
+    program = jax.jit(train_program.make_step(problem), donate_argnums=0)
+    step, stages = compiled(program, state, pool[0], positions, jax.random.key(1), progress)
+    done = 0
+
+    def run(count: int) -> None:
+        nonlocal state, done
+        for _ in range(count):
+            state, _ = step(state, pool[done % POOL], positions, jax.random.key(done), progress)
+            done += 1
+        jax.block_until_ready(state)
+
+    return run, clock | stages
+
+
+def depthwise(layer: str = "ours", dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
+    """Forward and both gradients of our depthwise convolution, or ("flax") of flax.linen's nn.Conv."""
+    from prdarts_jax.ops.depthwise import depthwise_conv
+
+    case = DepthwiseCase(**fields)
+    rng = np.random.default_rng(0)
+    out = -(-case.side // case.stride)
+    x, ct = (jnp.asarray(rng.normal(size=(case.batch, n, n, case.channels)), dtype) for n in (case.side, out))
+    kernel = jnp.asarray(rng.normal(size=(case.kernel, case.kernel, case.channels)), jnp.float32)
+
+    def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return depthwise_conv(x, kernel, stride=case.stride, dilation=case.dilation)
+
+    def flax(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        import flax.linen as nn
+
+        conv = nn.Conv(
+            case.channels,
+            (case.kernel, case.kernel),
+            case.stride,
+            padding=case.dilation * (case.kernel - 1) // 2,
+            kernel_dilation=case.dilation,
+            feature_group_count=case.channels,
+            use_bias=False,
+        )
+        return conv.apply({"params": {"kernel": kernel[:, :, None, :]}}, x)
+
+    forward = {"ours": ours, "flax": flax}[layer]
+
+    def both(x: jax.Array, kernel: jax.Array, ct: jax.Array) -> Any:
+        y, pull = jax.vjp(forward, x, kernel)
+        return y, pull(ct)
+
+    step, stages = compiled(jax.jit(both), x, kernel, ct)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            jax.block_until_ready(step(x, kernel, ct))
+
+    return run, stages

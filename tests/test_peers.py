@@ -1,0 +1,205 @@
+"""The peers of the benchmarks compute the same numbers as ours: otherwise their seconds would compare nothing."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import ours
+from benchmarks.cases import FEW, SearchCase
+from prdarts_jax import bilevel
+from prdarts_jax.gates import Gates
+from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.space import Space, supernet
+from prdarts_jax.space.genotype import Genotype
+
+if os.environ.get("CI") == "true":
+    import torch
+else:
+    torch = pytest.importorskip("torch", reason="needs torch")
+
+from benchmarks.peers import search as peer_search
+from benchmarks.peers import train as peer_train
+from benchmarks.peers.weights import derived_pairs, load, search_pairs
+
+pytestmark = pytest.mark.reference
+
+FAST = {"xla_backend_optimization_level": 0}  # these programs run once
+OPS = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_5x5")
+CASE = SearchCase(cells=3, channels=4, ops=OPS, side=8, batch=4)
+
+
+def _rows(space: Space, kind: str) -> list[tuple[str, dict[str, tuple[int, ...]]]]:
+    return [(group.name, space.rows(kind, group)) for group in space.edge_groups(kind)]
+
+
+def _network(case: SearchCase, space: Space, weights: Any) -> peer_search.SearchNetwork:
+    network = peer_search.SearchNetwork(case.ops, case.cells, case.channels, head_norm=case.head_norm).double()
+    pairs = search_pairs(network, weights, lambda kind: _rows(space, kind))
+    assert len(pairs) == len(list(network.parameters()))  # every weight of the peer is one of ours
+    load(pairs)
+    return network
+
+
+def _double(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, tree)
+
+
+def _images(rng: np.random.Generator, case: SearchCase) -> tuple[np.ndarray, np.ndarray]:
+    return rng.normal(size=(case.batch, case.side, case.side, 3)), rng.integers(0, 10, case.batch).astype(np.int32)
+
+
+def _torch(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Any, Any]:
+    return torch.from_numpy(batch[0].transpose(0, 3, 1, 2).copy()), torch.from_numpy(batch[1].astype(np.int64))
+
+
+def test_search_network_has_our_logits_and_gradients_for_the_same_gates() -> None:
+    """Two executed operations an edge, one of them possibly `none`; an edge without any."""
+    with jax.enable_x64(True):
+        space = ours.search_parts(CASE)["space"]
+        weights = _double(jax.jit(lambda key: supernet.init(key, space), compiler_options=FAST)(jax.random.key(0)))
+        network = _network(CASE, space, weights)
+        rng = np.random.default_rng(0)
+        images, labels = _images(rng, CASE)
+        executed = {k: np.stack([rng.permutation(len(OPS))[:2] for _ in range(14)]) for k in peer_search.KINDS}
+        executed["normal"][3] = len(OPS)  # nothing is executed there
+        values = {k: rng.uniform(0.1, 1, (14, len(OPS))) for k in peer_search.KINDS}
+
+        def loss(weights: Any, values: Any) -> jax.Array:
+            gates = Gates(values, jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), executed))
+            logits, _ = supernet.apply(weights, gates, jnp.asarray(images), space=space)
+            return bilevel.cross_entropy(logits, jnp.asarray(labels))
+
+        value, (d_weights, d_values) = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=FAST)(weights, values)
+    leaves = {k: torch.from_numpy(v.copy()).requires_grad_() for k, v in values.items()}
+    slots = {
+        k: [
+            [(int(o), leaves[k][e, o]) for o in row if o < len(OPS) and OPS[o] != "none"]
+            for e, row in enumerate(executed[k])
+        ]
+        for k in peer_search.KINDS
+    }
+    x, y = _torch((images, labels))
+    other = torch.nn.functional.cross_entropy(network(x, slots), y)
+    other.backward()
+    assert float(value) == pytest.approx(other.item(), rel=1e-9)
+    for kind, leaf in leaves.items():
+        np.testing.assert_allclose(np.asarray(d_values[kind]), leaf.grad.numpy(), atol=1e-9)
+    for tensor, gradient in search_pairs(network, d_weights, lambda kind: _rows(space, kind)):
+        got = np.zeros(tensor.shape) if tensor.grad is None else tensor.grad.numpy()
+        np.testing.assert_allclose(got, gradient, atol=1e-8)
+
+
+def test_darts_step_changes_weights_and_architecture_as_ours() -> None:
+    """Nothing is drawn in DARTS, so the whole step is compared: both groups, both optimizers, their order."""
+    case = CASE._replace(method="darts", ops=FEW)
+    # Under x64 indices are int64 and labels are not; the metrics of the step compare them.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        parts = ours.search_parts(case)
+        state = _double(jax.jit(lambda key: bilevel.init_state(key, **parts), compiler_options=FAST)(jax.random.key(0)))
+        rng = np.random.default_rng(1)
+        train, val = _images(rng, case), _images(rng, case)
+        network = _network(case, parts["space"], state.weights)
+        peer = peer_search.Search(network, peer_search.Softmax(), FEW, arch_first=True)
+        with torch.no_grad():
+            for i, kind in enumerate(peer_search.KINDS):
+                peer.arch[i] = torch.from_numpy(np.array(state.arch[kind])).requires_grad_()
+        peer.arch_opt = torch.optim.Adam(peer.arch, 3e-4, (0.5, 0.999), weight_decay=1e-3)
+        batches = bilevel.Batches(*(bilevel.Batch(jnp.asarray(x), jnp.asarray(y)) for x, y in (train, val)))
+        step = jax.jit(bilevel.make_search_step(**parts), compiler_options=FAST)
+        after, _ = step(state, batches, jax.random.key(2), {})
+        peer.step(_torch(train), _torch(val))
+        for i, kind in enumerate(peer_search.KINDS):
+            np.testing.assert_allclose(np.asarray(after.arch[kind]), peer.arch[i].detach().numpy(), atol=1e-8)
+        moved = 0.0
+        for tensor, array in search_pairs(network, after.weights, lambda kind: _rows(parts["space"], kind)):
+            np.testing.assert_allclose(tensor.detach().numpy(), array, atol=1e-7)
+        for old, new in zip(jax.tree.leaves(state.weights), jax.tree.leaves(after.weights), strict=True):
+            moved = max(moved, float(jnp.abs(old - new).max()))
+        assert moved > 1e-3  # the step is not so small that any two would agree
+
+
+def test_penalty_and_gates_of_the_peer() -> None:
+    """The penalty equals ours; the distribution of the gates has our share of exact zeros and mean (Theorem 3)."""
+    parts = ours.search_parts(SearchCase())
+    strategy, ops = parts["strategy"], parts["space"].ops
+    progress = {name: np.float32(v) for name, v in strategy.schedule(150, 200).items()}
+    arch = strategy.init(jax.random.key(3))
+    gates = strategy.sample(jax.random.key(4), arch, progress)
+    expected, _ = strategy.penalty(arch, gates, progress)
+    peer = peer_search.PathRegularized(float(progress["tau"]))
+    betas = [torch.from_numpy(np.array(arch[kind])) for kind in peer_search.KINDS]
+    assert peer.penalty(betas, ops).item() == pytest.approx(float(expected), rel=1e-5)
+    torch.manual_seed(0)
+    late = peer_search.PathRegularized(0.1)
+    g, chosen = late.gates(torch.zeros(20_000, 8))
+    assert float((g != 0).float().mean()) == pytest.approx(0.5597, abs=5e-3)  # P(g != 0) at tau = 0.1, beta = 0
+    assert bool((torch.gather(g, 1, chosen).min(1)[0] >= torch.sort(g, 1)[0][:, -2]).all())
+    counts = torch.bincount(chosen.flatten(), minlength=8) / chosen.numel()
+    assert float(counts.max() - counts.min()) < 0.02  # many gates are exactly 1: ties are broken at random
+
+
+def test_full_size_networks_have_our_parameter_counts() -> None:
+    for case, expected in ((SearchCase(method="darts"), 1_930_618), (SearchCase(cells=6), 1_323_002)):
+        network = peer_search.SearchNetwork(case.ops, case.cells, case.channels, head_norm=case.head_norm)
+        assert sum(p.numel() for p in network.parameters()) == expected
+        space = ours.search_parts(case)["space"]
+        shapes = jax.eval_shape(lambda key, space=space: supernet.init(key, space), jax.random.key(0))
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
+    genotype = Genotype.named("PRDARTS")
+    net = DerivedNetwork(genotype, auxiliary=True)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32))
+    peer = peer_train.DerivedNetwork(genotype, 36, 20)
+    ours_count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+    assert ours_count == sum(p.numel() for p in peer.parameters())
+
+
+def test_derived_network_has_our_outputs_with_drop_path() -> None:
+    genotype = Genotype.named("PRDARTS")
+    with jax.enable_x64(True):
+        net = DerivedNetwork(genotype, 4, 3, auxiliary=True, dtype=jnp.float64)
+        images = np.random.default_rng(0).normal(size=(4, 32, 32, 3))
+        variables = _double(jax.jit(net.init, compiler_options=FAST)(jax.random.key(0), jnp.asarray(images)))
+        rate, key = 0.5, jax.random.key(5)
+
+        def apply(variables: Any, images: jax.Array) -> Any:
+            rngs = {"drop_path": key}
+            return net.apply(variables, images, train=True, drop_path=rate, rngs=rngs, mutable=["batch_stats"])
+
+        (logits, auxiliary), state = jax.jit(apply, compiler_options=FAST)(variables, jnp.asarray(images))
+        peer = peer_train.DerivedNetwork(genotype, 4, 3).double().train()
+        load(derived_pairs(peer, variables["params"]) + derived_pairs(peer, variables["batch_stats"]))
+        draws = _drawn(net, variables, images, key)
+        assert draws.shape == (4, 3, peer.drops)
+    kept = torch.from_numpy((draws >= rate) / (1 - rate)).permute(1, 2, 0)[..., None, None, None]
+    out = peer(_torch((images, np.zeros(4)))[0], kept)
+    np.testing.assert_allclose(out[0].detach().numpy(), np.asarray(logits), atol=1e-7)
+    np.testing.assert_allclose(out[1].detach().numpy(), np.asarray(auxiliary), atol=1e-7)
+    for tensor, array in derived_pairs(peer, state["batch_stats"]):
+        np.testing.assert_allclose(tensor.numpy(), array, atol=1e-7)
+
+
+def _drawn(net: DerivedNetwork, variables: Any, images: np.ndarray, key: jax.Array) -> np.ndarray:
+    """The draws of drop-path [B, cells, width], caught where the network asks for them."""
+    from prdarts_jax import network
+
+    caught: list[jax.Array] = []
+    real = network.drop_path_draws
+
+    def catching(*args: Any) -> jax.Array:
+        caught.append(real(*args))
+        return caught[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "drop_path_draws", catching)
+
+        def draws(variables: Any, images: jax.Array) -> jax.Array:
+            net.apply(variables, images, train=True, drop_path=0.5, rngs={"drop_path": key}, mutable=["batch_stats"])
+            return caught[-1]
+
+        return np.asarray(jax.jit(draws, compiler_options=FAST)(variables, jnp.asarray(images)))
