@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from prdarts_jax.ops.materialised import materialised
+
 
 class Window(NamedTuple):
     """Static geometry: kernel height and width, stride, dilation; padding keeps the size at stride 1."""
@@ -112,8 +114,9 @@ def _input_gradient(dy: jax.Array, kernel: jax.Array, *, window: Window, size: t
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array, *, window: Window) -> jax.Array:
     """dw[p,q,c] in the wide dtype. One variadic reduction that keeps the batch axis; the batch is summed afterwards."""
-    padded, size, wide = _pad(x, window), window.output(*x.shape[1:3]), wide_dtype(x)
-    dy = dy.astype(wide)
+    size, wide = window.output(*x.shape[1:3]), wide_dtype(x)
+    # Each tap reads the padded input: what made it (the padding, a ReLU, a BN) would be computed again for each.
+    padded, dy = materialised(partial(_pad, window=window), x), dy.astype(wide)
     products = tuple(_shift(padded, window, tap, size).astype(wide) * dy for tap in _taps(window))
     zero = jnp.zeros((), wide)
     sums = lax.reduce(

@@ -18,6 +18,7 @@ from jax import lax
 
 from prdarts_jax.ops import depthwise
 from prdarts_jax.ops.depthwise import wide_dtype
+from prdarts_jax.ops.materialised import materialised
 
 BN_EPS = 1e-5
 
@@ -55,8 +56,11 @@ def draw(key: jax.Array, tree: Any) -> Any:
 
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """1x1 convolution: [B,H,W,C] x [C,D] -> [B,H,W,D] in the dtype of x, accumulated in float32 at least."""
-    out = jnp.einsum("bhwc,cd->bhwd", x, kernel.astype(x.dtype), preferred_element_type=wide_dtype(x))
-    return out.astype(x.dtype)
+    # As a product of two matrices: the gradient of the kernel is then one too, where that of a product over three axes
+    # makes XLA:CPU compute a transposed copy of the cotangent first (a whole operation takes up to half as long again).
+    flat = x.reshape(-1, x.shape[3])
+    out = lax.dot(flat, kernel.astype(x.dtype), preferred_element_type=wide_dtype(x))
+    return out.astype(x.dtype).reshape(*x.shape[:3], kernel.shape[1])
 
 
 def conv(x: jax.Array, kernel: jax.Array, *, stride: int | tuple[int, int] = 1) -> jax.Array:
@@ -189,46 +193,75 @@ def _first_maximum(x: jax.Array, stride: int) -> jax.Array:
     return first
 
 
-def _materialised(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """function(x), computed once and stored.
-
-    XLA:CPU ignores optimization barriers when it fuses, and would repeat the function for each use of each element. A
-    conditional is a boundary it keeps; only a NaN, after which a run stops anyway, takes the other branch.
-    """
-    shape = jax.eval_shape(function, x)
-
-    def guarded(x: jax.Array) -> jax.Array:
-        probe = x.reshape(-1)[0]
-        return lax.cond(probe == probe, function, lambda _: jnp.zeros(shape.shape, shape.dtype), x)
-
-    return lax.platform_dependent(x, cpu=guarded, default=function)
-
-
 def _max_pool_bwd(stride: int, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
     """The whole cotangent of a window goes to its first maximal element, as torch does."""
+    rules = {1: _max_pool_gradient_1, 2: _max_pool_gradient_2}
+    return (rules.get(stride, partial(_max_pool_gradient, stride=stride))(x, dy),)
+
+
+def _max_pool_gradient_1(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Gathered: input (i, j) is tap (p, q) of the window centred at (i - p + 1, j - q + 1).
+
+    Four times faster than placing nine shares, once the taps are stored (40 ms if they are not: 32x32x16, batch 32,
+    two cores).
+    """
     b, h, w, c = x.shape
+    zero = jnp.zeros((), dy.dtype)
+    around = ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0))
+    first = lax.pad(materialised(partial(_first_maximum, stride=1), x), jnp.int8(9), around)
+    padded = lax.pad(dy, zero, around)
+    starts = [(0, 2 - p, 2 - q, 0) for p, q in _TAPS]
+    taps, cts = (
+        [lax.slice(a, start, (b, start[1] + h, start[2] + w, c)) for start in starts] for a in (first, padded)
+    )
+    shares = [jnp.where(t == tap, ct, zero) for tap, (t, ct) in enumerate(zip(taps, cts, strict=True))]
+    return sum(shares[1:], shares[0])
+
+
+def _interleaved(even: jax.Array, odd: jax.Array, axis: int) -> jax.Array:
+    shape = (*even.shape[:axis], 2 * even.shape[axis], *even.shape[axis + 1 :])
+    return jnp.stack([even, odd], axis + 1).reshape(shape)
+
+
+def _max_pool_gradient_2(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Gathered by parity: an even row is the middle of a window, an odd one the end of one and the start of the next.
+
+    Six times faster than placing nine dilated shares (15 ms -> 2.6 ms with ReLU and BN, 32x32x32, batch 32, two cores).
+    """
+    _, h, w, _ = x.shape
     ho, wo = dy.shape[1:3]
     zero = jnp.zeros((), dy.dtype)
-    if stride == 1:
-        # Gathered: input (i, j) is tap (p, q) of the window centred at (i - p + 1, j - q + 1). Four times faster than
-        # placing nine shares, once the taps are stored (40 ms if they are not: 32x32x16, batch 32, two cores).
-        around = ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0))
-        first = lax.pad(_materialised(partial(_first_maximum, stride=1), x), jnp.int8(9), around)
-        padded = lax.pad(dy, zero, around)
-        starts = [(0, 2 - p, 2 - q, 0) for p, q in _TAPS]
-        taps, cts = (
-            [lax.slice(a, start, (b, start[1] + h, start[2] + w, c)) for start in starts] for a in (first, padded)
-        )
-        shares = [jnp.where(t == tap, ct, zero) for tap, (t, ct) in enumerate(zip(taps, cts, strict=True))]
-    else:
-        first = _first_maximum(x, stride)
-        shares = []
-        for tap, (p, q) in enumerate(_TAPS):
-            # Output (i, j) reads input (i s + p - 1, j s + q - 1): place it there, cropping what lies in the padding.
-            rows = (p - 1, h - (p - 1) - (ho - 1) * stride - 1, stride - 1)
-            cols = (q - 1, w - (q - 1) - (wo - 1) * stride - 1, stride - 1)
-            shares.append(lax.pad(jnp.where(first == tap, dy, zero), zero, ((0, 0, 0), rows, cols, (0, 0, 0))))
-    return (sum(shares[1:], shares[0]),)
+    after = ((0, 0, 0), (0, 1, 0), (0, 1, 0), (0, 0, 0))  # a window behind the last one, which gives nothing
+    first = lax.pad(materialised(partial(_first_maximum, stride=2), x), jnp.int8(9), after)
+    padded = lax.pad(dy, zero, after)
+
+    def share(p: int, q: int) -> jax.Array:
+        """What windows give through tap (p, q); the start of a window belongs to the one before."""
+        rows, cols = (slice(int(tap == 0), size + int(tap == 0)) for tap, size in ((p, ho), (q, wo)))
+        return jnp.where(first[:, rows, cols] == 3 * p + q, padded[:, rows, cols], zero)
+
+    taps = {0: (1,), 1: (0, 2)}  # parity of an input row -> the taps that it can be
+
+    def at(row: int, col: int) -> jax.Array:
+        shares = [share(p, q) for p in taps[row] for q in taps[col]]
+        return sum(shares[1:], shares[0])
+
+    rows = [_interleaved(at(row, 0), at(row, 1), 2) for row in (0, 1)]
+    return _interleaved(rows[0], rows[1], 1)[:, :h, :w]
+
+
+def _max_pool_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
+    """Placed: any stride."""
+    _, h, w, _ = x.shape
+    ho, wo = dy.shape[1:3]
+    zero, first = jnp.zeros((), dy.dtype), _first_maximum(x, stride)
+    shares = []
+    for tap, (p, q) in enumerate(_TAPS):
+        # Output (i, j) reads input (i s + p - 1, j s + q - 1): place it there, cropping what lies in the padding.
+        rows = (p - 1, h - (p - 1) - (ho - 1) * stride - 1, stride - 1)
+        cols = (q - 1, w - (q - 1) - (wo - 1) * stride - 1, stride - 1)
+        shares.append(lax.pad(jnp.where(first == tap, dy, zero), zero, ((0, 0, 0), rows, cols, (0, 0, 0))))
+    return sum(shares[1:], shares[0])
 
 
 _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
