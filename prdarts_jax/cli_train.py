@@ -23,7 +23,7 @@ from prdarts_jax.cli_flags import (
     to_go_on,
 )
 from prdarts_jax.errors import UserError, unknown
-from prdarts_jax.train_config import TrainConfig
+from prdarts_jax.train_config import TrainConfig, TrainRunConfig
 
 if TYPE_CHECKING:
     from prdarts_jax.evaluation import Evaluation
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TRAIN = Command(
     name="train",
     kind=TrainConfig,
-    aliases={"channels": "network.channels", "cells": "network.cells", **COMMON},
+    aliases={"channels": "network.channels", "cells": "network.cells", "workers": "run.workers", **COMMON},
     own={
         "--genotype NAME": "of the zoo | FILE | WORKDIR of a search",
         "--preset NAME": " | ".join(train_presets.PRESETS) + " (default: cifar10)",
@@ -171,16 +171,22 @@ def evaluate(words: list[str]) -> int:
     parser.add_argument("--data-dir", "--data_dir", metavar="DIR", help="TFDS data directory")
     parser.add_argument("--batch-size", "--batch_size", metavar="B", help="global; default: that of the training")
     parser.add_argument("--devices", metavar="N", default="all", help="N | all")
+    parser.add_argument("--workers", metavar="N", default="auto", help="auto | processes that decode streamed images")
     args = parser.parse_args(words)
     if not Path(args.workdir).is_dir():
         raise UserError(f"WORKDIR: no directory {args.workdir!r}")
     batch_size = None if args.batch_size is None else cfg.convert_scalar(int, args.batch_size, "batch_size")
-    cfg.RunConfig(devices=args.devices)  # refuses what is neither a number nor all
+    TrainRunConfig(devices=args.devices, workers=args.workers)  # refuses what is neither a number nor all, or auto
     compilation_cache()
     from prdarts_jax import evaluation
 
     found = evaluation.evaluate(
-        args.workdir, source=args.data, data_dir=args.data_dir, batch_size=batch_size, devices=args.devices
+        args.workdir,
+        source=args.data,
+        data_dir=args.data_dir,
+        batch_size=batch_size,
+        devices=args.devices,
+        workers=args.workers,
     )
     print("\n".join(table(found)))
     print(f"written: {found.workdir / 'evaluation.json'}")

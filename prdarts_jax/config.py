@@ -333,9 +333,11 @@ def comments(kind: type) -> dict[str, str]:
     found: dict[str, str] = {}
     hints = typing.get_type_hints(kind)
     beside = {}
-    for line in inspect.getsource(kind).splitlines():
-        code, _, comment = line.partition("  # ")
-        beside[code.strip().partition(":")[0]] = comment.strip()
+    # A class may extend another one, whose fields come first.
+    for owner in reversed([one for one in kind.__mro__ if dataclasses.is_dataclass(one)]):
+        for line in inspect.getsource(owner).splitlines():
+            code, _, comment = line.partition("  # ")
+            beside[code.strip().partition(":")[0]] = comment.strip()
     for f in dataclasses.fields(kind):
         hint = hints[f.name]
         if dataclasses.is_dataclass(hint):

@@ -15,12 +15,14 @@ from jax.sharding import Mesh
 from prdarts_jax import config as cfg
 from prdarts_jax import distributed, parallel, runs, train_inputs, train_program
 from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.data import stream
 from prdarts_jax.data.batches import check_batch, padded_batches
-from prdarts_jax.data.sources import Dataset, load
+from prdarts_jax.data.sources import Dataset
+from prdarts_jax.data.streamed import AnyDataset, StreamedDataset, choose
 from prdarts_jax.dispatch import Images
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.train_config import TrainConfig
+from prdarts_jax.train_config import TrainConfig, TrainDataConfig
 from prdarts_jax.train_program import Outputs, Problem, Variables
 from prdarts_jax.workdir import atomic_write_json
 
@@ -132,9 +134,51 @@ def measure(
     """
     order, mask = padded_batches(len(labels), batch_size)
     loss, rank, confidence = (value[mask] for value in distributed.fetch(program(variables, order, data)))
+    return _finite_figures(loss, rank, confidence, labels, classes)
+
+
+def _finite_figures(
+    loss: np.ndarray, rank: np.ndarray, confidence: np.ndarray, labels: np.ndarray, classes: int
+) -> Figures:
     if not np.isfinite(mean := np.mean(loss)):  # comparisons with NaN would count as right
         raise RunError(f"test_loss is {mean}: the weights are not finite; the last good checkpoint is kept")
     return figures(loss, rank, confidence, labels, classes)
+
+
+def measure_streamed(
+    program: Callable[..., Outputs],
+    variables: Variables,
+    batches: stream.TestBatches,
+    mesh: Mesh,
+    *,
+    workers: int,
+    classes: int,
+) -> Figures:
+    """As `measure`, on images that are read meanwhile.
+
+    Args:
+      program: of `train_program.make_streamed_evaluation`.
+      variables: parameters and running statistics, on the devices.
+      batches: of the test images.
+      mesh: of the program.
+      workers: see `stream.prefetched`.
+      classes: K.
+
+    Raises:
+      RunError: the loss is not finite.
+      UserError: an image cannot be read.
+    """
+    found: list[tuple[np.ndarray, ...]] = []
+
+    def place(batch: stream.Batch) -> Images:
+        return parallel.split_batch(mesh, Images(*batch))
+
+    with stream.prefetched(batches, place, workers=workers) as items:
+        for data in items:
+            found.append(tuple(distributed.fetch((*program(variables, data), data.labels))))
+    _, mask = padded_batches(len(batches.records), batches.batch_size)
+    loss, rank, confidence, labels = (np.stack(values)[mask] for values in zip(*found, strict=True))
+    return _finite_figures(loss, rank, confidence, labels, classes)
 
 
 def evaluate(
@@ -145,6 +189,7 @@ def evaluate(
     data: Dataset | None = None,
     batch_size: int | None = None,
     devices: str = "all",
+    workers: str = "auto",
     weight_tx: Any = None,
 ) -> Evaluation:
     """Evaluates the newest good checkpoint of a training, finished or not, and writes WORKDIR/evaluation.json.
@@ -156,6 +201,7 @@ def evaluate(
       data: in place of a source.
       batch_size: global; default: that of the training.
       devices: N | all.
+      workers: auto | N processes that decode streamed images; 0 = threads of this one.
       weight_tx: the optimizer, if the training was given one as an argument (its state is in the checkpoint).
 
     Raises:
@@ -172,39 +218,51 @@ def evaluate(
     name = source if source is not None else data.name if data is not None else net.source
     if name is None:
         raise UserError("--data: the network was imported and names no data; allowed: a source with test images")
-    if data is None:
-        data = load(name, data_dir or net.data_dir or None)
-        if source is None and data.digest != net.digest:
-            raise UserError(
-                f"data.source: {name!r} is no longer the data of the training; name the data to evaluate: --data SOURCE"
-            )
+    options = dataclasses.replace(net.data, source=source or net.data.source)
+    dataset = choose(options, data_dir or net.data_dir or None, data)
+    if data is None and source is None and dataset.digest != net.digest:
+        raise UserError(
+            f"data.source: {name!r} is no longer the data of the training; name the data to evaluate: --data SOURCE"
+        )
     classes = net.problem.network.classes
-    if not len(data.test_images):
+    if not dataset.test_size:
         raise UserError(f"data.source: {name!r} has no test images; allowed: a set with test images")
-    if data.num_classes != classes or data.test_images.shape[1:] != net.image:
-        shown = f"{data.num_classes} classes, images {list(data.test_images.shape[1:])}"
+    if dataset.num_classes != classes or dataset.image != net.image:
+        shown = f"{dataset.num_classes} classes, images {list(dataset.image)}"
         wanted = f"{classes} classes, images {list(net.image)}"
         raise UserError(f"data.source: {name!r} has {shown}; allowed: {wanted} as the network was trained with")
-
-    program = train_program.make_evaluation(net.problem, mesh)
-    placed = parallel.replicate(mesh, Images(data.test_images, data.test_labels))
-
-    def figures_of(variables: Variables) -> Figures:
-        on_devices = parallel.replicate(mesh, variables)
-        return measure(program, on_devices, placed, data.test_labels, batch_size=batch_size, classes=classes)
+    figures_of = _measuring(net.problem, mesh, dataset, options, batch_size, stream.worker_count(workers))
 
     result = Evaluation(
         workdir=workdir,
         source=name,
-        images=len(data.test_images),
+        images=dataset.test_size,
         epoch=net.epoch,
         step=net.step,
-        class_names=net.class_names or data.class_names,
+        class_names=net.class_names or dataset.class_names,
         figures=figures_of(net.variables),
         ema=None if net.ema is None else figures_of(net.ema),
     )
     atomic_write_json(workdir / "evaluation.json", result.to_json())
     return result
+
+
+def _measuring(
+    problem: Problem, mesh: Mesh, dataset: AnyDataset, options: TrainDataConfig, batch_size: int, workers: int
+) -> Callable[[Variables], Figures]:
+    """A function from weights to their figures on the test images."""
+    classes = dataset.num_classes
+    if isinstance(dataset, StreamedDataset):
+        streamed = train_program.make_streamed_evaluation(problem, mesh)
+        batches = stream.test_batches(dataset, options, batch_size=batch_size)
+        return lambda variables: measure_streamed(
+            streamed, parallel.replicate(mesh, variables), batches, mesh, workers=workers, classes=classes
+        )
+    program, labels = train_program.make_evaluation(problem, mesh), dataset.test_labels
+    placed = parallel.replicate(mesh, Images(dataset.test_images, labels))
+    return lambda variables: measure(
+        program, parallel.replicate(mesh, variables), placed, labels, batch_size=batch_size, classes=classes
+    )
 
 
 class _Network(NamedTuple):
@@ -218,6 +276,7 @@ class _Network(NamedTuple):
     epoch: int | None = None
     step: int | None = None
     source: str | None = None
+    data: TrainDataConfig = TrainDataConfig()  # how its images are made
     digest: str = ""
     data_dir: str = ""
     batch_size: int = 128
@@ -248,6 +307,7 @@ def _trained(workdir: Path, mesh: Mesh, weight_tx: Any) -> _Network:
         epoch=int(found.info["epoch"]),
         step=found.step,
         source=config.data.source,
+        data=config.data,
         digest=head["digests"]["data"],
         data_dir=config.run.data_dir,
         batch_size=config.batch_size,
@@ -263,7 +323,10 @@ def _imported(path: Path) -> _Network:
         TrainConfig(), net.genotype, net.classes, (tuple(about["mean"]), tuple(about["std"])), {}
     )._replace(network=net)
     made = Variables(variables["params"], variables["batch_stats"])
-    return _Network(problem, made, None, tuple(about["image"]), tuple(about["class_names"]))
+    image = tuple(about["image"])
+    # A network with ImageNet's stem sees centre crops of images of any size.
+    data = TrainDataConfig(image_size=image[0], crop_padding=0) if net.stem == "imagenet" else TrainDataConfig()
+    return _Network(problem, made, None, image, tuple(about["class_names"]), data=data)
 
 
 def _read_config(workdir: Path) -> tuple[TrainConfig, dict[str, Any]]:

@@ -88,6 +88,12 @@ def place(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
+def split_batch(mesh: Mesh, tree: Any) -> Any:
+    """A tree of arrays [B/P,...], this process's part of a global batch, as global arrays [B,...] over the mesh."""
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.tree.map(lambda part: jax.make_array_from_process_local_data(sharding, part), tree)
+
+
 def describe(mesh: Mesh) -> list[str]:
     """The devices in words, for config.json and reports.
 

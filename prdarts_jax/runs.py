@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from prdarts_jax import config as cfg
 from prdarts_jax import parallel, userfile
-from prdarts_jax.data.sources import Dataset
+from prdarts_jax.data.streamed import AnyDataset
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.source_digest import source_digest, uncomparable
 from prdarts_jax.workdir import WorkdirLock, atomic_write_text
@@ -244,7 +244,7 @@ def document(
     *,
     sources: Mapping[str, str] | None,
     digests: Mapping[str, str],
-    dataset: Dataset,
+    dataset: AnyDataset,
     mesh: Mesh,
     **more: Any,
 ) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from prdarts_jax.schedules import KINK
 
 STEMS = ("cifar", "imagenet")
 SCHEDULES = ("cosine", "linear")
+STREAMS = ("auto", "always", "never")
 SCALE_BATCH = 128  # the batch whose learning rate `weights.scale_lr` scales from
 
 
@@ -56,6 +57,61 @@ class SgdConfig:
 
 
 @dataclass(frozen=True)
+class TrainDataConfig(DataConfig):
+    """The data of a training: on the device or streamed, CIFAR's augmentation or ImageNet's."""
+
+    stream: str = "auto"  # auto (above resident_gb, or with image_size) | always | never: read while used
+    resident_gb: float = 4.0  # GiB that the decoded images may take on the device
+    image_size: int = 0  # side of random resized crops, of images of any size; 0 = images of one size, as they are
+    test_resize: int = 0  # shorter side of test images before their centre crop; 0 = image_size * 8/7 (224: 256)
+    min_area: float = 0.08  # least share of the image that a random resized crop shows
+    brightness: float = 0.0  # colour jitter: factor in 1 +- this; with image_size
+    contrast: float = 0.0  # colour jitter: factor in 1 +- this; with image_size
+    saturation: float = 0.0  # colour jitter: factor in 1 +- this; with image_size
+    hue: float = 0.0  # colour jitter: share of a turn, +- this, at most 0.5; with image_size
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        finite(self, "data.")
+        if self.stream not in STREAMS:
+            raise unknown("data.stream", self.stream, STREAMS)
+        jitter = ("brightness", "contrast", "saturation", "hue")
+        minimum(self, "data.", resident_gb=0, image_size=0, test_resize=0, **dict.fromkeys(jitter, 0))
+        require(self.hue <= 0.5, "data.hue", self.hue, "0..0.5")
+        require(0 < self.min_area <= 1, "data.min_area", self.min_area, "in (0, 1]")
+        if self.image_size:
+            require(self.stream != "never", "data.stream", self.stream, "auto | always with data.image_size")
+            require(self.crop_padding == 0, "data.crop_padding", self.crop_padding, "0 with data.image_size")
+            least = self.image_size
+            require(not 0 < self.test_resize < least, "data.test_resize", self.test_resize, f"0 | >= {least}")
+        else:
+            for name in ("test_resize", *jitter):
+                value = getattr(self, name)
+                require(value == 0, f"data.{name}", value, "0 without data.image_size")
+
+    @property
+    def shorter_side(self) -> int:
+        """Shorter side of a test image before its centre crop.
+
+        >>> TrainDataConfig(image_size=224, crop_padding=0).shorter_side
+        256
+        """
+        return self.test_resize or self.image_size * 8 // 7
+
+
+@dataclass(frozen=True)
+class TrainRunConfig(RunConfig):
+    """How a training is run: not part of what is computed, free to change between a start and its resumption."""
+
+    workers: str = "auto"  # auto (by the cores) | N processes that decode streamed images; 0 = threads of this one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers != "auto":
+            require(self.workers.isdecimal(), "run.workers", self.workers, "auto | >= 0")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training. Defaults are the preset `cifar10`: the recipe of DARTS and PR-DARTS for CIFAR-10.
 
@@ -69,8 +125,8 @@ class TrainConfig:
 
     network: NetworkConfig = NetworkConfig()
     weights: SgdConfig = SgdConfig()
-    data: DataConfig = field(default_factory=lambda: DataConfig(cutout=16))
-    run: RunConfig = field(default_factory=RunConfig)
+    data: TrainDataConfig = field(default_factory=lambda: TrainDataConfig(cutout=16))
+    run: TrainRunConfig = field(default_factory=TrainRunConfig)
     epochs: int = 600  # over which the learning rate goes to its end and drop-path to its own
     batch_size: int = 128  # global; that of evaluations too
     seed: int = 0  # of every random number: initialisation, batches, augmentation, drop-path

@@ -15,7 +15,8 @@ from prdarts_jax import bilevel, parallel, runs, trial
 from prdarts_jax.config import WeightsConfig
 from prdarts_jax.data.augment import check_augment
 from prdarts_jax.data.batches import check_batch, split_indices
-from prdarts_jax.data.sources import Dataset, load
+from prdarts_jax.data.sources import Dataset
+from prdarts_jax.data.streamed import AnyDataset, StreamedDataset, choose
 from prdarts_jax.errors import UserError
 from prdarts_jax.network import DerivedNetwork
 from prdarts_jax.network_plan import check_auxiliary
@@ -33,7 +34,7 @@ class Inputs(NamedTuple):
 
     problem: Problem
     genotype: Genotype
-    dataset: Dataset
+    dataset: AnyDataset
     mesh: Mesh
     digests: dict[str, str]  # what a config cannot hold: data, genotype, and source of the user's own code
 
@@ -62,26 +63,26 @@ def prepare(
     mesh = parallel.make_mesh(parallel.choose_devices(config.run.devices))
     table = _operations(config, digests)
     found.validate_ops(table)
-    dataset = data if data is not None else load(config.data.source, config.run.data_dir or None)
+    dataset = choose(config.data, config.run.data_dir or None, data)
     digests["data"] = dataset.digest
-    images = dataset.train_images
-    check_augment(images.shape[1:3], crop_padding=config.data.crop_padding, cutout=config.data.cutout)
-    check_batch(config.batch_size, len(examples(config, len(images))), mesh.size)
+    height, width, channels = dataset.image
+    check_augment((height, width), crop_padding=config.data.crop_padding, cutout=config.data.cutout)
+    check_batch(config.batch_size, len(examples(config, dataset.train_size)), mesh.size)
     if config.network.auxiliary:
-        check_auxiliary(config.network.stem, *images.shape[1:3])
-    if config.evaluate_every and not len(dataset.test_images):
+        check_auxiliary(config.network.stem, height, width)
+    if config.evaluate_every and not dataset.test_size:
         raise UserError(
             f"data.source: {dataset.name!r} has no test images, by which a training is measured; "
             "allowed: a set with test images, or --evaluate-every 0"
         )
     normalization = (dataset.mean, dataset.std)
     problem = make_problem(config, found, dataset.num_classes, normalization, digests, weight_tx=weight_tx, table=table)
-    problem.network.plan(images.shape[3])  # a genotype whose cell has no output is refused here
+    problem.network.plan(channels)  # a genotype whose cell has no output is refused here
     trial.primitives(
         {name: one for name, one in table.items() if one is not PRIMITIVES.get(name)},
         _uses(found),
         channels=2 * config.network.channels,
-        size=images.shape[1:3],
+        size=(height, width),
         dtype=config.dtype,
         field="network.primitives",
     )
@@ -195,7 +196,8 @@ def document(config: TrainConfig, inputs: Inputs, sources: Mapping[str, str] | N
         digests=inputs.digests,
         dataset=inputs.dataset,
         mesh=inputs.mesh,
-        image=list(inputs.dataset.train_images.shape[1:]),
+        image=list(inputs.dataset.image),
+        streamed=isinstance(inputs.dataset, StreamedDataset),
     )
 
 

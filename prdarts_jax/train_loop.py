@@ -7,25 +7,23 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from prdarts_jax import distributed, metrics, parallel, runs, schedules, train_inputs, train_program
-from prdarts_jax.data import batches
+from prdarts_jax import distributed, metrics, runs, schedules, train_feed, train_inputs, train_program
 from prdarts_jax.data.sources import Dataset
-from prdarts_jax.dispatch import Images
+from prdarts_jax.data.streamed import describe
 from prdarts_jax.epoch_loop import Epoch, EpochLoop, Speed, Start
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.evaluation import Figures, measure
 from prdarts_jax.metrics import MetricsLog, Progress, check_finite
 from prdarts_jax.signals import StopRequest
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.train_config import TrainConfig
+from prdarts_jax.train_feed import Feed, Programs
 from prdarts_jax.train_inputs import Inputs
 from prdarts_jax.train_program import Carry
 from prdarts_jax.workdir import atomic_write_json, atomic_write_text, check_writable
@@ -110,7 +108,7 @@ def train(
     """
     workdir = Path(workdir).expanduser()
     inputs = _prepared(config, genotype, workdir, weight_tx, data)
-    return _train(config, inputs, _programs(inputs), workdir, sources, out)
+    return _train(config, inputs, train_feed.make_programs(inputs), workdir, sources, out)
 
 
 def train_seeds(
@@ -151,7 +149,7 @@ def train_seeds(
             _check(each, inputs, folder, sources)
 
     distributed.on_first(check)
-    programs, began = _programs(inputs), time.monotonic()
+    programs, began = train_feed.make_programs(inputs), time.monotonic()
     found: list[TrainResult] = []
     for each, folder in zip(configs, folders, strict=True):
         # At least a moment: then a start gets on, however short its limit, and says itself that it is over.
@@ -188,20 +186,6 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 # --- one training -----------------------------------------------------------------------------------------------------
 
 
-class _Programs(NamedTuple):
-    """Compiled once for all the seeds."""
-
-    dispatch: Callable[..., Any]
-    evaluation: Callable[..., Any]
-
-
-def _programs(inputs: Inputs) -> _Programs:
-    return _Programs(
-        train_program.make_dispatch(inputs.problem, inputs.mesh),
-        train_program.make_evaluation(inputs.problem, inputs.mesh),
-    )
-
-
 def _prepared(config: TrainConfig, genotype: Genotype | str | Path, workdir: Path, tx: Any, data: Any) -> Inputs:
     """The parts of the training, or trainings, in a workdir that can be written."""
 
@@ -225,7 +209,7 @@ def _check(
 def _train(
     config: TrainConfig,
     inputs: Inputs,
-    programs: _Programs,
+    programs: Programs,
     workdir: Path,
     sources: Mapping[str, str] | None,
     out: IO[str] | None,
@@ -255,7 +239,8 @@ def _train(
         if final is not None:
             return TrainResult("already-finished", workdir, final, Path(page) if page else None)
         start = Start(config.run, workdir, out if out is not None else sys.stdout, stop, old, document)
-        return _Training(config, inputs, programs, start).go()
+        with train_feed.feed(config, inputs, programs) as data:
+            return _Training(config, inputs, data, start).go()
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,18 +252,15 @@ class _Training(EpochLoop[Carry, TrainResult]):
 
     noun = "training"
 
-    def __init__(self, config: TrainConfig, inputs: Inputs, programs: _Programs, start: Start) -> None:
-        self.config, self.inputs, self.programs = config, inputs, programs
+    def __init__(self, config: TrainConfig, inputs: Inputs, data: Feed, start: Start) -> None:
+        self.config, self.inputs, self.data = config, inputs, data
         self.problem, self.mesh, self.dataset = inputs.problem, inputs.mesh, inputs.dataset
         self.key = jax.random.key(config.seed)
-        self.image = self.dataset.train_images.shape[1:]
-        self.indices = train_inputs.examples(config, len(self.dataset.train_images))
-        positions = np.arange(config.batch_size, dtype=np.int32)
-        self.positions = parallel.place(self.mesh, positions, PartitionSpec(parallel.AXIS))
+        self.image = self.dataset.image
         super().__init__(
             start,
             epochs=config.epochs,
-            epoch_steps=len(self.indices) // config.batch_size,
+            epoch_steps=len(train_inputs.examples(config, self.dataset.train_size)) // config.batch_size,
             images_per_step=config.batch_size,
         )
 
@@ -298,18 +280,17 @@ class _Training(EpochLoop[Carry, TrainResult]):
         return train_program.abstract_carry(self.problem, self.mesh, self.key, self.image)
 
     def open(self, step: int) -> None:
-        data = self.dataset
-        self.data = parallel.replicate(self.mesh, Images(data.train_images, data.train_labels))
-        self.test = parallel.replicate(self.mesh, Images(data.test_images, data.test_labels))
+        self.say(describe(self.dataset))
+        self.data.open(step)
 
     def epoch(self, epoch: int) -> Epoch:
-        order = batches.epoch_order(self.indices, self.config.batch_size, self.config.seed, epoch, "train")
-        return Epoch(order, {name: np.float32(value) for name, value in self.numbers(epoch).items()})
+        progress = {name: np.float32(value) for name, value in self.numbers(epoch).items()}
+        return Epoch(self.data.order(epoch), progress)
 
     def dispatch(
         self, carry: Carry, count: np.int32, fresh: np.bool_, batches: Any, progress: Mapping[str, np.float32]
     ) -> tuple[Carry, Mapping[str, jax.Array]]:
-        return self.programs.dispatch(carry, count, fresh, batches, self.positions, self.key, progress, self.data)
+        return self.data.dispatch(carry, count, fresh, batches, progress)
 
     def shown(self, carry: Carry, values: Mapping[str, np.ndarray], now: Epoch) -> dict[str, Any]:
         return {"loss": float(values["train_loss"].mean()), "accuracy": float(values["train_accuracy"].mean())}
@@ -336,22 +317,10 @@ class _Training(EpochLoop[Carry, TrainResult]):
 
     def evaluate(self, carry: Carry) -> dict[str, float]:
         """The test figures of the weights, and of their averages."""
-
-        def program(variables: Any, order: np.ndarray, data: Images) -> Any:
-            placed = parallel.place(self.mesh, order, PartitionSpec(None, parallel.AXIS))
-            return self.programs.evaluation(variables, placed, data)
-
         row: dict[str, float] = {}
         for prefix, variables in (("", carry.state.variables), ("ema_", carry.state.ema)):
             if variables is not None:
-                found: Figures = measure(
-                    program,
-                    variables,
-                    self.test,
-                    self.dataset.test_labels,
-                    batch_size=self.config.batch_size,
-                    classes=self.dataset.num_classes,
-                )
+                found = self.data.measure(variables)
                 row |= {
                     f"{prefix}test_loss": found.loss,
                     f"{prefix}test_accuracy": found.accuracy,

@@ -15,11 +15,15 @@ from prdarts_jax.presets import Preset
 from prdarts_jax.train_config import TrainConfig
 
 _CIFAR100 = {"data.source": "tfds:cifar100"}
-# Augmentation of this size of image is a pipeline of its own; crop with padding and cutout are CIFAR's.
 _IMAGENET = {
     "data.source": "tfds:imagenet2012",
     "data.crop_padding": 0,
     "data.cutout": 0,
+    "data.image_size": 224,
+    "data.brightness": 0.4,
+    "data.contrast": 0.4,
+    "data.saturation": 0.4,
+    "data.hue": 0.2,
     "network.channels": 48,
     "network.cells": 14,
     "network.stem": "imagenet",

@@ -189,7 +189,7 @@ def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Su
     `positions` int32[B] are the places in the global batch, 0..B-1 (split over the devices with the batch). `rows`
     holds each metric of each step, float32[S]. The carry is donated.
     """
-    step = make_step(problem, parallel.axis_of(mesh))
+    advance = _advance(problem, mesh)
 
     def program(
         carry: Carry,
@@ -202,17 +202,7 @@ def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Su
         data: Images,
     ) -> tuple[Carry, Sums]:
         def one(i: jax.Array, state: TrainState) -> tuple[TrainState, Sums]:
-            keys = [jax.random.fold_in(jax.random.fold_in(key, state.step), purpose) for purpose in range(2)]
-            images = load_images(
-                keys[_AUGMENT],
-                data.images[order[i]],
-                positions,
-                data=problem.data,
-                mean=problem.mean,
-                std=problem.std,
-                dtype=problem.network.dtype,
-            )
-            return step(state, Batch(images, data.labels[order[i]]), positions, keys[_DROP_PATH], progress)
+            return advance(state, data.images[order[i]], data.labels[order[i]], positions, key, progress)
 
         state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=order.shape[0])
         return Carry(state, sums), rows
@@ -229,6 +219,62 @@ def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Su
         everywhere,
     )
     return jax.jit(parallel.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
+
+
+def make_streamed_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Sums]]:
+    """As `make_dispatch`: (carry, count, fresh, batches, positions, key, progress) -> (carry, rows).
+
+    `batches` is a tuple of S `Images`, uint8[B,H,W,C] and int32[B] each, of which the first `count` are used.
+    """
+    advance = _advance(problem, mesh)
+
+    def program(
+        carry: Carry,
+        count: jax.Array,
+        fresh: jax.Array,
+        batches: tuple[Images, ...],
+        positions: jax.Array,
+        key: jax.Array,
+        progress: Progress,
+    ) -> tuple[Carry, Sums]:
+        data = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+        def one(i: jax.Array, state: TrainState) -> tuple[TrainState, Sums]:
+            return advance(state, data.images[i], data.labels[i], positions, key, progress)
+
+        state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=len(batches))
+        return Carry(state, sums), rows
+
+    everywhere, batch = parallel.REPLICATED, PartitionSpec(parallel.AXIS)
+    in_specs = (everywhere, everywhere, everywhere, batch, batch, everywhere, everywhere)
+    return jax.jit(parallel.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
+
+
+def _advance(problem: Problem, mesh: Mesh) -> Callable[..., tuple[TrainState, Sums]]:
+    """(state, images uint8[B,H,W,C], labels, positions, key, progress) -> (state, metrics): one step of a dispatch."""
+    step = make_step(problem, parallel.axis_of(mesh))
+
+    def advance(
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        positions: jax.Array,
+        key: jax.Array,
+        progress: Progress,
+    ) -> tuple[TrainState, Sums]:
+        keys = [jax.random.fold_in(jax.random.fold_in(key, state.step), purpose) for purpose in range(2)]
+        seen = load_images(
+            keys[_AUGMENT],
+            images,
+            positions,
+            data=problem.data,
+            mean=problem.mean,
+            std=problem.std,
+            dtype=problem.network.dtype,
+        )
+        return step(state, Batch(seen, labels), positions, keys[_DROP_PATH], progress)
+
+    return advance
 
 
 class Outputs(NamedTuple):
@@ -261,15 +307,32 @@ def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., Outputs]:
     An image's figures do not depend on the others of its batch, so nothing is summed here: the caller drops what pads
     the last batch.
     """
-    network = problem.network.clone(auxiliary=False)
+    measure = _measure(problem)
 
     def program(variables: Variables, indices: jax.Array, data: Images) -> Outputs:
-        def one(index: jax.Array) -> Outputs:
-            images = normalize(data.images[index], problem.mean, problem.std, network.dtype)
-            logits, _ = network.apply({"params": variables.params, "batch_stats": variables.batch_stats}, images)
-            return outputs(logits, data.labels[index])
-
-        return lax.map(one, indices)
+        return lax.map(lambda index: measure(variables, data.images[index], data.labels[index]), indices)
 
     everywhere, batch = parallel.REPLICATED, PartitionSpec(None, parallel.AXIS)
     return jax.jit(parallel.map_over(mesh, program, (everywhere, batch, everywhere), batch))
+
+
+def make_streamed_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., Outputs]:
+    """As `make_evaluation` for one batch: (variables, Images uint8[B,H,W,C] and int32[B]) -> Outputs of [B]."""
+    measure = _measure(problem)
+
+    def program(variables: Variables, data: Images) -> Outputs:
+        return measure(variables, data.images, data.labels)
+
+    batch = PartitionSpec(parallel.AXIS)
+    return jax.jit(parallel.map_over(mesh, program, (parallel.REPLICATED, batch), batch))
+
+
+def _measure(problem: Problem) -> Callable[[Variables, jax.Array, jax.Array], Outputs]:
+    network = problem.network.clone(auxiliary=False)
+
+    def measure(variables: Variables, images: jax.Array, labels: jax.Array) -> Outputs:
+        seen = normalize(images, problem.mean, problem.std, network.dtype)
+        logits, _ = network.apply({"params": variables.params, "batch_stats": variables.batch_stats}, seen)
+        return outputs(logits, labels)
+
+    return measure

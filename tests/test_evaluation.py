@@ -38,6 +38,16 @@ def trained(folder):
     return folder / "w"
 
 
+@pytest.fixture(params=["auto", "always"], ids=["resident", "streamed"])
+def read(request, trained, tmp_path):
+    """The training, whose images stay on the device or are read while they are used."""
+    workdir = shutil.copytree(trained, tmp_path / "w")
+    document = json.loads((workdir / "config.json").read_text())
+    document["config"]["data"]["stream"] = request.param
+    (workdir / "config.json").write_text(json.dumps(document))
+    return workdir
+
+
 @pytest.fixture(scope="module")
 def by_hand():
     """Loss, probabilities of each test image, one image at a time, with the network's own apply."""
@@ -81,8 +91,8 @@ def _check(found, probabilities, labels):
 
 
 @pytest.mark.parametrize("batch_size", [None, 37, 5, 64])
-def test_every_image_counts_once(trained, by_hand, batch_size):
-    found = evaluation.evaluate(trained, data=digits(), batch_size=batch_size, devices="1")
+def test_every_image_counts_once(read, trained, by_hand, batch_size):
+    found = evaluation.evaluate(read, data=digits(), batch_size=batch_size, devices="1", workers="0")
     assert (found.images, found.epoch, found.step) == (TEST, train_cases.EPOCHS, train_cases.TOTAL)
     _check(found.figures, by_hand(trained, "variables"), digits().test_labels)
     _check(found.ema, by_hand(trained, "ema"), digits().test_labels)
@@ -94,10 +104,10 @@ def test_every_image_counts_once(trained, by_hand, batch_size):
 
 
 @pytest.mark.multidevice
-def test_four_devices_find_the_same(trained, by_hand):
+def test_four_devices_find_the_same(read, trained, by_hand):
     if jax.device_count() < 4:
         pytest.skip(f"{jax.device_count()} devices of 4")
-    found = evaluation.evaluate(trained, data=digits(), batch_size=8, devices="4")
+    found = evaluation.evaluate(read, data=digits(), batch_size=8, devices="4", workers="0")
     _check(found.figures, by_hand(trained, "variables"), digits().test_labels)
     with pytest.raises(UserError, match="batch_size: 6 is not divisible by 4 devices"):
         evaluation.evaluate(trained, data=digits(), batch_size=6, devices="4")

@@ -139,7 +139,13 @@ def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _shared() -> dict[tuple[Any, str], Callable[..., Any]]:
-    programs = ("make_dispatch", "make_evaluation", "_initial")
+    programs = (
+        "make_dispatch",
+        "make_evaluation",
+        "make_streamed_dispatch",
+        "make_streamed_evaluation",
+        "_initial",
+    )
     return {
         (train_inputs, "prepare"): _remembering(train_inputs.prepare),
         **{(train_program, name): functools.cache(getattr(train_program, name)) for name in programs},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,27 +15,37 @@ from prdarts_jax.errors import UserError
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"})
 # Part of the data's identity: another seed is another test set.
 SPLIT_SEED = 20201
-_GREY_MODES = frozenset({"1", "L", "LA"})
-_COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
 
 
-def load_folder(directory: Path, cache_dir: Path | None = None) -> Arrays:
-    """The set under `directory`: train/CLASS and test/CLASS, or CLASS with a fixed stratified 80/20 split.
+class Listing(NamedTuple):
+    """The files of a set, before any of them is opened."""
 
-    Classes are the sorted names of the directories. A set whose images are all grey has one channel, any other three
-    (transparency is dropped). A `train` directory without a `test` beside it gives an empty test set.
+    root: Path
+    train_files: list[Path]
+    train_labels: np.ndarray  # int32 [N]
+    test_files: list[Path]
+    test_labels: np.ndarray  # int32 [M]; M = 0 where `train` stands alone
+    class_names: tuple[str, ...]  # K names, sorted
+
+
+def find(directory: Path) -> Listing:
+    """The files under `directory`: train/CLASS and test/CLASS, or CLASS with a fixed stratified 80/20 split.
+
+    Classes are the sorted names of the directories. `val` counts as `test` where there is no `test`. A `train`
+    directory without either gives an empty test set.
 
     Args:
         directory: the root.
-        cache_dir: where the decoded arrays are kept.
 
     Raises:
-        UserError: a missing directory, an empty or unknown class, an unreadable image, images of different sizes.
+        UserError: a missing directory, an empty or unknown class.
     """
     where = f"folder:{directory}"
     if not directory.is_dir():
         raise UserError(f"data.source: {where}: no such directory; allowed: train/CLASS and test/CLASS, or CLASS")
     train_dir, test_dir = directory / "train", directory / "test"
+    if train_dir.is_dir() and not test_dir.is_dir():
+        test_dir = directory / "val"  # the name ImageNet's folders have
     has_train, has_test = train_dir.is_dir(), test_dir.is_dir()
     if has_test and not has_train:
         raise UserError(f"{where}: 'test' without 'train'; allowed: train/CLASS and test/CLASS, or CLASS")
@@ -45,21 +56,36 @@ def load_folder(directory: Path, cache_dir: Path | None = None) -> Arrays:
     test_classes = _class_files(where, test_dir) if has_test else {}
     if strangers := [name for name in test_classes if name not in classes]:
         raise UserError(f"{where}: test class {strangers[0]!r} is not a training class; allowed: {' | '.join(names)}")
-
     files, labels = _flatten(classes, names)
-    test_files, test_labels = _flatten(test_classes, names)
-    key = file_identity(f"folder split {SPLIT_SEED}", directory, [*files, *test_files])
+    if has_train:
+        return Listing(directory, files, labels, *_flatten(test_classes, names), names)
+    counts = np.bincount(labels, minlength=len(names))
+    # A fifth of each class, at least one image, but never the last image of a class.
+    held = [min(max(1, round(int(c) / 5)), int(c) - 1) for c in counts]
+    train, test = stratified_split(labels, held, SPLIT_SEED)
+    kept, left = [files[i] for i in train.tolist()], [files[i] for i in test.tolist()]
+    return Listing(directory, kept, labels[train], left, labels[test], names)
+
+
+def load_folder(directory: Path, cache_dir: Path | None = None) -> Arrays:
+    """The decoded set under `directory`, see `find`.
+
+    A set whose images are all grey has one channel, any other three (transparency is dropped).
+
+    Args:
+        directory: the root.
+        cache_dir: where the decoded arrays are kept.
+
+    Raises:
+        UserError: see `find`; an unreadable image, images of different sizes.
+    """
+    found = find(directory)
+    files, count = [*found.train_files, *found.test_files], len(found.train_files)
+    key = file_identity(f"folder split {SPLIT_SEED}", directory, files)
 
     def decode() -> Arrays:
-        images = _decode([*files, *test_files])
-        if has_train:
-            n = len(files)
-            return Arrays(images[:n], labels, images[n:], test_labels, names)
-        counts = np.bincount(labels, minlength=len(names))
-        # A fifth of each class, at least one image, but never the last image of a class.
-        held = [min(max(1, round(int(c) / 5)), int(c) - 1) for c in counts]
-        train, test = stratified_split(labels, held, SPLIT_SEED)
-        return Arrays(images[train], labels[train], images[test], labels[test], names)
+        images = _decode(files)
+        return Arrays(images[:count], found.train_labels, images[count:], found.test_labels, found.class_names)
 
     return cached(f"folder-{directory.resolve().name}", key, decode, cache_dir)
 
@@ -82,36 +108,11 @@ def _flatten(classes: dict[str, list[Path]], names: tuple[str, ...]) -> tuple[li
 
 
 def _decode(files: list[Path]) -> np.ndarray:
-    from PIL import Image
+    from prdarts_jax.data.images import common_header, read_image
 
     # Headers first: sizes and modes are known before the memory for all pixels is taken.
-    sizes, grey = [], True
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                sizes.append(image.size)
-                mode = image.mode
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise _unreadable(file, error) from error
-        if mode not in _GREY_MODES | _COLOUR_MODES:
-            raise UserError(f"{file}: pixel format {mode!r} is not 8 bits a channel; allowed: 8-bit grey or colour")
-        if sizes[-1] != sizes[0]:
-            raise UserError(
-                f"{file}: image size {sizes[-1][0]}x{sizes[-1][1]} differs from {sizes[0][0]}x{sizes[0][1]} of "
-                f"{files[0]}; allowed: one size for all images"
-            )
-        grey = grey and mode in _GREY_MODES
-    width, height = sizes[0]
+    (width, height), grey = common_header(files)
     pixels = np.empty((len(files), height, width, 1 if grey else 3), np.uint8)
     for row, file in zip(pixels, files, strict=True):
-        try:
-            with Image.open(file) as image:
-                row[...] = np.asarray(image.convert("L" if grey else "RGB")).reshape(row.shape)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise _unreadable(file, error) from error
+        row[...] = np.asarray(read_image(file, str(file), grey=grey)).reshape(row.shape)
     return pixels
-
-
-def _unreadable(file: Path, error: BaseException) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{file}: not a readable image ({reason}); allowed: an image file that Pillow can decode")

@@ -18,13 +18,13 @@ from prdarts_jax.errors import UserError
 ALLOWED = "digits | tfds:NAME | npz:FILE | folder:DIR"
 
 # Published figures, kept so that results compare with other programs; every other set uses its own training images.
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMALIZATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "imagenet2012": _IMAGENET,
-    "imagenet2012_subset": _IMAGENET,
-    "imagenet_resized": _IMAGENET,
+    "imagenet2012": IMAGENET,
+    "imagenet2012_subset": IMAGENET,
+    "imagenet_resized": IMAGENET,
 }
 
 # The 360 test digits are part of the benchmark: changing either constant makes results incomparable.
@@ -51,6 +51,22 @@ class Dataset:
     def num_classes(self) -> int:
         """K."""
         return len(self.class_names)
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        height, width, channels = self.train_images.shape[1:]
+        return height, width, channels
+
+    @property
+    def train_size(self) -> int:
+        """N."""
+        return len(self.train_images)
+
+    @property
+    def test_size(self) -> int:
+        """M; may be 0."""
+        return len(self.test_images)
 
 
 def load(source: str, data_dir: str | None = None, *, cache_dir: Path | None = None) -> Dataset:
@@ -80,7 +96,7 @@ def load(source: str, data_dir: str | None = None, *, cache_dir: Path | None = N
         return _dataset("digits", source, _load_digits())
     if kind == "tfds" and rest:
         arrays = load_tfds(rest, Path(data_dir).expanduser() if data_dir else default_data_dir(), cache_dir)
-        return _dataset(rest, source, arrays, NORMALIZATION.get(rest.split("/")[0].split(":")[0]))
+        return _dataset(rest, source, arrays, published(rest))
     if kind == "npz" and rest:
         path = Path(rest).expanduser()
         return _dataset(path.stem, source, _load_npz(path))
@@ -89,6 +105,15 @@ def load(source: str, data_dir: str | None = None, *, cache_dir: Path | None = N
         return _dataset(path.resolve().name, source, load_folder(path, cache_dir))
     hint = f"; did you mean 'tfds:{source}'?" if source in NORMALIZATION else ""
     raise UserError(f"data.source: {source!r} is not a source{hint}; allowed: {ALLOWED}")
+
+
+def published(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Published (mean, std) of a set of TFDS, or None.
+
+    >>> published("cifar10:3.0.2") == NORMALIZATION["cifar10"]
+    True
+    """
+    return NORMALIZATION.get(name.split("/")[0].split(":")[0])
 
 
 def from_arrays(

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -58,15 +58,47 @@ def load_tfds(name: str, data_dir: Path, cache_dir: Path | None = None) -> Array
             files without TensorFlow.
     """
     with quiet():
-        builder = _prepared_builder(name, data_dir)
-        image_key, label_key = _keys(name, builder)
-        if "train" not in builder.info.splits:
-            splits = sorted(builder.info.splits)
-            raise UserError(f"tfds:{name}: no split 'train' among {splits}; allowed: sets with a training split")
-        root = Path(os.fspath(builder.data_path))
-        files = [f for f in root.iterdir() if f.is_file()]
+        found = find(name, data_dir)
+        builder, image_key, label_key = found.builder, found.image_key, found.label_key
+        root, files = found.root, found.files
         key = file_identity(f"tfds {builder.info.full_name} {image_key} {label_key}", root, files)
         return cached(f"tfds-{name}", key, lambda: _decode(name, builder, image_key, label_key), cache_dir)
+
+
+class Prepared(NamedTuple):
+    """A set of images and labels that lies on the disk."""
+
+    builder: tfds.core.DatasetBuilder
+    image_key: str
+    label_key: str
+    root: Path
+    files: list[Path]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """K names."""
+        feature = self.builder.info.features[self.label_key]
+        return tuple(feature.names or map(str, range(feature.num_classes)))
+
+    def count(self, split: str) -> int:
+        """Examples of a split; 0 where there is none."""
+        splits = self.builder.info.splits
+        return splits[split].num_examples if split in splits else 0
+
+
+def find(name: str, data_dir: Path) -> Prepared:
+    """A prepared set, before any image of it is read.
+
+    Raises:
+        UserError: an unknown or absent set, one without images and labels, or without a split `train`.
+    """
+    builder = _prepared_builder(name, data_dir)
+    image_key, label_key = _keys(name, builder)
+    if "train" not in builder.info.splits:
+        splits = sorted(builder.info.splits)
+        raise UserError(f"tfds:{name}: no split 'train' among {splits}; allowed: sets with a training split")
+    root = Path(os.fspath(builder.data_path))
+    return Prepared(builder, image_key, label_key, root, [f for f in root.iterdir() if f.is_file()])
 
 
 def _prepared_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
@@ -85,7 +117,7 @@ def _prepared_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     # an ImportError.
     except (AssertionError, ValueError, ImportError) as error:
         raise UserError(
-            f"data.source: 'tfds:{name}' cannot be opened ({_reason(error)}); "
+            f"data.source: 'tfds:{name}' cannot be opened ({reason(error)}); "
             "allowed: tfds:NAME[/CONFIG][:VERSION] as TFDS knows them"
         ) from error
     if not builder.is_prepared():
@@ -147,7 +179,7 @@ def _read_split(
             raise
         except Exception as error:
             raise UserError(
-                f"{where}: cannot be read from {builder.data_path} ({_reason(error)}); allowed: an undamaged set"
+                f"{where}: cannot be read from {builder.data_path} ({reason(error)}); allowed: an undamaged set"
             ) from error
         if example is None or seen == count:
             break
@@ -159,7 +191,7 @@ def _read_split(
         if image.shape != images.shape[1:]:
             raise UserError(
                 f"{where}: image {seen} is {list(image.shape)}, the first is {list(images.shape[1:])}; "
-                "allowed: sets whose images share one size (the pixels stay on the device as one array)"
+                "allowed: sets whose images share one size, or data.image_size in a training"
             )
         images[seen] = image
         labels[seen] = example[label_key]
@@ -192,5 +224,6 @@ def _examples(where: str, builder: tfds.core.DatasetBuilder, split: str) -> Iter
     yield from examples
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """The first line of an error of another library."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
