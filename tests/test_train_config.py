@@ -46,6 +46,12 @@ IMAGENET = CIFAR | {
     "data.source": "tfds:imagenet2012",
     "data.crop_padding": 0,
     "data.cutout": 0,
+    "data.image_size": 224,
+    "data.min_area": 0.08,
+    "data.brightness": 0.4,
+    "data.contrast": 0.4,
+    "data.saturation": 0.4,
+    "data.hue": 0.2,
     "network.channels": 48,
     "network.cells": 14,
     "network.stem": "imagenet",
@@ -70,6 +76,8 @@ RECIPES = {
 def test_a_recipe_is_what_was_published(name):
     made = train_presets.resolve(name).config
     assert {path: cfg.get(made, path) for path in RECIPES[name]} == RECIPES[name]
+    if "imagenet" in name:
+        assert made.data.shorter_side == 256
 
 
 def test_every_preset_is_a_config_that_survives_json():
