@@ -248,9 +248,9 @@ def _strategies(words: list[str]) -> int:
 
 
 def _zoo(words: list[str]) -> int:
-    parser = _Parser("prdarts zoo", description="The published genotypes: their names, or the cells and costs of one.")
+    parser = _Parser("prdarts zoo", description="The published genotypes and their costs, or the cells of one.")
     parser.add_argument("name", metavar="NAME", nargs="?")
-    parser.add_argument("--json", action="store_true", help="as JSON; without NAME: the costs of all")
+    parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args(words)
     from prdarts_jax.space import genotype
 
@@ -261,11 +261,8 @@ def _zoo(words: list[str]) -> int:
 
     if args.name is None:
         names = genotype.names()
-        if args.json:
-            rows = [{"name": name, **costs(genotype.Genotype.named(name))} for name in names]
-            print(json.dumps(rows, indent=1))
-        else:
-            print("\n".join(names))
+        rows = [{"name": name, **costs(genotype.Genotype.named(name))} for name in names]
+        print(json.dumps(rows, indent=1) if args.json else "\n".join(_zoo_table(rows)))
         return 0
     found = genotype.Genotype.named(args.name)
     if args.json:
@@ -281,6 +278,21 @@ def _zoo(words: list[str]) -> int:
         params, with_aux, macs = (f"{count / 1e6:.2f} M" for count in cost.values())
         print(f"{data}: {params} parameters ({with_aux} with the auxiliary head), {macs} multiply-adds")
     return 0
+
+
+def _zoo_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Millions of parameters, of these with the auxiliary head, and of multiply-adds, a row a genotype."""
+    scales = [name for name in rows[0] if name != "name"]
+    width = max(len(row["name"]) for row in rows)
+    lines = [
+        "millions of: parameters (with the auxiliary head), multiply-adds",
+        " ".join([" " * width, *(f"{scale:>23}" for scale in scales)]),
+    ]
+    for row in rows:
+        costs = [[count / 1e6 for count in row[scale].values()] for scale in scales]
+        cells = [f"{params:6.2f} ({with_aux:6.2f}) {macs:7.2f}" for params, with_aux, macs in costs]
+        lines.append(" ".join([f"{row['name']:<{width}}", *(f"{cell:>23}" for cell in cells)]))
+    return lines
 
 
 def _data(words: list[str]) -> int:

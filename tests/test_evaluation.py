@@ -7,6 +7,7 @@ import os
 import shutil
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,6 +102,20 @@ def test_every_image_counts_once(read, trained, by_hand, batch_size):
     assert last["test_top5"] == found.figures.top5
     assert last["test_loss"] == pytest.approx(found.figures.loss, rel=1e-6)
     assert last["ema_test_accuracy"] == found.ema.accuracy
+
+
+def test_what_is_taken_away_has_the_same_figures(trained, by_hand, tmp_path):
+    """From a training to the exported program, and to an evaluation of the flat file that knows no training."""
+    assert cli.main(["export", str(trained), "--format", "stablehlo", "--out", str(tmp_path / "net.stablehlo")]) == 0
+    program = jax.export.deserialize(bytearray((tmp_path / "net.stablehlo").read_bytes()))
+    logits = np.asarray(program.call(digits().test_images)).astype(float)
+    z = np.exp(logits - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(z / z.sum(axis=1, keepdims=True), by_hand(trained, "variables"), rtol=1e-4, atol=1e-6)
+    flat = tmp_path / "w" / "network.safetensors"
+    flat.parent.mkdir()
+    assert cli.main(["export", str(trained), "--format", "safetensors", "--out", str(flat)]) == 0
+    found = evaluation.evaluate(flat.parent, data=digits(), batch_size=37, devices="1")
+    _check(found.figures, by_hand(trained, "variables"), digits().test_labels)
 
 
 @pytest.mark.multidevice
