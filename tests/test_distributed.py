@@ -175,6 +175,38 @@ def test_one_process_asks_nobody(monkeypatch):
 # Two processes
 
 
+class TestTwo:
+    pytestmark = [pytest.mark.multidevice, pytest.mark.timeout(600)]
+
+    def test_processes_that_differ_are_refused(self, folder, tmp_path):
+        commands = together(_command("search", folder, tmp_path / "w"), 2)
+        commands[1] = [*commands[1], "--seed=5"]
+        with distributed_cases.job(commands, tmp_path / "log", devices=1) as job:
+            ends = job.wait()
+        assert [end.status for end in ends] == [2, 2], ends
+        for end in ends:
+            said = "prdarts: error: process 1 was started differently (seed: 0 on process 0, 5 there)"
+            assert end.line.startswith(said) and end.err.count("prdarts: error") == 1, end
+        assert not (tmp_path / "w").exists()
+
+    def test_a_workdir_that_the_first_refuses_ends_all(self, folder, tmp_path):
+        (tmp_path / "w").mkdir()
+        (tmp_path / "w" / "thesis.tex").write_text("years of work")
+        ends = distributed_cases.run(
+            _command("train", folder, tmp_path / "w"), tmp_path / "log", processes=2, devices=1
+        )
+        assert [end.status for end in ends] == [2, 2], ends
+        assert "holds 'thesis.tex' and no config.json" in ends[0].line
+        assert ends[1].line.startswith("prdarts: error: process 0: workdir: ")
+        assert os.listdir(tmp_path / "w") == ["thesis.tex"]
+
+    def test_no_cluster(self, folder, tmp_path):
+        command = [*_command("search", folder, tmp_path / "w"), "--distributed"]
+        with distributed_cases.job([command], tmp_path / "log", devices=1) as job:
+            (end,) = job.wait()
+        assert end.status == 2 and end.line.startswith("prdarts: error: --distributed: no cluster is found"), end
+
+
 class TestSeveral:
     pytestmark = several
 
@@ -190,6 +222,14 @@ class TestSeveral:
         assert (document["platform"]["devices"], document["platform"]["processes"]) == (4, 2)
         assert document["devices"][3].startswith("process 1, cpu:1")
         assert "process 1, cpu:1" in (whole(kind) / "report.html").read_text()
+
+    def test_two_processes_stream_their_parts_of_a_batch(self, folder, tmp_path):
+        for processes, devices in ((2, 2), (1, 4)):
+            flags = {"data__stream": "always", "run__workers": 0, "epochs": 2}
+            command = _command("train", folder, tmp_path / f"{processes}", **flags)
+            ends = distributed_cases.run(command, tmp_path / f"log{processes}", processes=processes, devices=devices)
+            assert [end.status for end in ends] == [0] * processes, ends
+        assert_same(train_cases.outcome(tmp_path / "2"), train_cases.outcome(tmp_path / "1"))
 
     @pytest.mark.parametrize("kind", CASES)
     def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(self, kind, whole, folder, tmp_path):
@@ -227,28 +267,6 @@ class TestSeveral:
         assert "bit for bit" in ends[0].out or "finished already" in ends[0].out
         assert_same(search_cases.outcome(workdir), search_cases.outcome(whole("search")))
 
-    def test_processes_that_differ_are_refused(self, folder, tmp_path):
-        commands = together(_command("search", folder, tmp_path / "w"), 2)
-        commands[1] = [*commands[1], "--seed=5"]
-        with distributed_cases.job(commands, tmp_path / "log", devices=1) as job:
-            ends = job.wait()
-        assert [end.status for end in ends] == [2, 2], ends
-        for end in ends:
-            said = "prdarts: error: process 1 was started differently (seed: 0 on process 0, 5 there)"
-            assert end.line.startswith(said) and end.err.count("prdarts: error") == 1, end
-        assert not (tmp_path / "w").exists()
-
-    def test_a_workdir_that_the_first_refuses_ends_all(self, folder, tmp_path):
-        (tmp_path / "w").mkdir()
-        (tmp_path / "w" / "thesis.tex").write_text("years of work")
-        ends = distributed_cases.run(
-            _command("train", folder, tmp_path / "w"), tmp_path / "log", processes=2, devices=1
-        )
-        assert [end.status for end in ends] == [2, 2], ends
-        assert "holds 'thesis.tex' and no config.json" in ends[0].line
-        assert ends[1].line.startswith("prdarts: error: process 0: workdir: ")
-        assert os.listdir(tmp_path / "w") == ["thesis.tex"]
-
     def test_simulated_slurm(self, whole, folder, tmp_path):
         """`--distributed` alone, with the variables that srun sets, goes on with a copy of the finished run."""
         shutil.copytree(whole("search"), tmp_path / "w")
@@ -269,9 +287,3 @@ class TestSeveral:
             ends = job.wait()
         assert [end.status for end in ends] == [0, 0], ends
         assert_same(search_cases.outcome(tmp_path / "w"), search_cases.outcome(whole("search")))
-
-    def test_no_cluster(self, folder, tmp_path):
-        command = [*_command("search", folder, tmp_path / "w"), "--distributed"]
-        with distributed_cases.job([command], tmp_path / "log", devices=1) as job:
-            (end,) = job.wait()
-        assert end.status == 2 and end.line.startswith("prdarts: error: --distributed: no cluster is found"), end
