@@ -21,7 +21,7 @@ from train_cases import EPOCH_STEPS, EPOCHS, GENOTYPE, TOTAL, digits, final_stat
 import prdarts_jax
 from prdarts_jax import cli, metrics, report, train_inputs, train_loop, train_presets, train_program
 from prdarts_jax.bilevel import Batch
-from prdarts_jax.data.sources import from_arrays
+from prdarts_jax.data.sources import from_arrays, load
 from prdarts_jax.errors import UserError
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.train_config import SgdConfig, TrainConfig
@@ -396,3 +396,25 @@ def test_digits_reach_97_percent(tmp_path):
     evaluated = prdarts_jax.evaluate(tmp_path / "w")
     assert evaluated.images == 360
     assert evaluated.figures.accuracy == found.metrics["test_accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_cell_found_on_digits_and_retrained_beats_logistic_regression(tmp_path):
+    """The whole way: search, derive, train from scratch; against scikit-learn's model on the same images."""
+    from sklearn.linear_model import LogisticRegression
+
+    from prdarts_jax import presets
+
+    found = prdarts_jax.search(presets.resolve("digits", flags={"run.progress": "off"}).config, tmp_path / "search")
+    config = train_presets.resolve("digits", {"run.progress": "off"}).config
+    trained = prdarts_jax.train(config, tmp_path / "search", tmp_path / "train")
+    assert (found.status, trained.status) == ("finished", "finished")
+    data = load("digits")
+    flat = [images.reshape(len(images), -1) / 255 for images in (data.train_images, data.test_images)]
+    best = max(
+        LogisticRegression(C=c, max_iter=5000).fit(flat[0], data.train_labels).score(flat[1], data.test_labels)
+        for c in (0.1, 1.0, 10.0)
+    )
+    assert best > 0.9  # the rival is a fair one
+    assert trained.metrics["test_accuracy"] > best, best
