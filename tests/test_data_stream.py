@@ -193,9 +193,10 @@ class _Failing:
         ("unpicklable", 1, r"image 2: _Unpicklable \(<unlocked _thread\.lock .*>\); what was saved is kept"),
         ("two words", 0, r"image 2: _NeverUnpickled \(two words\); what was saved is kept"),
         ("two words", 1, r"image 2: _NeverUnpickled \(two words\); what was saved is kept"),
-        ("killed", 1, r"run\.workers: a worker process was ended from outside, .*"),
+        ("killed", 1, r"run\.workers: a worker process did not start or was ended from outside; .*"),
+        ("killed", 3, r"run\.workers: a worker process did not start or was ended from outside; .*"),
     ],
-    ids=["unpicklable", "thread", "not-unpickled", "killed"],
+    ids=["unpicklable", "thread", "not-unpickled", "killed", "killed-of-three"],
 )
 def test_every_failure_of_a_worker_is_one_line(error, workers, said):
     batches = stream.TestBatches(_Failing(error), (12, 12, 3), 1, IMAGENET)

@@ -474,8 +474,7 @@ def test_three_members_on_two_devices_have_one_program_without_collectives(tmp_p
 # The report
 
 
-def test_the_report_has_mean_and_deviation_by_setting(finished, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(report, "report", REPORT)
+def test_the_report_has_mean_and_deviation_by_setting(finished, tmp_path, capsys):
     found = report_data.population(finished)
     assert found.swept == ("seed", "method.options.lambda1")
     settings = report_sweep.settings([report_data.read(p) for p in found.folders], found.swept)
@@ -490,7 +489,9 @@ def test_the_report_has_mean_and_deviation_by_setting(finished, monkeypatch, tmp
             assert deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
             assert deviation == pytest.approx(statistics.stdev(values))
     out = tmp_path / "page.html"
-    assert cli.main(["report", str(finished), "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # undone before what it replaces is
+        patch.setattr(report, "report", REPORT)
+        assert cli.main(["report", str(finished), "--out", str(out)]) == 0
     page = out.read_text()
     assert "<h2>Sweep</h2>" in page and "2 of 2" in page
     for setting in settings:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -15,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, synchronize
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -273,6 +274,7 @@ class _Remote:
 
     pool: ProcessPoolExecutor
     count: int
+    end: connection.Connection  # closing it ends the workers at once
 
     def __len__(self) -> int:
         return self.count
@@ -281,9 +283,11 @@ class _Remote:
         try:
             return self.pool.submit(_compute, int(step)).result()
         except BrokenProcessPool as error:
+            self.end.close()  # the pool sends SIGTERM to those that are left, which they ignore, and waits for them
             raise RunError(
-                "run.workers: a worker process was ended from outside, perhaps for want of memory; what was saved is "
-                "kept, and the same command goes on from there (fewer --workers need less memory)"
+                "run.workers: a worker process did not start or was ended from outside; what was saved is kept, and "
+                "the same command goes on from there (fewer workers need less memory; a script that trains with "
+                "workers needs `if __name__ == '__main__':`)"
             ) from error
 
 
@@ -292,27 +296,44 @@ def _in_processes(batches: Batches, workers: int) -> Iterator[_Remote]:
     # Not the workers of grain: when a stream is left early, one that has a large batch on its way blocks in the pipe,
     # and is waited for for 25 s, each after the other. Here a thread always reads what they send. Spawned, since a
     # fork of a process that has the threads of XLA may deadlock.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (batches,))
+    context = get_context("spawn")
+    ended, end = context.Pipe(duplex=False)
+    received, sent = context.Pipe(duplex=False)
+    content = pickle.dumps(batches)
+
+    def send() -> None:
+        with contextlib.suppress(OSError):  # nobody is left to read
+            for _ in range(workers):
+                sent.send_bytes(content)
+
+    # Not as an argument of the workers: where one ends before it has read its arguments, who starts it waits forever.
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (received, context.Lock(), ended))
     try:
-        yield _Remote(pool, len(batches))
+        yield _Remote(pool, len(batches), end)
     finally:
         pool.shutdown(cancel_futures=True)
+        received.close()
+        sender.join()
+        for each in (sent, ended, end):
+            each.close()
 
 
 def _compute(step: int) -> Batch:
     return _own.get()[step]
 
 
-def _begin_worker(batches: Batches) -> None:
+def _begin_worker(received: connection.Connection, turn: synchronize.Lock, ended: connection.Connection) -> None:
     """A worker leaves the signals of its group to the main process, and ends with it however it ends."""
-    _own.set(batches)
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, signal.SIG_IGN)
-    parent = parent_process()
 
     def watch() -> None:
-        if parent is not None:
-            connection.wait([parent.sentinel])
-            os._exit(1)  # after kill -9 of the parent nobody else would end it
+        connection.wait([ended])  # the other end is closed, also by kill -9 of the main process
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    with turn:
+        content = received.recv_bytes()
+    _own.set(pickle.loads(content))
