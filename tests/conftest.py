@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax initialises. PJRT_NPROC: with fewer threads than queued collectives the CPU backend deadlocks.
@@ -29,7 +30,7 @@ _LOCAL = {"localhost", "127.0.0.1", "::1", ""}
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_network() -> Iterator[None]:
     """Any attempt to leave the machine fails at once instead of hanging in retries."""
     connect = socket.socket.connect
 
@@ -39,7 +40,10 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError(f"a test tried to reach the network: {address!r}")
         return connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+    # Not the test's own monkeypatch: that would then be undone last, after what it was laid upon.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
