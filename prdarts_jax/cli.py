@@ -138,6 +138,8 @@ def _search(words: list[str]) -> int:
     cli_distributed.add_flags(parser)
     args = parser.parse_args(rest)
     cluster = cli_distributed.cluster(args)
+    if cluster is not None and (args.sweep or args.population):
+        raise UserError("flag: --sweep and --population are for one process, with its devices")
     if args.json and not args.print_config:
         raise UserError("flag: --json goes with --print-config")
     if args.preset not in presets.PRESETS:
@@ -157,8 +159,6 @@ def _search(words: list[str]) -> int:
         print_config(cli_population.table(presets.table(resolved), sweep, resolved), args.json)
         return 0
     again = shlex.join(["prdarts", "search", *cli_flags.to_go_on(words, SEARCH)])
-    if sweep and cluster is not None:
-        raise UserError("flag: --sweep and --population are for one process, with its devices")
 
     def work() -> int:
         workdir = Path(config.run.workdir)
@@ -176,11 +176,8 @@ def _search(words: list[str]) -> int:
 
 def _finish(result: Any, workdir: Path, command: str) -> int:
     """The last lines of a search, and its exit status."""
-    if result.status == "interrupted":
-        print(f"stopped, and saved in {workdir}; to go on: {command}")
-        return 128 + (result.signum or signal.SIGINT)
-    if result.status == "time-limit":
-        print(f"the time limit is reached, saved in {workdir}; to go on: {command}")
+    if (status := cli_flags.interrupted(result, workdir, command)) is not None:
+        return status
     if result.status == "already-finished":
         print(f"this search is finished already; --overwrite starts it again: {command} --overwrite")
     if result.genotype is not None:

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import os
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,3 +234,13 @@ def compilation_cache() -> None:
         return
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(base / "prdarts_jax" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def interrupted(result: Any, workdir: Path, command: str) -> int | None:
+    """Says that a run was left early and how it goes on; the exit status of a signal, or None."""
+    if result.status == "interrupted":
+        print(f"stopped, and saved in {workdir}; to go on: {command}")
+        return 128 + (result.signum or signal.SIGINT)
+    if result.status == "time-limit":
+        print(f"the time limit is reached, saved in {workdir}; to go on: {command}")
+    return None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prdarts_jax import cli_flags
 from prdarts_jax import config as cfg
 from prdarts_jax import sweep as sweeps
 from prdarts_jax.config import SearchConfig
@@ -67,11 +67,8 @@ def finish(result: PopulationResult, command: str) -> int:
     from prdarts_jax import report_data, report_sweep
 
     number, workdir = len(result.members), result.workdir
-    if result.status == "interrupted":
-        print(f"stopped, and saved in {workdir}; to go on: {command}")
-        return 128 + (result.signum or signal.SIGINT)
-    if result.status == "time-limit":
-        print(f"the time limit is reached, saved in {workdir}; to go on: {command}")
+    if (status := cli_flags.interrupted(result, workdir, command)) is not None:
+        return status
     if result.status == "already-finished":
         print(f"all {number} searches are finished already; --overwrite starts them again: {command} --overwrite")
     found = report_data.population(workdir)

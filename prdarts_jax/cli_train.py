@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from prdarts_jax.cli_flags import (
     Parser,
     compilation_cache,
     help_text,
+    interrupted,
     print_config,
     split_flags,
     to_go_on,
@@ -119,11 +119,9 @@ def train(words: list[str]) -> int:
 
 def _finish(result: Any, workdir: Path, command: str, lines: Sequence[str]) -> int:
     """The last lines of a training, and its exit status."""
-    if result.status == "interrupted":
-        print(f"stopped, and saved in {workdir}; to go on: {command}")
-        return 128 + (result.signum or signal.SIGINT)
+    if (status := interrupted(result, workdir, command)) is not None:
+        return status
     if result.status == "time-limit":
-        print(f"the time limit is reached, saved in {workdir}; to go on: {command}")
         return 0
     if result.status == "already-finished":
         print(f"this training is finished already; --overwrite starts it again: {command} --overwrite")

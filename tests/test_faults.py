@@ -180,10 +180,9 @@ def test_twenty_flipped_bytes_are_found_and_survived(kind, finished, stopped, tm
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", ["train"])  # the search has the same test in test_resume.py
-def test_killed_twenty_times(kind, npz, tmp_path):
+@pytest.mark.parametrize(("kind", "epochs"), [("search", 60), ("train", 150)])
+def test_killed_twenty_times(kind, epochs, npz, tmp_path):
     """At any moment: while it starts, compiles, computes, saves, evaluates, or draws its report."""
-    epochs = 150
     command = CASES[kind].words(tmp_path / "w", npz, epochs=epochs, run__checkpoint_minutes=1e-6)
     log, saved, moments = tmp_path / "log", Checkpointer(tmp_path / "w" / "checkpoints"), []
     for number in range(20):

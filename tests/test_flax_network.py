@@ -71,9 +71,9 @@ def test_cell(space: Space, kind: str) -> None:
 
 
 def test_search_network() -> None:
-    """Stem, both kinds of preprocessing, both cell types, head with its norm; an odd image size."""
+    """Stem, both kinds of preprocessing, both cell types, the order of the nodes, head with its norm; an odd size."""
     ops = ("none", "avg_pool_3x3", "skip_connect")
-    space = Space(nodes=1, cells=4, channels=4, classes=5, ops=ops, head_norm=True)
+    space = Space(nodes=2, cells=4, channels=4, classes=5, ops=ops, head_norm=True)
     assert [c.kind[0] for c in space.layout] == list("nrrn")
     with jax.enable_x64(True):
         executed = {kind: oracles.all_executed(space, kind) for kind in CELL_TYPES}

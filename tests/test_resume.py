@@ -170,31 +170,6 @@ def test_killed_and_started_again(npz, tmp_path):
         assert found[part] == expected[part], f"{where}: {part}"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_killed_twenty_times(npz, tmp_path):
-    """At any moment: while it starts, compiles, computes, saves, or draws its report."""
-    epochs = 60
-    command, log = words(tmp_path / "w", npz, epochs=epochs, run__checkpoint_minutes=1e-6), tmp_path / "log"
-    saved, moments = Checkpointer(tmp_path / "w" / "checkpoints"), []
-    for number in range(20):
-        before, process = saved.steps(), _start(command, log)
-        while number % 2 and saved.steps()[-1:] <= before[-1:]:  # every second time: once it has got further
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.02)
-        moments.append(random.uniform(0, 1 if number % 2 else 8))
-        time.sleep(moments[-1])
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, log.read_text()
-    assert 0 < saved.steps()[-1] < epochs * EPOCH_STEPS
-    again = subprocess.run([sys.executable, "-m", "prdarts_jax", *command], capture_output=True, text=True)
-    assert again.returncode == 0, f"killed after {moments} s: {again.stderr}"
-    assert search(tmp_path / "whole", epochs=epochs).status == "finished"
-    found, expected = outcome(tmp_path / "w"), outcome(tmp_path / "whole")
-    for part in expected:
-        assert found[part] == expected[part], f"killed after {moments} s: {part}"
-
-
 def test_killed_before_the_result_is_written(finished, tmp_path):
     """The last checkpoint is there, the genotype is not."""
     shutil.copytree(finished, tmp_path / "w")

@@ -109,6 +109,7 @@ def test_what_cannot_be_swept_is_said(sweeps, said):
         (["--sweep=seed=1,2", "--seed=3"], ["--sweep seed and --seed exclude each other"]),
         (["--sweep", "lambda1=1,2", "--method.lambda1=3"], ["--sweep lambda1 and --method.options.lambda1 exclude"]),
         (["--sweep", "seed=1", "--population", "3"], ["--sweep seed and --population exclude each other"]),
+        (["--population", "2", "--distributed"], ["--sweep and --population are for one process"]),
         (["--population", "0"], ["population: 0 is not possible", "1..1000"]),
         (["--population", "few"], ["population: 'few'"]),
         (["--sweep", "tau_min=0,1"], ["tau_min: 0.0 is not possible"]),

@@ -47,6 +47,20 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def _repeated(step: Callable[[int], None], device: str) -> Steps:
+    """Runs step(0), step(1), ... and waits for the last of each call."""
+    done = 0
+
+    def run(count: int) -> None:
+        nonlocal done
+        for _ in range(count):
+            step(done)
+            done += 1
+        _wait(device)
+
+    return run
+
+
 def search(
     layout: str = "channels-last", device: str = "cpu", precision: str = "float32", **fields: Any
 ) -> tuple[Steps, dict[str, float]]:
@@ -66,15 +80,7 @@ def search(
         autocast=autocast,
     )
     pool = _batches(case.batch, case.side, layout, device)
-    done = 0
-
-    def run(count: int) -> None:
-        nonlocal done
-        for _ in range(count):
-            search.step(pool[done % POOL], pool[(done + 1) % POOL])
-            done += 1
-        _wait(device)
-
+    run = _repeated(lambda i: search.step(pool[i % POOL], pool[(i + 1) % POOL]), device)
     return run, {"init_s": time.perf_counter() - began}
 
 
@@ -99,15 +105,7 @@ def train(
         autocast=autocast,
     )
     pool = _batches(case.batch, case.side, layout, device)
-    done = 0
-
-    def run(count: int) -> None:
-        nonlocal done
-        for _ in range(count):
-            training.step(*pool[done % POOL])
-            done += 1
-        _wait(device)
-
+    run = _repeated(lambda i: training.step(*pool[i % POOL]), device)
     return run, {"init_s": time.perf_counter() - began}
 
 

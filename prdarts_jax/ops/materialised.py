@@ -13,8 +13,8 @@ def materialised(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> ja
     """function(x), computed once and stored.
 
     XLA:CPU ignores optimization barriers when it fuses, and would repeat the function for each use of each element. A
-    conditional is a boundary it keeps. Its other branch, for an x that begins with NaN, is never worth more than the
-    first: it gives NaN (or 0 where the dtype has none), and a run that meets NaN stops. Elsewhere it is function(x).
+    conditional is a boundary it keeps. Its other branch is taken where x begins with NaN, and gives NaN everywhere (0
+    where the dtype has none): a run that meets NaN stops anyway. On other platforms it is function(x).
 
     >>> materialised(lambda x: 2 * x, jnp.arange(3.0)).tolist()
     [0.0, 2.0, 4.0]

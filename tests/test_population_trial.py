@@ -1,0 +1,76 @@
+"""A user's own method and optimizers in a population: what enters as an array is swept, what is frozen is refused."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+import search_cases
+
+from prdarts_jax.errors import UserError
+from prdarts_jax.population import search_population
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    with search_cases.shared_programs():
+        yield
+
+
+FACTORY = """
+import functools
+from prdarts_jax.strategies.prdarts import prdarts
+
+def mine(*, space, pull=1.0):
+    base = prdarts(space=space, executed_ops=1)
+    {body}
+
+mine.arrays = ("pull",)
+"""
+THROUGH_SCHEDULE = """schedule = lambda epoch, epochs: base.schedule(epoch, epochs) | {"pull": pull}
+    def penalty(arch, gates, progress):
+        total, terms = base.penalty(arch, gates, progress)
+        return progress["pull"] * total, terms
+    return base._replace(schedule=schedule, penalty=penalty)"""
+FROZEN = """def penalty(arch, gates, progress):
+        total, terms = base.penalty(arch, gates, progress)
+        return pull * total, terms
+    return base._replace(penalty=penalty)"""
+
+
+def _users_config(tmp_path, body):
+    from prdarts_jax import presets
+
+    (tmp_path / "mine.py").write_text(FACTORY.replace("{body}", body))
+    flags = {name: value for name, value in search_cases.FLAGS.items() if not name.startswith("method.")}
+    return presets.resolve("digits", f"{tmp_path / 'mine.py'}:mine", {**flags, "epochs": 1}).config
+
+
+@pytest.mark.slow
+def test_a_number_of_the_users_own_method(tmp_path):
+    config, data = _users_config(tmp_path, THROUGH_SCHEDULE), search_cases.digits()
+    result = search_population(config, tmp_path / "w", {"pull": [1.0, 0.0]}, data=data)
+    assert result.status == "finished"
+    strong, weak = (search_cases.rows(tmp_path / "w" / f"pull={pull}", "step") for pull in ("1.0", "0.0"))
+    assert strong[0]["penalty/total"] < 0 or strong[0]["penalty/total"] > 0
+    assert all(row["penalty/total"] == 0 for row in weak)
+
+
+def test_a_number_that_the_users_method_has_frozen_is_refused(tmp_path):
+    config, data = _users_config(tmp_path, FROZEN), search_cases.digits()
+    with pytest.raises(UserError, match=r"sweep: pull=0\.0 makes another program of method\.strategy"):
+        search_population(config, tmp_path / "w", {"pull": [1.0, 0.0]}, data=data)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_users_optimizer_that_has_frozen_the_seed_is_refused(tmp_path):
+    import optax
+
+    def noisy(config):
+        return optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(config.seed)), optax.sgd(0.1))
+
+    config, data = search_cases.config(), search_cases.digits()
+    with pytest.raises(UserError, match=r"sweep: seed=1 makes another program of weights\.transform"):
+        search_population(config, tmp_path / "w", {"seed": [0, 1]}, data=data, weight_tx=noisy)
+    with pytest.raises(UserError, match=r"'weights.weight_decay' needs a compilation of its own"):
+        search_population(config, tmp_path / "w", {"weights.weight_decay": [0.1]}, data=data, weight_tx=noisy)
+    assert not (tmp_path / "w").exists()
