@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 import train_cases
-from search_cases import one_error, rows, snapshot
+from search_cases import one_error, rows, snapshot, standard_promotion
 from train_cases import EPOCH_STEPS, EPOCHS, GENOTYPE, TOTAL, digits, final_state, outcome, train, words
 
 import prdarts_jax
@@ -406,9 +406,10 @@ def test_a_cell_found_on_digits_and_retrained_beats_logistic_regression(tmp_path
 
     from prdarts_jax import presets
 
-    found = prdarts_jax.search(presets.resolve("digits", flags={"run.progress": "off"}).config, tmp_path / "search")
-    config = train_presets.resolve("digits", {"run.progress": "off"}).config
-    trained = prdarts_jax.train(config, tmp_path / "search", tmp_path / "train")
+    with standard_promotion():
+        found = prdarts_jax.search(presets.resolve("digits", flags={"run.progress": "off"}).config, tmp_path / "search")
+        config = train_presets.resolve("digits", {"run.progress": "off"}).config
+        trained = prdarts_jax.train(config, tmp_path / "search", tmp_path / "train")
     assert (found.status, trained.status) == ("finished", "finished")
     data = load("digits")
     flat = [images.reshape(len(images), -1) / 255 for images in (data.train_images, data.test_images)]
