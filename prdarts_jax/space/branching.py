@@ -52,8 +52,10 @@ def run_branch(branches: Sequence[Branch | None], index: jax.Array, state: Any, 
     >>> [float(run_branch((lambda s, x: s + x, None, jnp.multiply), jnp.int32(i), 3.0, 2.0)) for i in range(4)]
     [5.0, 3.0, 6.0, 3.0]
     """
+    # Jitted, a branch is traced once for both lowerings.
+    traced = tuple(branch and jax.jit(branch) for branch in branches)
     return lax.platform_dependent(
-        index, state, operands, cpu=partial(_loops, branches), default=partial(_switch, branches)
+        index, state, operands, cpu=partial(_loops, traced), default=partial(_switch, traced)
     )
 
 
