@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 ARGS ?=
+# Processes of `make test`; each takes whole files. XLA compiles most of the small programs of the tests on one thread.
+JOBS ?= 2
 # Versions of what the pinned packages need in turn. `make setup CONSTRAINTS=` lets pip choose them.
 CONSTRAINTS ?= -c constraints.txt
 
@@ -26,7 +28,7 @@ search: $(STAMP)
 	$(BIN)/prdarts search --preset digits $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)
