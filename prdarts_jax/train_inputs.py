@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -142,6 +143,7 @@ def make_problem(
         stem=config.network.stem,
         auxiliary=config.network.auxiliary,
         dtype=config.dtype,
+        recompute=jax.default_backend() == "cpu",
         primitives=tuple(table.items()),
     )
     return Problem(

@@ -99,8 +99,8 @@ def test_a_cell_computes_its_sum_of_operations() -> None:
     np.testing.assert_allclose(net.apply(variables, images)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-def test_scanned_cells_give_the_numbers_of_single_cells(stem: str) -> None:
+@pytest.mark.parametrize(("stem", "recompute"), [("cifar", False), ("cifar", True), ("imagenet", True)])
+def test_scanned_cells_give_the_numbers_of_single_cells(stem: str, recompute: bool) -> None:
     """Also where the concats of the two cells differ, after a stem and after a reduction of an odd size."""
     net = DerivedNetwork(MIXED, channels=4, cells=8, stem=stem)
     size = 18 if stem == "cifar" else 72
@@ -124,7 +124,7 @@ def test_scanned_cells_give_the_numbers_of_single_cells(stem: str) -> None:
         (_, aux), gradients = step(variables["params"])
         return *aux, gradients
 
-    scanned, single = run(net), run(net.clone(scan_cells=False))
+    scanned, single = run(net.clone(recompute=recompute)), run(net.clone(scan_cells=False))
     assert jax.tree.structure(scanned) == jax.tree.structure(single)
     for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(single), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * (1e-2 + float(jnp.abs(b).max())))

@@ -12,7 +12,6 @@ and exact second-order derivatives on small spaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,7 +73,7 @@ def _apply(space: Space, op: str, params: Params, x: jax.Array, stride: int, lea
 
 
 class _Slots(NamedTuple):
-    """What the scan reads per executed slot. Source and target are rows of the buffers of the cell, known statically."""
+    """What the scan reads per executed slot. Source and target, known statically, are rows of the cell's buffers."""
 
     source: Any  # int32[n]
     target: Any  # int32[n]
@@ -150,8 +149,8 @@ def _gathering(ends: np.ndarray, *, reverse: bool) -> _Gathering:
 
 def _filled(slots: _Slots, void: int, rows: np.ndarray) -> _Slots:
     """The slots in rows; what fills up executes nothing."""
-    fill = _Slots(*(np.asarray([value], a.dtype) for value, a in zip((0, 0, void, 0, 0), slots, strict=True)))
-    return jax.tree.map(lambda a, f: jnp.concatenate([a, f])[rows], slots, fill)
+    fill = _Slots(source=0, target=0, branch=void, row=0, value=0)  # type: ignore[arg-type]
+    return jax.tree.map(lambda a, f: jnp.concatenate([a, jnp.full(1, f, a.dtype)])[rows], slots, fill)
 
 
 def _row(stacks: dict[str, Params], op: str, row: jax.Array) -> Params:
