@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ class Total(NamedTuple):
         pairs = zip(self, other, strict=True)
         return Total(*(tuple(a + b for a, b in zip(one, two, strict=True)) for one, two in pairs))  # type: ignore
 
-    def times(self, n: int) -> Total:
+    def times(self, n: float) -> Total:
         return Total(*(tuple(n * a for a in one) for one in self))  # type: ignore
 
 
@@ -93,18 +94,27 @@ def all_reduces(jaxpr: Any) -> Total:
             total += Total(size=(size,) * 3)
             waiting |= set(eqn.outvars)
             continue
-        if name == "cond":
+        platforms = eqn.params.get("branches_platforms")
+        if name == "cond" and platforms is not None:  # a lowering per platform: that of accelerators
+            inner = all_reduces(eqn.params["branches"][platforms.index(None)].jaxpr)
+        elif name == "cond":
             found = [all_reduces(branch.jaxpr) for branch in eqn.params["branches"]]
             inner = Total(*(_spread([getattr(one, part) for one in found]) for part in ("count", "size")))
         else:
             inner = sum((all_reduces(sub) for sub in _inside(eqn.params.values())), Total())
-            inner = inner.times(eqn.params["length"]) if name == "scan" else inner
+            inner = inner.times(eqn.params["length"] * _real(eqn)) if name == "scan" else inner
         total += inner
         if inner.count[2]:
             waiting = None
         elif waiting is not None and inputs & waiting:
             waiting |= set(eqn.outvars)
     return total
+
+
+def _real(scan: Any) -> float:
+    """The share of the slots that a cell's scans run which are not there to fill up: `space.cell` says it."""
+    said = re.search(r"(\d+)_of_(\d+)_slots\W*$", str(scan.source_info.name_stack))
+    return int(said[1]) / int(said[2]) if said else 1.0
 
 
 def _spread(found: list[tuple[float, float, float]]) -> tuple[float, float, float]:

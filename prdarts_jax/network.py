@@ -221,7 +221,8 @@ class DerivedNetwork(nn.Module):
       scan_cells: whether equal neighbouring cells are run by a scan (the same numbers up to rounding, faster to
         compile); without it `capture_intermediates` sees every cell.
       recompute: whether such a scan keeps only the inputs of its cells for the backward pass and computes the rest
-        again. It takes less memory; on CPU, where a scan stores what it keeps on one thread, it is not slower.
+        again. It takes less memory; on CPU, where a scan stores what it keeps on one thread, it is not slower. Not
+        over `axis_name`, where the all-reduces of the statistics would run again.
       primitives: (name, Primitive) pairs the genotype's operations refer to.
 
     Source: Liu et al., "DARTS: Differentiable Architecture Search" (ICLR 2019): its evaluation networks.
@@ -351,7 +352,7 @@ class DerivedNetwork(nn.Module):
             y, after = _run_cell(cell, params, statistics, pair, dropping, train=train, axis_name=self.axis_name)
             return (pair[1], widened(y, width, False)), after
 
-        if self.recompute and train:
+        if self.recompute and train and self.axis_name is None:
             body = jax.checkpoint(body, prevent_cse=False)
         wide = widened(pair[0], width, first.halves), widened(pair[1], width, False)
         pair, after = lax.scan(body, wide, (stacked("params"), stacked("batch_stats"), draws))

@@ -12,6 +12,7 @@ and exact second-order derivatives on small spaces.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -133,6 +134,10 @@ class _Gathering(NamedTuple):
     slot: np.ndarray  # int32[m, w]: its slots; n, one past the last, fills up
     place: np.ndarray  # int32[n]: where in [m * w] a slot lies
 
+    def scope(self) -> AbstractContextManager[None]:
+        """Says in the traced program how many of the scanned slots are real."""
+        return jax.named_scope(f"{self.place.size}_of_{self.slot.size}_slots")
+
 
 def _gathering(ends: np.ndarray, *, reverse: bool) -> _Gathering:
     """`ends`: for each slot the node that it adds to, from the last to the first if `reverse`."""
@@ -196,7 +201,8 @@ def _run_group(
 
     gathering = _gathering(slots.target, reverse=False)
     rows = _filled(slots, space.num_ops, gathering.slot)
-    return lax.scan(node, nodes, (jnp.asarray(gathering.node), rows))[0]
+    with gathering.scope():
+        return lax.scan(node, nodes, (jnp.asarray(gathering.node), rows))[0]
 
 
 def _flat_sizes(stacks: dict[str, Params]) -> dict[str, int]:
@@ -264,7 +270,8 @@ def _reverse_group(
 
     gathering = _gathering(slots.source, reverse=True)
     rows = _filled(slots, space.num_ops, gathering.slot)
-    carry, (flats, dvalues) = lax.scan(source, cotangents, (jnp.asarray(gathering.node), rows))
+    with gathering.scope():
+        carry, (flats, dvalues) = lax.scan(source, cotangents, (jnp.asarray(gathering.node), rows))
     return carry, flats.reshape(gathering.slot.size, width)[gathering.place], dvalues.reshape(-1)[gathering.place]
 
 
