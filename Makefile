@@ -4,6 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 ARGS ?=
 # Processes of `make test`; each takes whole files. XLA compiles most of the small programs of the tests on one thread.
+# JOBS=0: in one process (for --pdb).
 JOBS ?= 2
 # Versions of what the pinned packages need in turn. `make setup CONSTRAINTS=` lets pip choose them.
 CONSTRAINTS ?= -c constraints.txt

@@ -221,7 +221,7 @@ class DerivedNetwork(nn.Module):
       scan_cells: whether equal neighbouring cells are run by a scan (the same numbers up to rounding, faster to
         compile); without it `capture_intermediates` sees every cell.
       recompute: whether such a scan keeps only the inputs of its cells for the backward pass and computes the rest
-        again. It takes less memory; on CPU, where a scan stores what it keeps on one thread, it is not slower. Not
+        again: less memory, and measured not slower on CPU. Not
         over `axis_name`, where the all-reduces of the statistics would run again.
       primitives: (name, Primitive) pairs the genotype's operations refer to.
 

@@ -143,7 +143,7 @@ def make_problem(
         stem=config.network.stem,
         auxiliary=config.network.auxiliary,
         dtype=config.dtype,
-        recompute=jax.default_backend() == "cpu",
+        recompute=jax.default_backend() == "cpu",  # elsewhere not measured
         primitives=tuple(table.items()),
     )
     return Problem(

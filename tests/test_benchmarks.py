@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import bench_growth, cases, comparisons, race, report, rows, worker
+from benchmarks import bench_growth, bench_scaling, cases, comparisons, race, report, rows, worker
+from prdarts_jax.ops.layers import draw
+from prdarts_jax.space.cell import declare_edges, mixed_nodes
+from prdarts_jax.space.spec import Space
 
 ROW: dict[str, Any] = {
     "case": "prdarts-8",
@@ -130,6 +137,19 @@ def test_growth_is_drawn_from_its_rows(tmp_path: Path) -> None:
         bench_growth.plot(points, tmp_path / f"{name}.svg")
     text = (tmp_path / "a.svg").read_text()
     assert text == (tmp_path / "b.svg").read_text() and "<svg" in text  # the same rows, the same file
+
+
+@pytest.mark.parametrize("kind", ["normal", "reduce"])
+def test_all_reduces_of_a_cell_are_counted_for_its_real_slots(kind: str) -> None:
+    """By hand: 5 edges of 2 slots; a slot is one of four choices (BN once, 0 or 1 times by stride, none, void)."""
+    space = Space(nodes=2, ops=("skip_connect", "dil_conv_3x3", "none"))
+    weights = draw(jax.random.key(0), declare_edges(space, kind, 4))
+    x, values, executed = jnp.zeros((2, 8, 8, 4)), jnp.ones((5, 2)), jnp.zeros((5, 2), jnp.int32)
+    cell = partial(mixed_nodes, space=space, kind=kind, axis_name="data")
+    traced = jax.make_jaxpr(cell, axis_env=[("data", 2)])(weights, values, executed, x, x)
+    slots, strided = 10, {"normal": 0, "reduce": 8}[kind]  # slots whose identity is a FactorizedReduce with a BN
+    mean = (slots + strided) / 4
+    np.testing.assert_allclose(bench_scaling.all_reduces(traced.jaxpr).count, (0, mean, slots))
 
 
 def test_without_torch_its_peers_are_left_out_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

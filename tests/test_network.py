@@ -133,6 +133,22 @@ def test_scanned_cells_give_the_numbers_of_single_cells(stem: str, recompute: bo
     assert min(jax.tree.leaves(moved)) > 0  # every cell's statistics, scanned or not
 
 
+def test_recomputed_cells_keep_less() -> None:
+    net = DerivedNetwork(MIXED, channels=4, cells=8)
+    images = pictures(8, 16, 16, 3)
+    variables = made(net, images)
+
+    def kept(net: DerivedNetwork) -> int:
+        def loss(params: Any) -> Any:
+            out, _ = net.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+            return jnp.sum(out[0] ** 2)
+
+        compiled = jax.jit(jax.grad(loss), compiler_options=FAST).lower(variables["params"]).compile()
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+
+    assert kept(net.clone(recompute=True)) < 0.8 * kept(net)
+
+
 # Drop-path
 
 

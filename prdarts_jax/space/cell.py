@@ -126,8 +126,10 @@ def _write(nodes: jax.Array, index: jax.Array, node: jax.Array) -> jax.Array:
 
 
 class _Gathering(NamedTuple):
-    """Slots sorted by the node they add to, as rows of equal length: XLA:CPU runs an update of a part of a buffer on
-    one thread, so the terms of a node are summed in an array of their own, which is written once.
+    """Slots sorted by the node they add to, as rows of equal length.
+
+    XLA:CPU does not split the update of a part of a buffer over threads, so the terms of a node are summed in an array
+    of their own, which is written once.
     """
 
     node: np.ndarray  # int32[m]: the row of the buffer that is summed
