@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from prdarts_jax import cli_distributed, distributed
 from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.errors import RunError
 
+GLOO = {"gloo", "rank", "is", "connected", "to", "peer", "ranks", "expected", "number", "of"}
 several = [pytest.mark.slow, pytest.mark.multidevice, pytest.mark.timeout(3600)]
 CASES = {"search": search_cases, "train": train_cases}
 EPOCHS = 12  # long enough to be caught in the middle
@@ -60,7 +62,8 @@ def whole(folder):
             )
             assert [end.status for end in ends] == [0, 0], ends
             assert "report: " in ends[0].out
-            assert [line for line in ends[1].out.splitlines() if "Gloo" not in line] == []
+            # Gloo says how many it is connected to, from several threads: its lines may come apart.
+            assert set(re.findall(r"[a-z_]+", ends[1].out.lower())) <= GLOO, ends[1].out
             assert "prdarts" not in ends[1].err and "epoch" not in ends[1].err  # logs are the first one's
         return workdir
 
