@@ -155,7 +155,7 @@ def stablehlo(
     if not platforms:
         raise UserError(f"platforms: none; allowed: at least one of {' | '.join(PLATFORMS)}")
     _require("flatbuffers", "StableHLO programs are written")
-    evaluated = net.clone(auxiliary=False, axis_name=None)
+    evaluated = net.clone(auxiliary=False, axis_name=None, own_kernels=False)
     inside = {name: {k: v for k, v in variables[name].items() if k != "auxiliary"} for name in _COLLECTIONS}
 
     def logits(images: jax.Array) -> jax.Array:

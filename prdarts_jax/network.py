@@ -7,7 +7,7 @@ by one `lax.scan` over their stacked entries, so that the compiler sees five cel
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,10 +17,12 @@ from jax import lax
 
 from prdarts_jax.errors import UserError
 from prdarts_jax.network_counts import Profile, profile
-from prdarts_jax.network_layers import Layer, batch_norm, dense_preprocess, preprocess, widened
+from prdarts_jax.network_layers import Layer, batch_norm, dense_preprocess, finished_norm, preprocess, widened
 from prdarts_jax.network_plan import CellPlan, Edge, NetworkPlan, check_auxiliary, make_plan, wire
-from prdarts_jax.ops.layers import Weight, draw, fast_leaves
+from prdarts_jax.ops.layers import Weight, draw
+from prdarts_jax.ops.leaves import composed_separable, fast_leaves
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
+from prdarts_jax.ops.separable import separable_unit
 from prdarts_jax.space.genotype import Genotype
 
 __all__ = ["DerivedNetwork", "Profile", "drop_path", "drop_path_draws", "profile"]
@@ -69,17 +71,31 @@ def drop_path(x: jax.Array, draws: jax.Array, rate: jax.Array) -> jax.Array:
 # --- what is computed, as pure functions ------------------------------------------------------------------------------
 
 
+class How(NamedTuple):
+    """How layers are run, whatever they compute: the fields of `DerivedNetwork` of these names."""
+
+    axis_name: str | None = None
+    own_kernels: bool = True
+
+
 def _run_layer(
-    layer: Layer, params: Params, statistics: Params, x: jax.Array, *, train: bool, axis_name: str | None
+    layer: Layer, params: Params, statistics: Params, x: jax.Array, *, train: bool, how: How
 ) -> tuple[jax.Array, Params]:
     """(y, the running statistics afterwards)."""
     after: Params = {}
+    fast = fast_leaves(own_kernels=how.own_kernels)
 
     def norm(name: str, x: jax.Array) -> jax.Array:
-        y, after[name] = batch_norm(x, params[name], statistics[name], train=train, axis_name=axis_name)
+        y, after[name] = batch_norm(x, params[name], statistics[name], train=train, axis_name=how.axis_name)
         return y
 
-    return layer.apply(params, x, fast_leaves()._replace(norm=norm)), after
+    def separable(name: str, x: jax.Array, kernel: jax.Array, matrix: jax.Array, **window: int) -> jax.Array:
+        normalised = separable_unit(x, kernel, matrix, **window, **how._asdict())
+        y, after[name] = finished_norm(*normalised, params[name], statistics[name], axis_name=how.axis_name)
+        return y
+
+    leaves = fast._replace(norm=norm, separable=separable if train else composed_separable(fast.depthwise, norm))
+    return layer.apply(params, x, leaves), after
 
 
 def _run_cell(
@@ -90,14 +106,14 @@ def _run_cell(
     dropping: Callable[[Edge, jax.Array], jax.Array],
     *,
     train: bool,
-    axis_name: str | None,
+    how: How,
 ) -> tuple[jax.Array, Params]:
     """(output of the cell, its running statistics afterwards)."""
     after: Params = {}
 
     def run(edge: Edge, x: jax.Array) -> jax.Array:
         weights, running = params.get(edge.name, {}), statistics.get(edge.name, {})
-        y, new = _run_layer(edge.layer, weights, running, x, train=train, axis_name=axis_name)
+        y, new = _run_layer(edge.layer, weights, running, x, train=train, how=how)
         if new:
             after[edge.name] = new
         return dropping(edge, y)
@@ -153,14 +169,14 @@ class Part(nn.Module):
     """A part that is one layer: a stem, the classifier, the auxiliary head."""
 
     layer: Layer
-    axis_name: str | None = None
+    how: How = How()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """[B,H,W,C] -> what the layer computes."""
         params, running = _variables(self, self.layer.declared, self.layer.statistics)
         values = {name: variable.value for name, variable in running.items()}
-        y, after = _run_layer(self.layer, params, values, x, train=train, axis_name=self.axis_name)
+        y, after = _run_layer(self.layer, params, values, x, train=train, how=self.how)
         if train and not self.is_initializing():
             _keep(running, after)
         return y
@@ -170,7 +186,7 @@ class Cell(nn.Module):
     """One cell of the derived network."""
 
     plan: CellPlan
-    axis_name: str | None = None
+    how: How = How()
 
     @nn.compact
     def __call__(
@@ -195,7 +211,7 @@ class Cell(nn.Module):
             (before_last, last),
             _dropping(draws, rate),
             train=train,
-            axis_name=self.axis_name,
+            how=self.how,
         )
         if train and not self.is_initializing():
             _keep(running, after)
@@ -218,6 +234,8 @@ class DerivedNetwork(nn.Module):
       auxiliary: whether there is an auxiliary head after the second reduction cell.
       dtype: of the computation; BN statistics, the classifier and its inputs are float32 at least.
       axis_name: mapped axis over which the batch is split, for the statistics of BN.
+      own_kernels: whether the CPU kernels of `ops/native.py` may be used. A program that leaves this process cannot have
+        them.
       scan_cells: whether equal neighbouring cells are run by a scan (the same numbers up to rounding, faster to
         compile); without it `capture_intermediates` sees every cell.
       recompute: whether such a scan keeps only the inputs of its cells for the backward pass and computes the rest
@@ -243,6 +261,7 @@ class DerivedNetwork(nn.Module):
     auxiliary: bool = False
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    own_kernels: bool = True
     scan_cells: bool = True
     recompute: bool = False
     primitives: tuple[tuple[str, Primitive], ...] = tuple(PRIMITIVES.items())
@@ -289,7 +308,7 @@ class DerivedNetwork(nn.Module):
         plan = self.plan(images.shape[3])
         if plan.auxiliary is not None:
             check_auxiliary(self.stem, *images.shape[1:3])
-        axis_name = None if self.is_initializing() else self.axis_name
+        how = How(None if self.is_initializing() else self.axis_name, self.own_kernels)
         draws = rate = None
         width = max(cell.drops for cell in plan.cells)
         if train and drop_path is not None and width:
@@ -299,7 +318,7 @@ class DerivedNetwork(nn.Module):
 
         states = [images.astype(self.dtype)]
         for name, layer in plan.stem:
-            states.append(Part(layer, axis_name, name=name)(states[-1], train=train))
+            states.append(Part(layer, how, name=name)(states[-1], train=train))
         pair, auxiliary = (states[-len(plan.stem)], states[-1]), None
         for first, end in plan.runs:
             mine = None if draws is None else jnp.moveaxis(draws[:, first:end], 1, 0)
@@ -307,12 +326,12 @@ class DerivedNetwork(nn.Module):
                 pair = self._scan(plan, range(first, end), pair, mine, rate, train)
             else:
                 for i in range(first, end):
-                    cell = Cell(plan.cells[i], axis_name, name=f"cell_{i}")
+                    cell = Cell(plan.cells[i], how, name=f"cell_{i}")
                     one = None if mine is None else mine[i - first]
                     pair = pair[1], cell(*pair, train=train, draws=one, rate=rate)
             if plan.auxiliary is not None and first <= plan.auxiliary_after < end:
-                auxiliary = Part(plan.auxiliary, axis_name, name="auxiliary")(pair[1], train=train)
-        return Part(plan.classifier, axis_name, name="classifier")(pair[1], train=train), auxiliary
+                auxiliary = Part(plan.auxiliary, how, name="auxiliary")(pair[1], train=train)
+        return Part(plan.classifier, how, name="classifier")(pair[1], train=train), auxiliary
 
     def _ready(self, first: int, end: int) -> bool:
         """Whether the variables of these cells are there; if not, the cells make them, or say which are missing."""
@@ -334,6 +353,7 @@ class DerivedNetwork(nn.Module):
 
         # The inputs of the first cells differ from the rest in channels, or in size: as 1x1 convolutions of one width
         # (zeros where there is no input) all the cells are the same.
+        how = How(self.axis_name, self.own_kernels)
         first = plan.cells[cells[0]]
         width = max(first.channels_out, *(plan.cells[i].width for i in cells))
         dense = preprocess(width, first.channels, False)
@@ -349,7 +369,7 @@ class DerivedNetwork(nn.Module):
         def body(pair: Pair, inputs: tuple[Params, Params, jax.Array | None]) -> tuple[Pair, Params]:
             params, statistics, draws = inputs
             dropping = _dropping(draws, rate)
-            y, after = _run_cell(cell, params, statistics, pair, dropping, train=train, axis_name=self.axis_name)
+            y, after = _run_cell(cell, params, statistics, pair, dropping, train=train, how=how)
             return (pair[1], widened(y, width, False)), after
 
         if self.recompute and train and self.axis_name is None:

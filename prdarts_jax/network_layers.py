@@ -18,7 +18,8 @@ import numpy as np
 from jax import lax
 
 from prdarts_jax.ops.depthwise import depthwise_conv_reference, wide_dtype
-from prdarts_jax.ops.layers import BN_EPS, Leaves, Weight, conv, factorized_reduce, linear, pointwise
+from prdarts_jax.ops.layers import BN_EPS, Weight, conv, factorized_reduce, linear, pointwise
+from prdarts_jax.ops.leaves import Leaves, composed_separable
 from prdarts_jax.ops.primitives import Params, Primitive
 
 BN_MOMENTUM = 0.1  # torch's: the weight of the new statistic
@@ -87,7 +88,7 @@ def shape_leaves(norm: Callable[[str, jax.Array], jax.Array]) -> Leaves:
         b, h, w, c = x.shape
         return jnp.zeros((b, -(-h // stride), -(-w // stride), c), x.dtype)
 
-    return Leaves(depthwise_conv_reference, pool, pool, norm)
+    return Leaves(depthwise_conv_reference, pool, pool, norm, composed_separable(depthwise_conv_reference, norm))
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -306,19 +307,28 @@ def batch_norm(
     [1.1]
     """
     if train:
-        y, (mean, variance) = _batch_statistics_norm(x, axis_name)
-        y = _wide(y)
-        devices = 1 if axis_name is None else lax.psum(1, axis_name)
-        n = x.shape[0] * x.shape[1] * x.shape[2] * devices
-        batch = {"mean": mean, "var": variance * (n / max(n - 1, 1))}
-        running = jax.tree.map(
-            lambda old, new: (1 - BN_MOMENTUM) * old + BN_MOMENTUM * lax.stop_gradient(new).astype(old.dtype),
-            running,
-            batch,
-        )
-    else:
-        wide = _wide(x)
-        inverse = lax.rsqrt(running["var"].astype(wide.dtype) + BN_EPS)
-        y = (wide - _channels(running["mean"].astype(wide.dtype))) * _channels(inverse)
+        return finished_norm(*_batch_statistics_norm(x, axis_name), affine, running, axis_name=axis_name)
+    wide = _wide(x)
+    inverse = lax.rsqrt(running["var"].astype(wide.dtype) + BN_EPS)
+    y = (wide - _channels(running["mean"].astype(wide.dtype))) * _channels(inverse)
+    return _affine(y, affine).astype(x.dtype), running
+
+
+def _affine(y: jax.Array, affine: Params) -> jax.Array:
     scale, bias = (_channels(affine[name].astype(y.dtype)) for name in ("scale", "bias"))
-    return (y * scale + bias).astype(x.dtype), running
+    return y * scale + bias
+
+
+def finished_norm(
+    y: jax.Array, moments: _Moments, affine: Params, running: Params, *, axis_name: str | None
+) -> tuple[jax.Array, Params]:
+    """What `batch_norm` does in training with a batch that is normalised already: y [B,H,W,C], (mean, biased variance)."""
+    devices = 1 if axis_name is None else lax.psum(1, axis_name)
+    n = y.shape[0] * y.shape[1] * y.shape[2] * devices
+    batch = {"mean": moments[0], "var": moments[1] * (n / max(n - 1, 1))}
+    running = jax.tree.map(
+        lambda old, new: (1 - BN_MOMENTUM) * old + BN_MOMENTUM * lax.stop_gradient(new).astype(old.dtype),
+        running,
+        batch,
+    )
+    return _affine(_wide(y), affine).astype(y.dtype), running

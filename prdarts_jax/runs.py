@@ -23,6 +23,7 @@ from prdarts_jax import config as cfg
 from prdarts_jax import parallel, userfile
 from prdarts_jax.data.streamed import AnyDataset
 from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.ops import native
 from prdarts_jax.source_digest import source_digest, uncomparable
 from prdarts_jax.workdir import WorkdirLock, atomic_write_text
 
@@ -267,6 +268,7 @@ def document(
         "platform": {
             "backend": jax.default_backend(),
             "cores": _cores(),
+            "cpu_kernels": native.kernels().description,
             "devices": mesh.size,
             "processes": jax.process_count(),
             # On CPU other collectives are used then, of one process as of many: their sums have another order.

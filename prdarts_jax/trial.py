@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from prdarts_jax import search_program, userfile
 from prdarts_jax.errors import UserError
-from prdarts_jax.ops.layers import draw, fast_leaves
+from prdarts_jax.ops.layers import draw
+from prdarts_jax.ops.leaves import fast_leaves
 from prdarts_jax.ops.primitives import Primitive
 from prdarts_jax.search_program import Problem
 from prdarts_jax.space import supernet

@@ -11,7 +11,8 @@ import oracles
 import pytest
 
 from prdarts_jax.gates import Gates
-from prdarts_jax.ops.layers import Leaves, draw, fast_leaves, reference_leaves
+from prdarts_jax.ops.layers import draw
+from prdarts_jax.ops.leaves import Leaves, fast_leaves, reference_leaves
 from prdarts_jax.ops.primitives import PRIMITIVES
 from prdarts_jax.space import supernet
 from prdarts_jax.space.cell import declare_edges, mixed_nodes, mixed_nodes_reference

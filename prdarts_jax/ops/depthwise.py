@@ -1,7 +1,8 @@
 """Depthwise convolution with a lowering chosen per platform and differentiation rules of its own.
 
 XLA lowers a grouped convolution on CPU to a naive loop (jax-ml/jax issue 23713), several times slower than a sum of
-shifted slices, and plain autodiff of the shifted sum yields k*k separate reductions for the weight gradient. Hence:
+shifted slices, and plain autodiff of the shifted sum yields k*k separate reductions for the weight gradient. Hence
+kernels of ours on CPU (`native`), and where they cannot serve:
 
     y[b,i,j,c]  = sum_{p,q} x[b, s*i + d*p - P, s*j + d*q - P, c] * w[p,q,c]
     dx          = the same sum over the cotangent, dilated by s, with the flipped kernel
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from prdarts_jax.ops import native
 from prdarts_jax.ops.materialised import materialised
 
 
@@ -30,6 +32,7 @@ class Window(NamedTuple):
     width: int
     stride: int = 1
     dilation: int = 1
+    own_kernels: bool = True  # whether kernels of ours may compute it on CPU
 
     @property
     def padding(self) -> tuple[int, int]:
@@ -142,28 +145,51 @@ def _grouped_kernel_gradient(x: jax.Array, dy: jax.Array, *, window: Window) -> 
     return pull(dy)[0]
 
 
+def _native_forward(x: jax.Array, kernel: jax.Array, *, window: Window) -> jax.Array:
+    shape = (x.shape[0], *window.output(*x.shape[1:3]), x.shape[3])
+    return native.call("depthwise_forward", [shape], x, kernel, stride=window.stride, dilation=window.dilation)[0]
+
+
+def _native_input_gradient(dy: jax.Array, kernel: jax.Array, *, window: Window, size: tuple[int, int]) -> jax.Array:
+    shape = (dy.shape[0], *size, dy.shape[3])
+    window_ = {"stride": window.stride, "dilation": window.dilation}
+    return native.call("depthwise_input_gradient", [shape], dy, kernel, **window_)[0]
+
+
+def _native_kernel_gradient(x: jax.Array, dy: jax.Array, *, window: Window) -> jax.Array:
+    shape = (window.height, window.width, x.shape[3])
+    return native.call("depthwise_kernel_gradient", [shape], x, dy, stride=window.stride, dilation=window.dilation)[0]
+
+
+def _serves(window: Window, *arrays: jax.Array) -> bool:
+    return window.own_kernels and native.serves((window.height, window.width), *arrays)
+
+
 # Each leaf is jitted so that its trace is cached by shape: a search program holds hundreds of calls of few shapes.
 @partial(jax.jit, static_argnums=(2,))
 def _forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    cpu = _native_forward if _serves(window, x, kernel) else _forward_shifts
     return lax.platform_dependent(
-        x, kernel, cpu=partial(_forward_shifts, window=window), default=partial(_forward_grouped, window=window)
+        x, kernel, cpu=partial(cpu, window=window), default=partial(_forward_grouped, window=window)
     )
 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _backward_input(dy: jax.Array, kernel: jax.Array, window: Window, size: tuple[int, int]) -> jax.Array:
+    cpu = _native_input_gradient if _serves(window, dy, kernel) else _input_gradient
     return lax.platform_dependent(
         dy,
         kernel,
-        cpu=partial(_input_gradient, window=window, size=size),
+        cpu=partial(cpu, window=window, size=size),
         default=partial(_grouped_input_gradient, window=window, size=size),
     )
 
 
 @partial(jax.jit, static_argnums=(2,))
 def _backward_kernel(x: jax.Array, dy: jax.Array, window: Window) -> jax.Array:
+    cpu = _native_kernel_gradient if _serves(window, x, dy) else _kernel_gradient
     return lax.platform_dependent(
-        x, dy, cpu=partial(_kernel_gradient, window=window), default=partial(_grouped_kernel_gradient, window=window)
+        x, dy, cpu=partial(cpu, window=window), default=partial(_grouped_kernel_gradient, window=window)
     )
 
 
@@ -209,7 +235,9 @@ _correlate.defvjp(
 )
 
 
-def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
+def depthwise_conv(
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1, own_kernels: bool = True
+) -> jax.Array:
     """Depthwise convolution y[b,i,j,c] = sum_{p,q} x[b, s i + d p - P, s j + d q - P, c] w[p,q,c].
 
     Zero padding P = dilation (k - 1) / 2 keeps the size at stride 1; ceil(H / s) at stride s.
@@ -219,6 +247,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation
       kernel: [k_h,k_w,C], odd sizes.
       stride: of both spatial axes.
       dilation: spacing of the kernel taps.
+      own_kernels: whether kernels of ours may be used on CPU (`ops/native.py`); the values are the same to rounding.
 
     Returns:
       [B, ceil(H/stride), ceil(W/stride), C] in the dtype of x. Reverse-mode derivatives of any order.
@@ -230,7 +259,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation
     """
     if kernel.ndim != 3 or x.ndim != 4 or kernel.shape[2] != x.shape[3]:
         raise ValueError(f"kernel {kernel.shape} does not fit the images {x.shape}: want [k,k,C] and [B,H,W,C]")
-    return _conv(x, kernel, Window(kernel.shape[0], kernel.shape[1], stride, dilation))
+    return _conv(x, kernel, Window(kernel.shape[0], kernel.shape[1], stride, dilation, own_kernels))
 
 
 def depthwise_conv_reference(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:

@@ -1,8 +1,4 @@
-"""Leaf layers in two sets of the same functions: `FAST` with differentiation rules of its own, `REFERENCE` without.
-
-The reference set is plain JAX (any order of derivative, forward mode too); it is the oracle of every custom rule. A
-primitive of the search space receives one of the sets as an argument and never chooses for itself.
-"""
+"""Leaf layers, each with a differentiation rule of its own, and the same as plain JAX (`*_reference`): the rule's oracle."""
 
 from __future__ import annotations
 
@@ -80,7 +76,8 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 # --- batch normalisation with the statistics of the batch -------------------------------------------------------------
 
 
-def _per_channel(v: jax.Array) -> jax.Array:
+def per_channel(v: jax.Array) -> jax.Array:
+    """[C] -> [1,1,1,C]."""
     return v.reshape(1, 1, 1, -1)
 
 
@@ -88,14 +85,14 @@ def _normalise(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Arra
     """(y, 1/sigma), both in the wide dtype. Over a mapped axis the two moments travel in one collective."""
     x = x.astype(wide_dtype(x))
     local = jnp.mean(x, axis=(0, 1, 2))
-    centred = x - _per_channel(local)
+    centred = x - per_channel(local)
     variance = jnp.mean(centred * centred, axis=(0, 1, 2))
     if axis_name is not None:
         mean, square = lax.pmean((local, variance + local * local), axis_name)
         variance = jnp.maximum(square - mean * mean, 0.0)
-        centred = x - _per_channel(mean)
+        centred = x - per_channel(mean)
     scale = lax.rsqrt(variance + BN_EPS)
-    return centred * _per_channel(scale), scale
+    return centred * per_channel(scale), scale
 
 
 def batch_norm_reference(x: jax.Array, axis_name: str | None = None) -> jax.Array:
@@ -120,7 +117,7 @@ def _batch_norm_bwd(axis_name: str | None, res: tuple[jax.Array, jax.Array], dy:
     mean, cross = jnp.mean(ct, axis=(0, 1, 2)), jnp.mean(ct * wide, axis=(0, 1, 2))
     if axis_name is not None:
         mean, cross = lax.pmean((mean, cross), axis_name)
-    dx = _per_channel(scale) * (ct - _per_channel(mean) - wide * _per_channel(cross))
+    dx = per_channel(scale) * (ct - per_channel(mean) - wide * per_channel(cross))
     return (dx.astype(y.dtype),)
 
 
@@ -287,7 +284,8 @@ def _inverse_counts(height: int, width: int, stride: int) -> np.ndarray:
     return (1.0 / counts)[None, :, :, None]
 
 
-def _avg_pool(x: jax.Array, stride: int, depthwise_conv: Callable[..., jax.Array]) -> jax.Array:
+def avg_pool_by(x: jax.Array, stride: int, depthwise_conv: Callable[..., jax.Array]) -> jax.Array:
+    """`avg_pool` by a depthwise convolution with ones."""
     ones = jnp.ones((3, 3, x.shape[3]), x.dtype)
     total = depthwise_conv(x, ones, stride=stride)
     return total * jnp.asarray(_inverse_counts(x.shape[1], x.shape[2], stride), x.dtype)
@@ -299,7 +297,7 @@ def avg_pool(x: jax.Array, stride: int) -> jax.Array:
     >>> float(avg_pool(jnp.ones((1, 3, 3, 1)), 1)[0, 0, 0, 0])
     1.0
     """
-    return _avg_pool(x, stride, depthwise.depthwise_conv)
+    return avg_pool_by(x, stride, depthwise.depthwise_conv)
 
 
 # --- strided identity -------------------------------------------------------------------------------------------------
@@ -318,27 +316,3 @@ def factorized_reduce(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.
     h, w = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
     return jnp.concatenate([pointwise(x[:, ::2, ::2], first), pointwise(x[:, 1::2, 1::2], second)], axis=3)
-
-
-class Leaves(NamedTuple):
-    """The leaf layers a primitive may use. `norm(name, x)` is the normalisation after a layer called `name`."""
-
-    depthwise: Callable[..., jax.Array]  # (x, kernel, *, stride, dilation) -> y
-    max_pool: Callable[[jax.Array, int], jax.Array]  # (x, stride) -> y
-    avg_pool: Callable[[jax.Array, int], jax.Array]
-    norm: Callable[[str, jax.Array], jax.Array]
-
-
-def fast_leaves(axis_name: str | None = None) -> Leaves:
-    """Leaves with rules of their own; BN with the statistics of the batch over `axis_name`."""
-    return Leaves(depthwise.depthwise_conv, max_pool, avg_pool, lambda _, x: batch_norm(x, axis_name))
-
-
-def reference_leaves(axis_name: str | None = None) -> Leaves:
-    """Leaves with plain autodiff: slower, and usable under jvp and jax.hessian."""
-    return Leaves(
-        depthwise.depthwise_conv_reference,
-        max_pool_reference,
-        lambda x, stride: _avg_pool(x, stride, depthwise.depthwise_conv_reference),
-        lambda _, x: batch_norm_reference(x, axis_name),
-    )

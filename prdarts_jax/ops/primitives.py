@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prdarts_jax.ops.layers import Leaves, Weight, conv, factorized_reduce, pointwise
+from prdarts_jax.ops.layers import Weight, conv, factorized_reduce
+from prdarts_jax.ops.leaves import Leaves
 
 Params = dict[str, Any]
 GROUPS = ("none", "skip", "pool", "conv")
@@ -77,8 +78,8 @@ def _separable(kernel: int) -> Primitive:
 
     def apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
         for i, s in ((1, stride), (2, 1)):
-            x = leaves.depthwise(jax.nn.relu(x), params[f"depthwise{i}"], stride=s, dilation=1)
-            x = leaves.norm(f"bn{i}", pointwise(x, params[f"pointwise{i}"]))
+            weights = params[f"depthwise{i}"], params[f"pointwise{i}"]
+            x = leaves.separable(f"bn{i}", x, *weights, stride=s, dilation=1)
         return x
 
     return Primitive("conv", weights, apply)
@@ -92,8 +93,7 @@ def _dilated(kernel: int) -> Primitive:
         return {"depthwise": depthwise, "pointwise": Weight((channels, channels), channels)}
 
     def apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
-        x = leaves.depthwise(jax.nn.relu(x), params["depthwise"], stride=stride, dilation=2)
-        return leaves.norm("bn", pointwise(x, params["pointwise"]))
+        return leaves.separable("bn", x, params["depthwise"], params["pointwise"], stride=stride, dilation=2)
 
     return Primitive("conv", weights, apply)
 

@@ -23,7 +23,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from prdarts_jax.ops.depthwise import wide_dtype
-from prdarts_jax.ops.layers import Leaves, Weight, fast_leaves, reference_leaves
+from prdarts_jax.ops.layers import Weight
+from prdarts_jax.ops.leaves import Leaves, fast_leaves, reference_leaves
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.space.branching import Branch, run_branch
 from prdarts_jax.space.spec import EdgeGroup, Space

@@ -1,0 +1,106 @@
+// Small products of matrices: pixels times channels.
+#pragma once
+
+#include "vectors.h"
+
+namespace prdarts {
+
+#if defined(__AVX512F__)
+constexpr int kTile = 8;  // pixels of a tile of two vectors
+#else
+constexpr int kTile = 4;
+#endif
+
+// out[m, 0:n] = sum_k a[m, k] b[k, 0:n] for kRows rows m and kVectors vectors of n.
+template <int kRows, int kVectors>
+inline void product_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* out,
+                         int64_t ldo, int64_t n) {
+  Vec sums[kRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec line[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) line[v] = load(b + k * ldb + v * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const float factor = a[m * lda + k];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[m][v] += factor * line[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(out + m * ldo + v * kLanes, sums[m][v], n - v * kLanes);
+  }
+}
+
+template <int kVectors>
+void product_columns(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, float* out,
+                     int64_t ldo, int64_t n) {
+  int64_t m = 0;
+  for (; m + kTile <= rows; m += kTile) {
+    product_tile<kTile, kVectors>(a + m * lda, lda, b, ldb, depth, out + m * ldo, ldo, n);
+  }
+  for (; m < rows; ++m) product_tile<1, kVectors>(a + m * lda, lda, b, ldb, depth, out + m * ldo, ldo, n);
+}
+
+// out[rows, n] = a[rows, depth] b[depth, n]; the rows of b are whole vectors.
+inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, float* out,
+                    int64_t ldo, int64_t n) {
+  int64_t c = 0;
+  for (; n - c > kLanes; c += 2 * kLanes) {
+    product_columns<2>(a, lda, b + c, ldb, rows, depth, out + c, ldo, n - c);
+  }
+  if (c < n) product_columns<1>(a, lda, b + c, ldb, rows, depth, out + c, ldo, n - c);
+}
+
+// sums[k, 0:n] += sum_m a[m, k] b[m, 0:n] for kRows k's.
+template <int kRows, int kVectors>
+inline void outer_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, float* sums,
+                       int64_t lds) {
+  Vec acc[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int k = 0; k < kRows; ++k) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) acc[k][v] = load(sums + k * lds + v * kLanes);
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    Vec line[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) line[v] = load(b + m * ldb + v * kLanes);
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows; ++k) {
+      const float factor = a[m * lda + k];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) acc[k][v] += factor * line[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < kRows; ++k) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(sums + k * lds + v * kLanes, acc[k][v]);
+  }
+}
+
+// sums[depth, n] += a[rows, depth]^T b[rows, n]; depth and n are those of whole vectors, what fills them up is zero.
+inline void outer(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, float* sums,
+                  int64_t lds) {
+  for (int64_t k = 0; k < depth; k += kTile) {
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= lds; c += 2 * kLanes) {
+      outer_tile<kTile, 2>(a + k, lda, b + c, ldb, rows, sums + k * lds + c, lds);
+    }
+    if (c < lds) outer_tile<kTile, 1>(a + k, lda, b + c, ldb, rows, sums + k * lds + c, lds);
+  }
+}
+
+// m [rows][columns] -> its transpose [columns][whole vectors of rows], or itself in whole vectors.
+inline void lay_out_matrix(const float* m, int64_t rows, int64_t columns, bool transpose, float* to) {
+  const int64_t lines = transpose ? columns : rows, wide = padded(transpose ? rows : columns);
+  std::memset(to, 0, 4 * lines * wide);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) to[transpose ? j * wide + i : i * wide + j] = m[i * columns + j];
+  }
+}
+
+}  // namespace prdarts

@@ -1,0 +1,85 @@
+"""Leaf layers in two sets of the same functions: fast, with differentiation rules of their own, and reference, without.
+
+The reference set is plain JAX (any order of derivative, forward mode too); it is the oracle of every custom rule. A
+primitive of the search space receives one of the sets as an argument and never chooses for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+
+from prdarts_jax.ops.depthwise import depthwise_conv, depthwise_conv_reference
+from prdarts_jax.ops.layers import (
+    avg_pool_by,
+    batch_norm,
+    batch_norm_reference,
+    max_pool,
+    max_pool_reference,
+    pointwise,
+)
+from prdarts_jax.ops.separable import separable_unit
+
+Norm = Callable[[str, jax.Array], jax.Array]
+
+
+class Leaves(NamedTuple):
+    """The leaf layers a primitive may use. `norm(name, x)` is the normalisation after a layer called `name`."""
+
+    depthwise: Callable[..., jax.Array]  # (x, kernel, *, stride, dilation) -> y
+    max_pool: Callable[[jax.Array, int], jax.Array]  # (x, stride) -> y
+    avg_pool: Callable[[jax.Array, int], jax.Array]
+    norm: Norm
+    # (name, x, depthwise [k,k,C], pointwise [C,D], *, stride, dilation) -> norm(name, pointwise (depthwise * relu(x)))
+    separable: Callable[..., jax.Array]
+
+
+def composed_separable(depthwise: Callable[..., jax.Array], norm: Norm) -> Callable[..., jax.Array]:
+    """`Leaves.separable` from a depthwise convolution and a normalisation."""
+
+    def separable(
+        name: str, x: jax.Array, kernel: jax.Array, matrix: jax.Array, *, stride: int, dilation: int
+    ) -> jax.Array:
+        return norm(name, pointwise(depthwise(jax.nn.relu(x), kernel, stride=stride, dilation=dilation), matrix))
+
+    return separable
+
+
+def fast_leaves(axis_name: str | None = None, *, own_kernels: bool = True) -> Leaves:
+    """Leaves with rules of their own; BN with the statistics of the batch over `axis_name`.
+
+    `own_kernels`: whether kernels of ours may be used on CPU (a program that leaves this process cannot have them).
+    """
+    depthwise = partial(depthwise_conv, own_kernels=own_kernels)
+
+    def separable(
+        name: str, x: jax.Array, kernel: jax.Array, matrix: jax.Array, *, stride: int, dilation: int
+    ) -> jax.Array:
+        options = {"stride": stride, "dilation": dilation, "axis_name": axis_name, "own_kernels": own_kernels}
+        return separable_unit(x, kernel, matrix, **options)[0]
+
+    return Leaves(
+        depthwise,
+        max_pool,
+        lambda x, stride: avg_pool_by(x, stride, depthwise),
+        lambda _, x: batch_norm(x, axis_name),
+        separable,
+    )
+
+
+def reference_leaves(axis_name: str | None = None) -> Leaves:
+    """Leaves with plain autodiff: slower, and usable under jvp and jax.hessian."""
+
+    def norm(name: str, x: jax.Array) -> jax.Array:
+        return batch_norm_reference(x, axis_name)
+
+    return Leaves(
+        depthwise_conv_reference,
+        max_pool_reference,
+        lambda x, stride: avg_pool_by(x, stride, depthwise_conv_reference),
+        norm,
+        composed_separable(depthwise_conv_reference, norm),
+    )

@@ -1,0 +1,136 @@
+"""Kernels in C++ for the CPU, compiled where they run and called through XLA's foreign function interface.
+
+XLA:CPU has no fast depthwise convolution, computes a kernel gradient without vectors, and a separable convolution with its
+batch statistics in a dozen passes over memory. `cpu/kernels.cc` does each in one or two. It is compiled on first use, for
+the processor at hand, and kept in the user's cache folder. Without a C++ compiler, or with the environment variable
+PRDARTS_CPU_KERNELS=off, everything is computed by XLA: the same values to rounding, several times slower.
+
+The kernels take float32 arrays and square kernels of 3, 5 or 7. Their results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SWITCH = "PRDARTS_CPU_KERNELS"
+SIZES = (3, 5, 7)
+_SOURCES = Path(__file__).parent / "cpu"
+_KERNELS = (
+    "depthwise_forward",
+    "depthwise_input_gradient",
+    "depthwise_kernel_gradient",
+    "norm_sums",
+    "separable_forward",
+    "separable_backward",
+    "separable_input_gradient",
+)
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
+_SECONDS = 300  # of a compiler that hangs
+
+
+class Kernels(NamedTuple):
+    """Whether there are kernels, and why or why not: a line for config.json."""
+
+    loaded: bool
+    description: str
+
+
+def _processor() -> str:
+    """What tells this processor's instructions from another's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    return shutil.which(named) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def _digest(compiler: str) -> str:
+    """Of everything that the compiled file depends on."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
+    parts = [_processor(), version, jax.__version__, *_FLAGS]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cc")]
+    return hashlib.sha256("\0".join([*parts, *texts]).encode()).hexdigest()[:16]
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prdarts_jax" / "kernels"
+
+
+def _compile(compiler: str, target: Path) -> None:
+    """Compiles beside the target and moves it there: another process may be doing the same."""
+    include = ["-isystem", jax.ffi.include_dir()]
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built = Path(folder) / target.name
+        command = [compiler, *_FLAGS, native, *include, str(_SOURCES / "kernels.cc"), "-o", str(built)]
+        subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
+        os.replace(built, target)
+
+
+def _library() -> tuple[ctypes.CDLL, str]:
+    """The compiled file and its digest. OSError or SubprocessError where there can be none."""
+    compiler = _compiler()
+    if compiler is None:
+        raise OSError("no C++ compiler")
+    digest = _digest(compiler)
+    target = _folder() / f"{digest}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _compile(compiler, target)
+    return ctypes.CDLL(str(target)), digest
+
+
+@cache
+def kernels() -> Kernels:
+    """Compiles and registers the kernels if this process computes on a CPU.
+
+    >>> kernels().description != ""
+    True
+    """
+    choice = os.environ.get(SWITCH, "auto")
+    if choice == "off":
+        return Kernels(False, f"off ({SWITCH})")
+    if jax.default_backend() != "cpu":
+        return Kernels(False, "no CPU")
+    try:
+        library, digest = _library()
+    except subprocess.CalledProcessError as e:
+        return Kernels(False, f"the C++ compiler failed: {(e.stderr or '').strip().splitlines()[:1]}")
+    except (OSError, subprocess.SubprocessError) as e:
+        return Kernels(False, str(e))
+    for name in _KERNELS:
+        capsule = jax.ffi.pycapsule(getattr(library, f"prdarts_{name}"))
+        jax.ffi.register_ffi_target(f"prdarts_{name}", capsule, platform="cpu")
+    return Kernels(True, f"native {digest}")
+
+
+def serves(size: tuple[int, int], *arrays: jax.Array) -> bool:
+    """Whether the kernels are there and can take a depthwise kernel of this size and these arrays."""
+    square = size[0] == size[1] and size[0] in SIZES
+    return square and all(a.dtype == jnp.float32 and a.size for a in arrays) and kernels().loaded
+
+
+def call(name: str, shapes: Sequence[tuple[int, ...]], *arrays: jax.Array, **window: int) -> list[jax.Array]:
+    """Runs a kernel: float32 results of these shapes. A batch of calls (vmap) runs them one after the other."""
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    attributes = {key: np.int64(value) for key, value in window.items()}
+    return jax.ffi.ffi_call(f"prdarts_{name}", results, vmap_method="sequential")(*arrays, **attributes)
