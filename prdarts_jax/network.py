@@ -20,9 +20,9 @@ from prdarts_jax.network_counts import Profile, profile
 from prdarts_jax.network_layers import Layer, batch_norm, dense_preprocess, finished_norm, preprocess, widened
 from prdarts_jax.network_plan import CellPlan, Edge, NetworkPlan, check_auxiliary, make_plan, wire
 from prdarts_jax.ops.layers import Weight, draw
-from prdarts_jax.ops.leaves import composed_separable, fast_leaves
+from prdarts_jax.ops.leaves import composed_pointwise, composed_separable, fast_leaves
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
-from prdarts_jax.ops.separable import separable_unit
+from prdarts_jax.ops.separable import pointwise_unit, separable_unit
 from prdarts_jax.space.genotype import Genotype
 
 __all__ = ["DerivedNetwork", "Profile", "drop_path", "drop_path_draws", "profile"]
@@ -86,15 +86,27 @@ def _run_layer(
     fast = fast_leaves(own_kernels=how.own_kernels)
 
     def norm(name: str, x: jax.Array) -> jax.Array:
-        y, after[name] = batch_norm(x, params[name], statistics[name], train=train, axis_name=how.axis_name)
+        y, after[name] = batch_norm(x, params[name], statistics[name], train=train, **how._asdict())
         return y
 
-    def separable(name: str, x: jax.Array, kernel: jax.Array, matrix: jax.Array, **window: int) -> jax.Array:
-        normalised = separable_unit(x, kernel, matrix, **window, **how._asdict())
+    def separable(
+        name: str, x: jax.Array, kernel: jax.Array, matrix: jax.Array, *, stride: int, dilation: int
+    ) -> jax.Array:
+        normalised = separable_unit(x, kernel, matrix, stride=stride, dilation=dilation, **how._asdict())
         y, after[name] = finished_norm(*normalised, params[name], statistics[name], axis_name=how.axis_name)
         return y
 
-    leaves = fast._replace(norm=norm, separable=separable if train else composed_separable(fast.depthwise, norm))
+    def pointwise(name: str, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        y, after[name] = finished_norm(
+            *pointwise_unit(x, matrix, **how._asdict()), params[name], statistics[name], axis_name=how.axis_name
+        )
+        return y
+
+    if train:
+        leaves = fast._replace(norm=norm, separable=separable, pointwise=pointwise)
+    else:
+        units = composed_separable(fast.depthwise, norm), composed_pointwise(norm)
+        leaves = fast._replace(norm=norm, separable=units[0], pointwise=units[1])
     return layer.apply(params, x, leaves), after
 
 
@@ -234,8 +246,8 @@ class DerivedNetwork(nn.Module):
       auxiliary: whether there is an auxiliary head after the second reduction cell.
       dtype: of the computation; BN statistics, the classifier and its inputs are float32 at least.
       axis_name: mapped axis over which the batch is split, for the statistics of BN.
-      own_kernels: whether the CPU kernels of `ops/native.py` may be used. A program that leaves this process cannot have
-        them.
+      own_kernels: whether the CPU kernels of `ops/native.py` may be used. A program that leaves this process cannot
+        have them.
       scan_cells: whether equal neighbouring cells are run by a scan (the same numbers up to rounding, faster to
         compile); without it `capture_intermediates` sees every cell.
       recompute: whether such a scan keeps only the inputs of its cells for the backward pass and computes the rest

@@ -18,8 +18,9 @@ import numpy as np
 from jax import lax
 
 from prdarts_jax.ops.depthwise import depthwise_conv_reference, wide_dtype
-from prdarts_jax.ops.layers import BN_EPS, Weight, conv, factorized_reduce, linear, pointwise
-from prdarts_jax.ops.leaves import Leaves, composed_separable
+from prdarts_jax.ops.layers import Moments, Weight, batch_norm_moments, conv, factorized_reduce, linear, pointwise
+from prdarts_jax.ops.leaves import Leaves, composed_pointwise, composed_separable
+from prdarts_jax.ops.moments import BN_EPS, per_channel
 from prdarts_jax.ops.primitives import Params, Primitive
 
 BN_MOMENTUM = 0.1  # torch's: the weight of the new statistic
@@ -88,7 +89,8 @@ def shape_leaves(norm: Callable[[str, jax.Array], jax.Array]) -> Leaves:
         b, h, w, c = x.shape
         return jnp.zeros((b, -(-h // stride), -(-w // stride), c), x.dtype)
 
-    return Leaves(depthwise_conv_reference, pool, pool, norm, composed_separable(depthwise_conv_reference, norm))
+    units = composed_separable(depthwise_conv_reference, norm), composed_pointwise(norm)
+    return Leaves(depthwise_conv_reference, pool, pool, norm, *units)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -123,10 +125,9 @@ def preprocess(channels_in: int, channels: int, reduces: bool) -> Layer:
 
 
 def _preprocess(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
-    x = jax.nn.relu(x)
     if "pointwise" in params:
-        return leaves.norm("bn", pointwise(x, params["pointwise"]))
-    return leaves.norm("bn", factorized_reduce(x, params["first"], params["second"]))
+        return leaves.pointwise("bn", x, params["pointwise"])
+    return leaves.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
 
 
 def widened(x: jax.Array, width: int, halves: bool) -> jax.Array:
@@ -233,57 +234,14 @@ def _linear(params: Params, x: jax.Array) -> jax.Array:
 
 # --- batch normalisation ----------------------------------------------------------------------------------------------
 
-_Moments = tuple[jax.Array, jax.Array]
-
-
-def _channels(v: jax.Array) -> jax.Array:
-    return v.reshape(1, 1, 1, -1)
-
-
-def _normalise(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array, _Moments]:
-    """(y in the dtype of x, 1/sigma, (mean, biased variance)). Over a mapped axis the moments are one collective."""
-    wide = _wide(x)
-    mean = jnp.mean(wide, axis=(0, 1, 2))
-    centred = wide - _channels(mean)
-    variance = jnp.mean(centred * centred, axis=(0, 1, 2))
-    if axis_name is not None:
-        mean, square = lax.pmean((mean, variance + mean * mean), axis_name)
-        variance = jnp.maximum(square - mean * mean, 0.0)
-        centred = wide - _channels(mean)
-    scale = lax.rsqrt(variance + BN_EPS)
-    return (centred * _channels(scale)).astype(x.dtype), scale, (mean, variance)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _batch_statistics_norm(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, _Moments]:
-    y, _, moments = _normalise(x, axis_name)
-    return y, moments
-
-
-def _norm_fwd(
-    x: jax.Array, axis_name: str | None
-) -> tuple[tuple[jax.Array, _Moments], tuple[jax.Array, jax.Array]]:
-    y, scale, moments = _normalise(x, axis_name)
-    return (y, moments), (y, scale)
-
-
-def _norm_bwd(
-    axis_name: str | None, res: tuple[jax.Array, jax.Array], cts: tuple[jax.Array, _Moments]
-) -> tuple[jax.Array]:
-    """dx = (dy - mean(dy) - y mean(dy y)) / sigma. The moments only feed the running statistics: no cotangent."""
-    y, scale = res
-    wide, ct = _wide(y), _wide(cts[0])
-    mean, cross = jnp.mean(ct, axis=(0, 1, 2)), jnp.mean(ct * wide, axis=(0, 1, 2))
-    if axis_name is not None:
-        mean, cross = lax.pmean((mean, cross), axis_name)
-    return ((_channels(scale) * (ct - _channels(mean) - wide * _channels(cross))).astype(y.dtype),)
-
-
-_batch_statistics_norm.defvjp(_norm_fwd, _norm_bwd)
-
-
 def batch_norm(
-    x: jax.Array, affine: Params, running: Params, *, train: bool, axis_name: str | None = None
+    x: jax.Array,
+    affine: Params,
+    running: Params,
+    *,
+    train: bool,
+    axis_name: str | None = None,
+    own_kernels: bool = True,
 ) -> tuple[jax.Array, Params]:
     """Affine batch normalisation with running statistics, torch's convention.
 
@@ -297,6 +255,7 @@ def batch_norm(
       running: {"mean": [C], "var": [C]}.
       train: whether the statistics are those of the batch.
       axis_name: mapped axis over which the batch is split, or None.
+      own_kernels: whether kernels of ours may be used on CPU.
 
     Returns:
       (y in the dtype of x, the running statistics afterwards). No gradient flows through the statistics kept.
@@ -307,22 +266,23 @@ def batch_norm(
     [1.1]
     """
     if train:
-        return finished_norm(*_batch_statistics_norm(x, axis_name), affine, running, axis_name=axis_name)
+        normalised = batch_norm_moments(x, axis_name, own_kernels=own_kernels)
+        return finished_norm(*normalised, affine, running, axis_name=axis_name)
     wide = _wide(x)
     inverse = lax.rsqrt(running["var"].astype(wide.dtype) + BN_EPS)
-    y = (wide - _channels(running["mean"].astype(wide.dtype))) * _channels(inverse)
+    y = (wide - per_channel(running["mean"].astype(wide.dtype))) * per_channel(inverse)
     return _affine(y, affine).astype(x.dtype), running
 
 
 def _affine(y: jax.Array, affine: Params) -> jax.Array:
-    scale, bias = (_channels(affine[name].astype(y.dtype)) for name in ("scale", "bias"))
+    scale, bias = (per_channel(affine[name].astype(y.dtype)) for name in ("scale", "bias"))
     return y * scale + bias
 
 
 def finished_norm(
-    y: jax.Array, moments: _Moments, affine: Params, running: Params, *, axis_name: str | None
+    y: jax.Array, moments: Moments, affine: Params, running: Params, *, axis_name: str | None
 ) -> tuple[jax.Array, Params]:
-    """What `batch_norm` does in training with a batch that is normalised already: y [B,H,W,C], (mean, biased variance)."""
+    """What `batch_norm` does in training once y [B,H,W,C] is normalised by (mean, biased variance)."""
     devices = 1 if axis_name is None else lax.psum(1, axis_name)
     n = y.shape[0] * y.shape[1] * y.shape[2] * devices
     batch = {"mean": moments[0], "var": moments[1] * (n / max(n - 1, 1))}

@@ -162,7 +162,7 @@ def _native_kernel_gradient(x: jax.Array, dy: jax.Array, *, window: Window) -> j
 
 
 def _serves(window: Window, *arrays: jax.Array) -> bool:
-    return window.own_kernels and native.serves((window.height, window.width), *arrays)
+    return window.own_kernels and native.compiled(*window[:4]) and native.serve(*arrays)
 
 
 # Each leaf is jitted so that its trace is cached by shape: a search program holds hundreds of calls of few shapes.

@@ -1,4 +1,4 @@
-"""Leaf layers, each with a differentiation rule of its own, and the same as plain JAX (`*_reference`): the rule's oracle."""
+"""Leaf layers with differentiation rules of their own; `*_reference`: the same in plain JAX, the rules' oracles."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from jax import lax
 from prdarts_jax.ops import depthwise
 from prdarts_jax.ops.depthwise import wide_dtype
 from prdarts_jax.ops.materialised import materialised
+from prdarts_jax.ops.moments import backward_means, batch_moments, normalised, over_devices, per_channel
 
-BN_EPS = 1e-5
+Moments = tuple[jax.Array, jax.Array]  # mean, biased variance, [C] each
 
 
 class Weight(NamedTuple):
@@ -76,55 +77,59 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 # --- batch normalisation with the statistics of the batch -------------------------------------------------------------
 
 
-def per_channel(v: jax.Array) -> jax.Array:
-    """[C] -> [1,1,1,C]."""
-    return v.reshape(1, 1, 1, -1)
-
-
-def _normalise(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
-    """(y, 1/sigma), both in the wide dtype. Over a mapped axis the two moments travel in one collective."""
-    x = x.astype(wide_dtype(x))
-    local = jnp.mean(x, axis=(0, 1, 2))
-    centred = x - per_channel(local)
-    variance = jnp.mean(centred * centred, axis=(0, 1, 2))
-    if axis_name is not None:
-        mean, square = lax.pmean((local, variance + local * local), axis_name)
-        variance = jnp.maximum(square - mean * mean, 0.0)
-        centred = x - per_channel(mean)
-    scale = lax.rsqrt(variance + BN_EPS)
-    return centred * per_channel(scale), scale
-
-
 def batch_norm_reference(x: jax.Array, axis_name: str | None = None) -> jax.Array:
     """`batch_norm` by plain autodiff."""
-    return _normalise(x, axis_name)[0].astype(x.dtype)
+    mean, _, scale = over_devices(batch_moments(x, own_kernels=False), axis_name)
+    return normalised(x, mean, scale).astype(x.dtype)
+
+
+class _Norm(NamedTuple):
+    """Static arguments."""
+
+    axis_name: str | None
+    own_kernels: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _batch_norm(x: jax.Array, axis_name: str | None) -> jax.Array:
-    return batch_norm_reference(x, axis_name)
+def _batch_norm(x: jax.Array, norm: _Norm) -> tuple[jax.Array, Moments]:
+    return _batch_norm_fwd(x, norm)[0]
 
 
-def _batch_norm_fwd(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    y, scale = _normalise(x, axis_name)
-    y = y.astype(x.dtype)
-    return y, (y, scale)
+def _batch_norm_fwd(x: jax.Array, norm: _Norm) -> tuple[tuple[jax.Array, Moments], tuple[jax.Array, jax.Array]]:
+    mean, variance, scale = over_devices(batch_moments(x, own_kernels=norm.own_kernels), norm.axis_name)
+    y = normalised(x, mean, scale).astype(x.dtype)
+    return (y, (mean, variance)), (y, scale)
 
 
-def _batch_norm_bwd(axis_name: str | None, res: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+def _batch_norm_bwd(
+    norm: _Norm, res: tuple[jax.Array, jax.Array], cts: tuple[jax.Array, Moments]
+) -> tuple[jax.Array]:
+    """The moments only feed running statistics: no cotangent."""
     y, scale = res
-    wide, ct = y.astype(wide_dtype(y)), dy.astype(wide_dtype(y))
-    mean, cross = jnp.mean(ct, axis=(0, 1, 2)), jnp.mean(ct * wide, axis=(0, 1, 2))
-    if axis_name is not None:
-        mean, cross = lax.pmean((mean, cross), axis_name)
-    dx = per_channel(scale) * (ct - per_channel(mean) - wide * per_channel(cross))
+    dy = cts[0]
+    unit = jnp.zeros_like(scale), jnp.ones_like(scale)
+    mean, cross = backward_means(dy, y, *unit, **norm._asdict())
+    wide = y.astype(scale.dtype)
+    dx = per_channel(scale) * (dy.astype(scale.dtype) - per_channel(mean) - wide * per_channel(cross))
     return (dx.astype(y.dtype),)
 
 
 _batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)
 
 
-def batch_norm(x: jax.Array, axis_name: str | None = None) -> jax.Array:
+def batch_norm_moments(
+    x: jax.Array, axis_name: str | None = None, *, own_kernels: bool = True
+) -> tuple[jax.Array, Moments]:
+    """`batch_norm`, and (mean, biased variance) [C] of the batch over all devices, through which no gradient flows.
+
+    >>> [float(a[0]) for a in batch_norm_moments(jnp.asarray([0.0, 2.0]).reshape(2, 1, 1, 1))[1]]
+    [1.0, 1.0]
+    """
+    y, moments = _batch_norm(x, _Norm(axis_name, own_kernels))
+    return y, jax.tree.map(lax.stop_gradient, moments)
+
+
+def batch_norm(x: jax.Array, axis_name: str | None = None, *, own_kernels: bool = True) -> jax.Array:
     """Batch normalisation without affine: y = (x - mean) / sqrt(var + 1e-5), statistics of the batch, biased variance.
 
     The rule keeps (y, 1/sigma): dx = (dy - mean(dy) - y mean(dy y)) / sigma. Over `axis_name` the means are means over
@@ -133,12 +138,13 @@ def batch_norm(x: jax.Array, axis_name: str | None = None) -> jax.Array:
     Args:
       x: [B,H,W,C]; statistics in float32 at least.
       axis_name: mapped axis over which the batch is split, or None.
+      own_kernels: whether kernels of ours may be used on CPU (`ops/native.py`).
 
     >>> y = batch_norm(jnp.arange(8.0).reshape(2, 2, 2, 1))
     >>> bool(abs(y.mean()) < 1e-6), bool(abs(y.std() - 1) < 1e-4)
     (True, True)
     """
-    return _batch_norm(x, axis_name)
+    return batch_norm_moments(x, axis_name, own_kernels=own_kernels)[0]
 
 
 # --- pooling ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from prdarts_jax.ops.layers import (
     max_pool_reference,
     pointwise,
 )
-from prdarts_jax.ops.separable import separable_unit
+from prdarts_jax.ops.separable import pointwise_unit, separable_unit
 
 Norm = Callable[[str, jax.Array], jax.Array]
 
@@ -35,6 +35,7 @@ class Leaves(NamedTuple):
     norm: Norm
     # (name, x, depthwise [k,k,C], pointwise [C,D], *, stride, dilation) -> norm(name, pointwise (depthwise * relu(x)))
     separable: Callable[..., jax.Array]
+    pointwise: Callable[[str, jax.Array, jax.Array], jax.Array]  # (name, x, matrix) -> norm(name, matrix relu(x))
 
 
 def composed_separable(depthwise: Callable[..., jax.Array], norm: Norm) -> Callable[..., jax.Array]:
@@ -48,6 +49,11 @@ def composed_separable(depthwise: Callable[..., jax.Array], norm: Norm) -> Calla
     return separable
 
 
+def composed_pointwise(norm: Norm) -> Callable[..., jax.Array]:
+    """`Leaves.pointwise` from a normalisation."""
+    return lambda name, x, matrix: norm(name, pointwise(jax.nn.relu(x), matrix))
+
+
 def fast_leaves(axis_name: str | None = None, *, own_kernels: bool = True) -> Leaves:
     """Leaves with rules of their own; BN with the statistics of the batch over `axis_name`.
 
@@ -58,15 +64,16 @@ def fast_leaves(axis_name: str | None = None, *, own_kernels: bool = True) -> Le
     def separable(
         name: str, x: jax.Array, kernel: jax.Array, matrix: jax.Array, *, stride: int, dilation: int
     ) -> jax.Array:
-        options = {"stride": stride, "dilation": dilation, "axis_name": axis_name, "own_kernels": own_kernels}
-        return separable_unit(x, kernel, matrix, **options)[0]
+        window = {"stride": stride, "dilation": dilation}
+        return separable_unit(x, kernel, matrix, axis_name=axis_name, own_kernels=own_kernels, **window)[0]
 
     return Leaves(
         depthwise,
         max_pool,
         lambda x, stride: avg_pool_by(x, stride, depthwise),
-        lambda _, x: batch_norm(x, axis_name),
+        lambda _, x: batch_norm(x, axis_name, own_kernels=own_kernels),
         separable,
+        lambda _, x, matrix: pointwise_unit(x, matrix, axis_name=axis_name, own_kernels=own_kernels)[0],
     )
 
 
@@ -82,4 +89,5 @@ def reference_leaves(axis_name: str | None = None) -> Leaves:
         lambda x, stride: avg_pool_by(x, stride, depthwise_conv_reference),
         norm,
         composed_separable(depthwise_conv_reference, norm),
+        composed_pointwise(norm),
     )

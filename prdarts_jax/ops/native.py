@@ -1,11 +1,11 @@
 """Kernels in C++ for the CPU, compiled where they run and called through XLA's foreign function interface.
 
-XLA:CPU has no fast depthwise convolution, computes a kernel gradient without vectors, and a separable convolution with its
-batch statistics in a dozen passes over memory. `cpu/kernels.cc` does each in one or two. It is compiled on first use, for
-the processor at hand, and kept in the user's cache folder. Without a C++ compiler, or with the environment variable
-PRDARTS_CPU_KERNELS=off, everything is computed by XLA: the same values to rounding, several times slower.
+XLA:CPU has no fast depthwise convolution, computes a kernel gradient without vectors, and a separable convolution with
+its batch statistics in a dozen passes over memory. `cpu/kernels.cc` does each in one or two. It is compiled on first
+use, for the processor at hand, and kept in the user's cache folder. Without a C++ compiler, or with the environment
+variable PRDARTS_CPU_KERNELS=off, everything is computed by XLA: the same values to rounding, more slowly.
 
-The kernels take float32 arrays and square kernels of 3, 5 or 7. Their results do not depend on the number of threads.
+The kernels take float32 arrays. Their results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -17,28 +17,31 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 SWITCH = "PRDARTS_CPU_KERNELS"
-SIZES = (3, 5, 7)
 _SOURCES = Path(__file__).parent / "cpu"
 _KERNELS = (
     "depthwise_forward",
     "depthwise_input_gradient",
     "depthwise_kernel_gradient",
+    "batch_moments",
+    "inner",
     "norm_sums",
     "separable_forward",
     "separable_backward",
     "separable_input_gradient",
 )
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
+_DILATIONS = {1: (1,), 3: (1, 2), 5: (1, 2), 7: (1,)}  # of each kernel size
 _SECONDS = 300  # of a compiler that hangs
 
 
@@ -65,7 +68,8 @@ def _compiler() -> str | None:
 
 def _digest(compiler: str) -> str:
     """Of everything that the compiled file depends on."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
+    asked = [compiler, "--version"]
+    version = subprocess.run(asked, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
     parts = [_processor(), version, jax.__version__, *_FLAGS]
     texts = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cc")]
     return hashlib.sha256("\0".join([*parts, *texts]).encode()).hexdigest()[:16]
@@ -123,14 +127,33 @@ def kernels() -> Kernels:
     return Kernels(True, f"native {digest}")
 
 
-def serves(size: tuple[int, int], *arrays: jax.Array) -> bool:
-    """Whether the kernels are there and can take a depthwise kernel of this size and these arrays."""
-    square = size[0] == size[1] and size[0] in SIZES
-    return square and all(a.dtype == jnp.float32 and a.size for a in arrays) and kernels().loaded
+def serve(*arrays: jax.Array) -> bool:
+    """Whether the kernels are there and can take these arrays."""
+    return all(a.dtype == jnp.float32 and a.size for a in arrays) and kernels().loaded
+
+
+def compiled(height: int, width: int, stride: int, dilation: int) -> bool:
+    """Whether they compute depthwise convolutions of this geometry.
+
+    >>> compiled(3, 3, 2, 1), compiled(3, 5, 1, 1)
+    (True, False)
+    """
+    return height == width and stride in ((1,) if height == 1 else (1, 2)) and dilation in _DILATIONS.get(height, ())
+
+
+def lowered(kernel: Callable[..., Any], composed: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel on CPU, its composition elsewhere and for derivatives (which can so be taken again)."""
+
+    @jax.custom_vjp
+    def run(*arrays: jax.Array) -> Any:
+        return lax.platform_dependent(*arrays, cpu=kernel, default=composed)
+
+    run.defvjp(lambda *arrays: (run(*arrays), arrays), lambda arrays, ct: jax.vjp(composed, *arrays)[1](ct))
+    return run
 
 
 def call(name: str, shapes: Sequence[tuple[int, ...]], *arrays: jax.Array, **window: int) -> list[jax.Array]:
     """Runs a kernel: float32 results of these shapes. A batch of calls (vmap) runs them one after the other."""
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     attributes = {key: np.int64(value) for key, value in window.items()}
-    return jax.ffi.ffi_call(f"prdarts_{name}", results, vmap_method="sequential")(*arrays, **attributes)
+    return list(jax.ffi.ffi_call(f"prdarts_{name}", results, vmap_method="sequential")(*arrays, **attributes))

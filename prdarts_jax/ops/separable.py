@@ -2,9 +2,9 @@
 
     z = P (D * relu(x)),   m, v = mean and variance of z over the batch,   y = (z - m) / sqrt(v + eps)
 
-On a CPU each direction is one kernel (`native`), beside two sums of a batch normalisation's rule; elsewhere, and where a
-kernel cannot serve, it is composed of the leaf layers. What a kernel computes is differentiated as its composition is, so
-reverse mode of any order works.
+On a CPU each direction is one kernel (`native`), beside two means of a batch normalisation's rule; elsewhere, and where
+a kernel cannot serve, it is composed of the leaf layers. What a kernel computes is differentiated as its composition
+is, so reverse mode of any order works.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from prdarts_jax.ops import native
-from prdarts_jax.ops.depthwise import Window, depthwise_conv, wide_dtype
-from prdarts_jax.ops.layers import BN_EPS, per_channel, pointwise
+from prdarts_jax.ops.depthwise import Window, depthwise_conv
+from prdarts_jax.ops.layers import pointwise
+from prdarts_jax.ops.moments import backward_means, batch_moments, normalised, over_devices, per_channel
 
 Moments = tuple[jax.Array, jax.Array]  # mean, biased variance, [D] each
 
@@ -33,32 +34,17 @@ class _Unit(NamedTuple):
     own_kernels: bool
 
 
-def _lowered(native_: Callable[..., Any], composed: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel on CPU, its composition elsewhere and for derivatives."""
-
-    @jax.custom_vjp
-    def run(*arrays: jax.Array) -> Any:
-        return lax.platform_dependent(*arrays, cpu=native_, default=composed)
-
-    run.defvjp(lambda *arrays: (run(*arrays), arrays), lambda arrays, ct: jax.vjp(composed, *arrays)[1](ct))
-    return run
-
-
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
 def _convolve(x: jax.Array, depthwise: jax.Array, matrix: jax.Array, unit: _Unit) -> jax.Array:
-    options = {"stride": unit.stride, "dilation": unit.dilation, "own_kernels": unit.own_kernels}
-    x = depthwise_conv(jax.nn.relu(x), depthwise, **options)
-    return pointwise(x, matrix)
+    convolve = partial(depthwise_conv, stride=unit.stride, dilation=unit.dilation, own_kernels=unit.own_kernels)
+    return pointwise(convolve(jax.nn.relu(x), depthwise), matrix)
 
 
 def _composed_forward(x: jax.Array, depthwise: jax.Array, matrix: jax.Array, *, unit: _Unit) -> list[jax.Array]:
     z = _convolve(x, depthwise, matrix, unit)
-    wide = z.astype(wide_dtype(z))
-    mean = jnp.mean(wide, axis=(0, 1, 2))
-    centred = wide - per_channel(mean)
-    return [z, mean, jnp.mean(centred * centred, axis=(0, 1, 2))]
+    return [z, *batch_moments(z, own_kernels=unit.own_kernels)]
 
 
 def _native_forward(x: jax.Array, depthwise: jax.Array, matrix: jax.Array, *, unit: _Unit) -> list[jax.Array]:
@@ -69,12 +55,17 @@ def _native_forward(x: jax.Array, depthwise: jax.Array, matrix: jax.Array, *, un
     )
 
 
+def _compiled(unit: _Unit, depthwise: jax.Array, *arrays: jax.Array) -> bool:
+    window = native.compiled(depthwise.shape[0], depthwise.shape[1], unit.stride, unit.dilation)
+    return unit.own_kernels and window and native.serve(depthwise, *arrays)
+
+
 def _forward(x: jax.Array, depthwise: jax.Array, matrix: jax.Array, unit: _Unit) -> list[jax.Array]:
     """(z, mean, biased variance), of this device's part of the batch."""
     composed = partial(_composed_forward, unit=unit)
-    if not (unit.own_kernels and native.serves(depthwise.shape[:2], depthwise, matrix, x)):
+    if not _compiled(unit, depthwise, matrix, x):
         return composed(x, depthwise, matrix)
-    return _lowered(partial(_native_forward, unit=unit), composed)(x, depthwise, matrix)
+    return native.lowered(partial(_native_forward, unit=unit), composed)(x, depthwise, matrix)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -87,19 +78,6 @@ class _Residuals(NamedTuple):
     z: jax.Array
     mean: jax.Array
     scale: jax.Array  # 1 / sigma
-
-
-def _normalised(z: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
-    return (z.astype(mean.dtype) - per_channel(mean)) * per_channel(scale)
-
-
-def _composed_sums(dy: jax.Array, z: jax.Array, mean: jax.Array, scale: jax.Array) -> list[jax.Array]:
-    ct = dy.astype(mean.dtype)
-    return [jnp.mean(ct, axis=(0, 1, 2)), jnp.mean(ct * _normalised(z, mean, scale), axis=(0, 1, 2))]
-
-
-def _native_sums(dy: jax.Array, z: jax.Array, mean: jax.Array, scale: jax.Array) -> list[jax.Array]:
-    return native.call("norm_sums", [mean.shape, mean.shape], dy, z, mean, scale)
 
 
 def _composed_gradients(
@@ -116,10 +94,10 @@ def _composed_gradients(
     unit: _Unit,
     weights: bool,
 ) -> list[jax.Array]:
-    y = _normalised(z, mean, scale)
+    y = normalised(z, mean, scale)
     dz = per_channel(scale) * (dy.astype(y.dtype) - per_channel(mean_dy) - y * per_channel(mean_cross))
     if weights:
-        _, pull = jax.vjp(lambda *arrays: _convolve(*arrays, unit), x, depthwise, matrix)
+        _, pull = jax.vjp(partial(_convolve, unit=unit), x, depthwise, matrix)
     else:
         _, pull = jax.vjp(lambda x: _convolve(x, depthwise, matrix, unit), x)
     return list(pull(dz.astype(z.dtype)))
@@ -133,13 +111,11 @@ def _native_gradients(*arrays: jax.Array, unit: _Unit, weights: bool) -> list[ja
 
 def _backward(kept: _Residuals, dy: jax.Array, unit: _Unit, weights: bool) -> list[jax.Array]:
     """[dx], or [dx, d depthwise, d matrix] if `weights`."""
-    sums, gradients = _composed_sums, partial(_composed_gradients, unit=unit, weights=weights)
-    if unit.own_kernels and native.serves(kept.depthwise.shape[:2], kept.depthwise, kept.matrix, kept.x, dy):
-        sums = _lowered(_native_sums, sums)
-        gradients = _lowered(partial(_native_gradients, unit=unit, weights=weights), gradients)
-    means = sums(dy, kept.z, kept.mean, kept.scale)
-    if unit.axis_name is not None:
-        means = lax.pmean(means, unit.axis_name)
+    gradients: Callable[..., list[jax.Array]] = partial(_composed_gradients, unit=unit, weights=weights)
+    if _compiled(unit, kept.depthwise, *kept, dy):
+        gradients = native.lowered(partial(_native_gradients, unit=unit, weights=weights), gradients)
+    split = partial(backward_means, axis_name=unit.axis_name, own_kernels=unit.own_kernels)
+    means = split(dy, kept.z, kept.mean, kept.scale)
     return gradients(*kept[:3], dy, *kept[3:], *means)
 
 
@@ -154,13 +130,9 @@ def _unit(x: jax.Array, depthwise: jax.Array, matrix: jax.Array, unit: _Unit) ->
 def _unit_run(
     x: jax.Array, depthwise: jax.Array, matrix: jax.Array, unit: _Unit
 ) -> tuple[tuple[jax.Array, Moments], _Residuals]:
-    z, mean, variance = _forward(x, depthwise, matrix, unit)
-    if unit.axis_name is not None:
-        # Both moments travel in one collective.
-        mean, square = lax.pmean((mean, variance + mean * mean), unit.axis_name)
-        variance = jnp.maximum(square - mean * mean, 0.0)
-    scale = lax.rsqrt(variance + BN_EPS)
-    y = _normalised(z, mean, scale).astype(x.dtype)
+    z, *moments = _forward(x, depthwise, matrix, unit)
+    mean, variance, scale = over_devices(moments, unit.axis_name)
+    y = normalised(z, mean, scale).astype(x.dtype)
     return (y, (mean, variance)), _Residuals(x, depthwise, matrix, z, mean, scale)
 
 
@@ -225,3 +197,15 @@ def separable_unit(
     """
     y, moments = _unit(x, depthwise, matrix, _Unit(stride, dilation, axis_name, own_kernels))
     return y, jax.tree.map(lax.stop_gradient, moments)
+
+
+def pointwise_unit(
+    x: jax.Array, matrix: jax.Array, *, axis_name: str | None = None, own_kernels: bool = True
+) -> tuple[jax.Array, Moments]:
+    """`separable_unit` without a depthwise convolution: ReLU, 1x1 convolution, batch normalisation without affine.
+
+    >>> pointwise_unit(jnp.ones((2, 4, 4, 3)), jnp.ones((3, 5)))[0].shape
+    (2, 4, 4, 5)
+    """
+    ones = jnp.ones((1, 1, x.shape[3]), matrix.dtype)  # XLA drops a multiplication by one
+    return separable_unit(x, ones, matrix, axis_name=axis_name, own_kernels=own_kernels)

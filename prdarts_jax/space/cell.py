@@ -25,6 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from prdarts_jax.ops.depthwise import wide_dtype
 from prdarts_jax.ops.layers import Weight
 from prdarts_jax.ops.leaves import Leaves, fast_leaves, reference_leaves
+from prdarts_jax.ops.moments import inner
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.space.branching import Branch, run_branch
 from prdarts_jax.space.spec import EdgeGroup, Space
@@ -247,7 +248,7 @@ def _reverse_group(
                 y, pull = jax.vjp(lambda x: _apply(space, op, params, x, stride, leaves), x)
                 (dx,) = pull(ct)
             if wanted.values:
-                dvalue = _inner(ct, y).astype(value_dtype)
+                dvalue = inner(ct, y).astype(value_dtype)
             return total + slot.value.astype(dx.dtype) * dx, flat, dvalue
 
         return run
@@ -276,12 +277,6 @@ def _reverse_group(
     with gathering.scope():
         carry, (flats, dvalues) = lax.scan(source, cotangents, (jnp.asarray(gathering.node), rows))
     return carry, flats.reshape(gathering.slot.size, width)[gathering.place], dvalues.reshape(-1)[gathering.place]
-
-
-def _inner(ct: jax.Array, y: jax.Array) -> jax.Array:
-    """<ct, y>. Summed by channel first, as the rule of a BN does: where y is the output of one, XLA sums once."""
-    wide = wide_dtype(y)
-    return jnp.sum(jnp.sum(ct.astype(wide) * y.astype(wide), axis=(0, 1, 2)))
 
 
 def _unflatten(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +12,12 @@ from prdarts_jax.gates import Gates
 from prdarts_jax.ops.depthwise import wide_dtype
 from prdarts_jax.ops.layers import (
     Weight,
-    batch_norm,
-    batch_norm_reference,
     conv,
     draw,
     factorized_reduce,
     linear,
-    pointwise,
 )
+from prdarts_jax.ops.leaves import Leaves, fast_leaves, reference_leaves
 from prdarts_jax.space.cell import declare_edges, mixed_nodes, mixed_nodes_reference
 from prdarts_jax.space.spec import CellSpec, Space
 
@@ -90,23 +87,22 @@ def init(key: jax.Array, space: Space) -> Weights:
 class _Mode(NamedTuple):
     """Fast (custom rules, executed operations only) or reference (plain autodiff, dense)."""
 
-    norm: Callable[[jax.Array], jax.Array]
+    leaves: Leaves
     nodes: Callable[..., jax.Array]  # (edge weights, gates of a cell, s0, s1, space, kind) -> [N,B,h,w,C]
 
 
 def _preprocess(params: Weights, x: jax.Array, mode: _Mode) -> jax.Array:
     """ReLU, 1x1 convolution (or FactorizedReduce), BN."""
-    x = jax.nn.relu(x)
     if "pointwise" in params:
-        return mode.norm(pointwise(x, params["pointwise"]))
-    return mode.norm(factorized_reduce(x, params["first"], params["second"]))
+        return mode.leaves.pointwise("bn", x, params["pointwise"])
+    return mode.leaves.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
 
 
 def _forward(
     weights: Weights, gates: Gates, images: jax.Array, space: Space, mode: _Mode
 ) -> tuple[jax.Array, dict[str, Any]]:
     stem = weights["stem"]
-    x = _affine(stem, mode.norm(conv(images, stem["conv"])))
+    x = _affine(stem, mode.leaves.norm("bn", conv(images, stem["conv"])))
     before_last, last = x, x
     for i, (cell, params) in enumerate(zip(space.layout, weights["cells"], strict=True)):
         s0 = _preprocess(params["preprocess0"], before_last, mode)
@@ -116,7 +112,7 @@ def _forward(
         before_last, last = last, jnp.moveaxis(nodes, 0, 3).reshape(*nodes.shape[1:4], -1)
     head = weights["head"]
     if space.head_norm:
-        last = jax.nn.relu(_affine(head["norm"], mode.norm(last)))
+        last = jax.nn.relu(_affine(head["norm"], mode.leaves.norm("bn", last)))
     features = jnp.mean(last.astype(wide_dtype(last)), axis=(1, 2))
     return linear(features, head["kernel"], head["bias"]), {"features": features}
 
@@ -141,7 +137,7 @@ def apply(
         values, executed = gates.slots(kind)
         return mixed_nodes(edges, values, executed, s0, s1, space=space, kind=kind, axis_name=axis_name)
 
-    return _forward(weights, gates, images, space, _Mode(lambda x: batch_norm(x, axis_name), nodes))
+    return _forward(weights, gates, images, space, _Mode(fast_leaves(axis_name), nodes))
 
 
 def apply_reference(
@@ -156,4 +152,4 @@ def apply_reference(
         dense = gates.dense(kind)
         return mixed_nodes_reference(edges, dense, s0, s1, space=space, kind=kind, axis_name=axis_name)
 
-    return _forward(weights, gates, images, space, _Mode(partial(batch_norm_reference, axis_name=axis_name), nodes))
+    return _forward(weights, gates, images, space, _Mode(reference_leaves(axis_name), nodes))

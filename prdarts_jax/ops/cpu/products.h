@@ -11,10 +11,17 @@ constexpr int kTile = 8;  // pixels of a tile of two vectors
 constexpr int kTile = 4;
 #endif
 
-// out[m, 0:n] = sum_k a[m, k] b[k, 0:n] for kRows rows m and kVectors vectors of n.
+// Where a product goes: rows `row` floats apart, vectors of a row `vector` floats apart, n floats of a row.
+struct Result {
+  float* data;
+  int64_t row, vector, n;
+
+  Result from(int64_t m, int64_t c) const { return {data + m * row + c / kLanes * vector, row, vector, n - c}; }
+};
+
+// out[m, :] = sum_k a[m, k] b[k, :] for kRows rows m and kVectors vectors.
 template <int kRows, int kVectors>
-inline void product_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* out,
-                         int64_t ldo, int64_t n) {
+inline void product_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, const Result& out) {
   Vec sums[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec line[kVectors];
@@ -30,28 +37,26 @@ inline void product_tile(const float* a, int64_t lda, const float* b, int64_t ld
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(out + m * ldo + v * kLanes, sums[m][v], n - v * kLanes);
+    for (int v = 0; v < kVectors; ++v) store(out.data + m * out.row + v * out.vector, sums[m][v], out.n - v * kLanes);
   }
 }
 
 template <int kVectors>
-void product_columns(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, float* out,
-                     int64_t ldo, int64_t n) {
+void product_columns(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth,
+                     const Result& out) {
   int64_t m = 0;
   for (; m + kTile <= rows; m += kTile) {
-    product_tile<kTile, kVectors>(a + m * lda, lda, b, ldb, depth, out + m * ldo, ldo, n);
+    product_tile<kTile, kVectors>(a + m * lda, lda, b, ldb, depth, out.from(m, 0));
   }
-  for (; m < rows; ++m) product_tile<1, kVectors>(a + m * lda, lda, b, ldb, depth, out + m * ldo, ldo, n);
+  for (; m < rows; ++m) product_tile<1, kVectors>(a + m * lda, lda, b, ldb, depth, out.from(m, 0));
 }
 
 // out[rows, n] = a[rows, depth] b[depth, n]; the rows of b are whole vectors.
-inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, float* out,
-                    int64_t ldo, int64_t n) {
+inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth,
+                    const Result& out) {
   int64_t c = 0;
-  for (; n - c > kLanes; c += 2 * kLanes) {
-    product_columns<2>(a, lda, b + c, ldb, rows, depth, out + c, ldo, n - c);
-  }
-  if (c < n) product_columns<1>(a, lda, b + c, ldb, rows, depth, out + c, ldo, n - c);
+  for (; out.n - c > kLanes; c += 2 * kLanes) product_columns<2>(a, lda, b + c, ldb, rows, depth, out.from(0, c));
+  if (c < out.n) product_columns<1>(a, lda, b + c, ldb, rows, depth, out.from(0, c));
 }
 
 // sums[k, 0:n] += sum_m a[m, k] b[m, 0:n] for kRows k's.

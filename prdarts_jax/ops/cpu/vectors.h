@@ -53,33 +53,60 @@ inline void store(float* p, Vec v, int64_t n) {
 inline Vec relu(Vec v) { return v < 0.0f ? Vec{} : v; }
 inline Vec where_positive(Vec x, Vec v) { return x > 0.0f ? v : Vec{}; }
 
+// Memory that begins where a cache line does: a vector that lies on two lines takes two loads.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size = 0) { grow(size); }
+  void grow(int64_t size) {
+    if (size <= size_) return;
+    memory_.assign(size + kLine, 0.0f);
+    size_ = size;
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data()) / sizeof(float);
+    data_ = memory_.data() + (kLine - address % kLine) % kLine;
+  }
+  float* data() { return data_; }
+  const float* data() const { return data_; }
+  float operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  std::vector<float> memory_;
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
 // A buffer of a thread that grows and is never given back; one a use.
 template <int kUse>
 float* scratch(int64_t size) {
-  thread_local std::vector<float> buffer;
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+  thread_local Buffer buffer;
+  buffer.grow(size);
   return buffer.data();
 }
 
-// An image with a border of zeros: rows x columns pixels of `channels` floats (whole vectors).
-struct Padded {
+// An image with a border of zeros, as planes of one vector a pixel: neighbours lie at distances known to the compiler.
+struct Planes {
   float* data;
-  int64_t rows, columns, channels;
+  int64_t rows, columns, channels;  // channels: whole vectors
 
-  float* at(int64_t row, int64_t column) const { return data + (row * columns + column) * channels; }
+  int64_t plane() const { return rows * columns * kLanes; }
+  float* at(int64_t plane_of, int64_t row, int64_t column) const {
+    return data + plane_of * plane() + (row * columns + column) * kLanes;
+  }
   void clear() const { std::memset(data, 0, 4 * rows * columns * channels); }
 };
 
+// Pixel (i, j) of an image [height, width, channels] becomes pixel (border + step i, border + step j).
 template <bool kRelu>
-void fill(const Padded& to, const float* image, int64_t height, int64_t width, int64_t channels, int64_t border_h,
-          int64_t border_w, int64_t step) {
-  for (int64_t i = 0; i < height; ++i) {
-    for (int64_t j = 0; j < width; ++j) {
-      const float* from = image + (i * width + j) * channels;
-      float* pixel = to.at(border_h + i * step, border_w + j * step);
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        Vec v = load(from + c, channels - c);
-        store(pixel + c, kRelu ? relu(v) : v);
+void fill(const Planes& to, const float* image, int64_t height, int64_t width, int64_t channels, int64_t border,
+          int64_t step) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t n = channels - c;
+    for (int64_t i = 0; i < height; ++i) {
+      const float* from = image + i * width * channels + c;
+      float* pixel = to.at(c / kLanes, border + i * step, border);
+      for (int64_t j = 0; j < width; ++j) {
+        const Vec v = load(from + j * channels, n);
+        store(pixel + j * step * kLanes, kRelu ? relu(v) : v);
       }
     }
   }
