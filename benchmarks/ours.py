@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from benchmarks.cases import DepthwiseCase, SearchCase, TrainCase
 from prdarts_jax import bilevel, strategies
@@ -66,19 +67,37 @@ def search(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     pool = [_batch(i, case.batch, case.side, dtype) for i in range(POOL)]
     numbers = parts["strategy"].schedule(0, 2)
     progress = {name: np.float32(value) for name, value in (numbers | ({"tau": case.tau} if numbers else {})).items()}
-    program = jax.jit(bilevel.make_search_step(**parts), donate_argnums=0)
-    step, stages = compiled(program, state, Batches(pool[0], pool[1]), jax.random.key(1), progress)
+    step = bilevel.make_search_step(**parts)
+
+    def one(state: Any, pool: Batch, i: jax.Array) -> tuple[Any, Any]:
+        train, val = (jax.tree.map(lambda a, at=at: a[at % POOL], pool) for at in (i, i + 1))
+        return step(state, Batches(train, val), jax.random.key(i), progress)
+
+    run, stages = _dispatched(one, state, pool)
+    return run, clock | stages
+
+
+def _dispatched(
+    step: Callable[[Any, Batch, jax.Array], tuple[Any, Any]], state: Any, pool: list[Batch]
+) -> tuple[Steps, Clock]:
+    """Steps as the library runs them, several a dispatch in one loop. step: (state, batches, number) -> state."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pool)
+
+    def dispatch(state: Any, pool: Batch, first: jax.Array, count: jax.Array) -> Any:
+        return lax.fori_loop(0, count, lambda i, state: step(state, pool, first + i)[0], state)
+
+    executable, stages = compiled(
+        jax.jit(dispatch, donate_argnums=0), state, stacked, jnp.int32(0), jnp.int32(0)
+    )
     done = 0
 
     def run(count: int) -> None:
         nonlocal state, done
-        for _ in range(count):
-            batches = Batches(pool[done % POOL], pool[(done + 1) % POOL])
-            state, _ = step(state, batches, jax.random.key(done), progress)
-            done += 1
+        state = executable(state, stacked, jnp.int32(done), jnp.int32(count))
+        done += count
         jax.block_until_ready(state)
 
-    return run, clock | stages
+    return run, stages
 
 
 def train(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
@@ -104,17 +123,13 @@ def train(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     clock = {"init_s": time.perf_counter() - began}
     positions = jnp.arange(case.batch)
     progress = {"learning_rate": np.float32(0.025), "drop_path": np.float32(case.drop_path)}
-    program = jax.jit(train_program.make_step(problem), donate_argnums=0)
-    step, stages = compiled(program, state, pool[0], positions, jax.random.key(1), progress)
-    done = 0
+    step = train_program.make_step(problem)
 
-    def run(count: int) -> None:
-        nonlocal state, done
-        for _ in range(count):
-            state, _ = step(state, pool[done % POOL], positions, jax.random.key(done), progress)
-            done += 1
-        jax.block_until_ready(state)
+    def one(state: Any, pool: Batch, i: jax.Array) -> tuple[Any, Any]:
+        batch = jax.tree.map(lambda a: a[i % POOL], pool)
+        return step(state, batch, positions, jax.random.key(i), progress)
 
+    run, stages = _dispatched(one, state, pool)
     return run, clock | stages
 
 

@@ -64,9 +64,35 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int | tuple[int, int] = 1) 
     """Dense k x k convolution, zero padding (k-1)/2: [B,H,W,C] x [k,k,C,D] -> [B,ceil(H/s),ceil(W/s),D]."""
     strides = (stride, stride) if isinstance(stride, int) else stride
     pads = [((k - 1) // 2, (k - 1) // 2) for k in kernel.shape[:2]]
+    if x.shape[3] <= _THIN:
+        return _thin_conv(x, kernel, strides, pads)
     return lax.conv_general_dilated(
         x, kernel.astype(x.dtype), strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+_THIN = 4  # channels of an image
+
+
+def _thin_conv(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: list[tuple[int, int]]
+) -> jax.Array:
+    """A convolution of few channels as one product with the gathered patches.
+
+    In a loop XLA:CPU takes 44 ms for the kernel gradient of a 3x3 convolution of 3 to 48 channels (32x32, batch 32).
+    """
+    height, width, _, out = kernel.shape
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    ends = [  # of the strided slice that one tap of the kernel meets
+        (n + sum(pad) - k) // s * s + 1
+        for n, pad, k, s in zip(x.shape[1:3], pads, kernel.shape[:2], strides, strict=True)
+    ]
+    patches = [
+        padded[:, p : p + ends[0] : strides[0], q : q + ends[1] : strides[1]]
+        for p in range(height)
+        for q in range(width)
+    ]
+    return pointwise(jnp.concatenate(patches, axis=3), kernel.reshape(-1, out))
 
 
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
