@@ -10,6 +10,7 @@ The kernels take float32 arrays. Their results do not depend on the number of th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -97,9 +98,11 @@ def _library() -> tuple[ctypes.CDLL, str]:
         raise OSError("no C++ compiler")
     digest = _digest(compiler)
     target = _folder() / f"{digest}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, target)
+    if target.exists():
+        with contextlib.suppress(OSError):  # a damaged file is compiled again
+            return ctypes.CDLL(str(target)), digest
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _compile(compiler, target)
     return ctypes.CDLL(str(target)), digest
 
 

@@ -1,0 +1,203 @@
+"""The CPU kernels against plain JAX in float64, and what happens where they cannot be had."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from prdarts_jax import runs
+from prdarts_jax.ops import native
+from prdarts_jax.ops.layers import batch_norm_reference, pointwise
+from prdarts_jax.ops.leaves import reference_leaves
+from prdarts_jax.ops.moments import backward_means, batch_moments, inner
+from prdarts_jax.ops.separable import pointwise_unit, separable_unit
+
+# (kernel, stride, dilation, height, width, channels in, out, batch): every compiled geometry; channels that fill
+# vectors, that leave one lane over, that are fewer than one; odd sizes; images smaller than the kernel; more images
+# than parts.
+CASES = [
+    (3, 1, 1, 7, 6, 3, 5, 2),
+    (3, 2, 1, 7, 6, 16, 16, 3),
+    (3, 1, 2, 9, 4, 17, 33, 2),
+    (3, 2, 2, 5, 8, 36, 20, 2),
+    (5, 1, 1, 8, 13, 8, 40, 2),
+    (5, 2, 1, 9, 9, 20, 3, 2),
+    (5, 1, 2, 6, 9, 32, 7, 1),
+    (5, 2, 2, 2, 3, 4, 4, 37),
+    (7, 1, 1, 5, 12, 5, 16, 2),
+    (7, 2, 1, 10, 7, 18, 6, 2),
+]
+IDS = ["-".join(map(str, case)) for case in CASES]
+
+
+def _loaded() -> None:
+    """Absent: skip with the reason, but fail where CI=true, whose machines have a compiler."""
+    found = native.kernels()
+    if not found.loaded:
+        (pytest.fail if os.environ.get("CI", "").lower() == "true" else pytest.skip)(f"no CPU kernels: {found[1]}")
+
+
+def _data(case: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    k, s, _, h, w, c, d, b = case
+    rng = np.random.default_rng(0)
+    shapes = [(b, h, w, c), (k, k, c), (c, d), (b, -(-h // s), -(-w // s), d)]
+    return tuple(rng.normal(size=shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_separable_unit_and_its_gradients(case: tuple[int, ...]) -> None:
+    """y, the moments, and the three gradients; the oracle is XLA's convolution under plain autodiff in float64."""
+    _loaded()
+    _, s, d, *_ = case
+    x, depthwise, matrix, ct = _data(case)
+
+    def ours(x: Any, depthwise: Any, matrix: Any, ct: Any) -> list[Any]:
+        def run(*a: Any) -> Any:
+            return separable_unit(*a, stride=s, dilation=d)
+
+        y, pull, moments = jax.vjp(run, x, depthwise, matrix, has_aux=True)
+        (dx,) = jax.vjp(lambda x: run(x, depthwise, matrix)[0], x)[1](ct)  # the kernel without weight gradients
+        return [y, *moments, *pull(ct), dx]
+
+    def theirs(x: Any, depthwise: Any, matrix: Any, ct: Any) -> list[Any]:
+        def z(x: Any, depthwise: Any, matrix: Any) -> Any:
+            convolved = reference_leaves().depthwise(jax.nn.relu(x), depthwise, stride=s, dilation=d)
+            return pointwise(convolved, matrix)
+
+        y, pull = jax.vjp(lambda *a: batch_norm_reference(z(*a)), x, depthwise, matrix)
+        out, grads = z(x, depthwise, matrix), pull(ct)
+        return [y, out.mean(axis=(0, 1, 2)), out.var(axis=(0, 1, 2)), *grads, grads[0]]
+
+    singles = [jnp.asarray(a, jnp.float32) for a in (x, depthwise, matrix, ct)]
+    assert "prdarts_separable_backward" in jax.jit(ours).lower(*singles).as_text()
+    found = jax.jit(ours)(*singles)
+    with jax.enable_x64(True):
+        expected = oracles.quick_jit(theirs)(*(jnp.asarray(a, jnp.float32).astype(jnp.float64) for a in singles))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * float(np.abs(b).max()))
+
+
+@pytest.mark.parametrize(("channels", "out"), [(3, 5), (16, 48), (33, 20)])
+def test_a_pointwise_unit_and_the_sums(channels: int, out: int) -> None:
+    _loaded()
+    rng = np.random.default_rng(1)
+    x, matrix, ct = (
+        rng.normal(size=s).astype(np.float32) for s in ((3, 5, 4, channels), (channels, out), (3, 5, 4, out))
+    )
+    y, pull = jax.vjp(lambda x, m: pointwise_unit(x, m)[0], jnp.asarray(x), jnp.asarray(matrix))
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(a.astype(np.float64)) for a in (x, matrix, ct)]
+        z, through = jax.vjp(lambda x, m: batch_norm_reference(pointwise(jax.nn.relu(x), m)), *wide[:2])
+        expected = z, *through(wide[2])
+    for a, b in zip((y, *pull(jnp.asarray(ct))), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+    mean, variance = batch_moments(jnp.asarray(ct) + 100)  # far from zero: a mean of squares would lose the variance
+    np.testing.assert_allclose(mean, ct.mean(axis=(0, 1, 2)) + 100, rtol=1e-6)
+    np.testing.assert_allclose(variance, (ct + np.float32(100)).astype(np.float64).var(axis=(0, 1, 2)), rtol=1e-4)
+    means = backward_means(jnp.asarray(ct), y, mean, variance)
+    np.testing.assert_allclose(means[0], ct.mean(axis=(0, 1, 2)), rtol=1e-4, atol=1e-6)
+    cross = (ct * (np.asarray(y) - np.asarray(mean)) * np.asarray(variance)).mean(axis=(0, 1, 2))
+    np.testing.assert_allclose(means[1], cross, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(inner(jnp.asarray(ct), y), np.vdot(ct, y), rtol=1e-4)
+
+
+def test_second_derivatives_are_those_of_the_composition() -> None:
+    _loaded()
+    x, depthwise, matrix, ct = (jnp.asarray(a, jnp.float32) for a in _data(CASES[0]))
+
+    def norm_of_gradient(x: jax.Array, own: bool) -> jax.Array:
+        def loss(matrix: jax.Array) -> jax.Array:
+            return jnp.vdot(jnp.sin(separable_unit(x, depthwise, matrix, own_kernels=own)[0]), ct)
+
+        return jnp.sum(jax.grad(loss)(matrix) ** 2)
+
+    ours, theirs = (jax.grad(norm_of_gradient)(x, own) for own in (True, False))
+    assert float(jnp.abs(theirs).max()) > 0
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(jnp.abs(theirs).max()))
+
+
+def test_a_batch_of_calls_is_a_call_each() -> None:
+    _loaded()
+    x, depthwise, matrix, _ = (jnp.asarray(a, jnp.float32) for a in _data(CASES[0]))
+    both = jax.vmap(lambda x: separable_unit(x, depthwise, matrix)[0])(jnp.stack([x, -x]))
+    np.testing.assert_array_equal(both, [separable_unit(a, depthwise, matrix)[0] for a in (x, -x)])
+
+
+def test_nan_does_not_vanish_in_a_relu() -> None:
+    _loaded()
+    x, depthwise, matrix, _ = (jnp.asarray(a, jnp.float32) for a in _data(CASES[0]))
+    assert bool(jnp.isnan(separable_unit(x.at[0, 3, 3, 0].set(jnp.nan), depthwise, matrix)[0]).any())
+
+
+_HASHES = """
+import hashlib, json, sys
+import jax, jax.numpy as jnp
+from prdarts_jax.ops import native
+from prdarts_jax.ops.separable import separable_unit
+x, d, m = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(13, 9, 8, 20), (5, 5, 20), (20, 24)]))
+y, pull = jax.vjp(lambda *a: separable_unit(*a)[0], x, d, m)
+parts = [y, *pull(jnp.cos(y))]
+digests = [hashlib.sha256(a.tobytes()).hexdigest() for a in parts]
+print(json.dumps([*native.kernels(), digests, float(abs(parts[1]).sum())]))
+"""
+
+
+def _elsewhere(**changed: str) -> list[Any]:
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false", **changed}
+    done = subprocess.run(
+        [sys.executable, "-c", _HASHES], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    _loaded()
+    one, many = (_elsewhere(PJRT_NPROC=count) for count in ("1", "7"))
+    assert one[0] and one == many
+
+
+def test_without_kernels_the_values_are_the_same_to_rounding(tmp_path: Path) -> None:
+    """Switched off; without a compiler; with one that fails: XLA computes, and says why."""
+    failing = tmp_path / "failing"
+    failing.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such thing" >&2\nexit 1\n')
+    failing.chmod(0o755)
+    cases: Mapping[str, Mapping[str, str]] = {
+        "off (PRDARTS_CPU_KERNELS)": {"PRDARTS_CPU_KERNELS": "off"},
+        "no C++ compiler": {"CXX": str(tmp_path / "absent"), "XDG_CACHE_HOME": str(tmp_path)},
+        "the C++ compiler failed: ['no such thing']": {"CXX": str(failing), "XDG_CACHE_HOME": str(tmp_path)},
+    }
+    expected = _elsewhere()[3] if native.kernels().loaded else None
+    for reason, environment in cases.items():
+        loaded, description, _, total = _elsewhere(**environment)
+        assert (loaded, description) == (False, reason)
+        assert expected is None or total == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_damaged_file_is_compiled_again(tmp_path: Path) -> None:
+    _loaded()
+    kept = tmp_path / "prdarts_jax" / "kernels" / f"{native.kernels().description.split()[1]}.so"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"not a library")
+    assert _elsewhere(XDG_CACHE_HOME=str(tmp_path))[0] is True
+    assert kept.stat().st_size > 10_000 and [p.name for p in kept.parent.iterdir()] == [kept.name]
+
+
+def test_other_kernels_are_a_reason_for_other_last_bits() -> None:
+    old, new = ({"platform": {"cpu_kernels": name}} for name in ("native 0", "off"))
+    assert runs.tolerance(old, new) == ["cpu_kernels native 0 -> off"]
+
+
+@pytest.mark.parametrize("window", [(3, 5, 1, 1), (9, 9, 1, 1), (3, 3, 3, 1), (7, 7, 1, 2), (1, 1, 2, 1)])
+def test_other_geometries_are_left_to_xla(window: tuple[int, int, int, int]) -> None:
+    assert not native.compiled(*window)
