@@ -6,7 +6,7 @@ by one `lax.scan` over their stacked entries, so that the compiler sees five cel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ from prdarts_jax.network_plan import CellPlan, Edge, NetworkPlan, check_auxiliar
 from prdarts_jax.ops.layers import Weight, draw
 from prdarts_jax.ops.leaves import composed_pointwise, composed_separable, fast_leaves
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
-from prdarts_jax.ops.separable import pointwise_unit, separable_unit
+from prdarts_jax.ops.separable import Unit, pointwise_unit, separable_units
 from prdarts_jax.space.genotype import Genotype
 
 __all__ = ["DerivedNetwork", "Profile", "drop_path", "drop_path_draws", "profile"]
@@ -89,12 +89,11 @@ def _run_layer(
         y, after[name] = batch_norm(x, params[name], statistics[name], train=train, **how._asdict())
         return y
 
-    def separable(
-        name: str, x: jax.Array, kernel: jax.Array, matrix: jax.Array, *, stride: int, dilation: int
-    ) -> jax.Array:
-        normalised = separable_unit(x, kernel, matrix, stride=stride, dilation=dilation, **how._asdict())
-        y, after[name] = finished_norm(*normalised, params[name], statistics[name], axis_name=how.axis_name)
-        return y
+    def separable(names: Sequence[str], x: jax.Array, units: Sequence[Unit]) -> jax.Array:
+        for name, unit in zip(names, units, strict=True):  # the affine of each lies between it and the next
+            x, (moments,) = separable_units(x, [unit], **how._asdict())
+            x, after[name] = finished_norm(x, moments, params[name], statistics[name], axis_name=how.axis_name)
+        return x
 
     def pointwise(name: str, x: jax.Array, matrix: jax.Array) -> jax.Array:
         y, after[name] = finished_norm(

@@ -21,7 +21,7 @@ from prdarts_jax.ops import native
 from prdarts_jax.ops.layers import batch_norm_reference, pointwise
 from prdarts_jax.ops.leaves import reference_leaves
 from prdarts_jax.ops.moments import backward_means, batch_moments, inner
-from prdarts_jax.ops.separable import pointwise_unit, separable_unit
+from prdarts_jax.ops.separable import Unit, pointwise_unit, separable_units
 
 # (kernel, stride, dilation, height, width, channels in, out, batch): every compiled geometry; channels that fill
 # vectors, that leave one lane over, that are fewer than one; odd sizes; images smaller than the kernel; more images
@@ -55,6 +55,10 @@ def _data(case: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     return tuple(rng.normal(size=shape) for shape in shapes)
 
 
+def _unit(x: jax.Array, depthwise: jax.Array, matrix: jax.Array, **options: bool) -> jax.Array:
+    return separable_units(x, [Unit(depthwise, matrix)], **options)[0]
+
+
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_a_separable_unit_and_its_gradients(case: tuple[int, ...]) -> None:
     """y, the moments, and the three gradients; the oracle is XLA's convolution under plain autodiff in float64."""
@@ -64,7 +68,8 @@ def test_a_separable_unit_and_its_gradients(case: tuple[int, ...]) -> None:
 
     def ours(x: Any, depthwise: Any, matrix: Any, ct: Any) -> list[Any]:
         def run(*a: Any) -> Any:
-            return separable_unit(*a, stride=s, dilation=d)
+            y, (moments,) = separable_units(a[0], [Unit(*a[1:], s, d)])
+            return y, moments
 
         y, pull, moments = jax.vjp(run, x, depthwise, matrix, has_aux=True)
         (dx,) = jax.vjp(lambda x: run(x, depthwise, matrix)[0], x)[1](ct)  # the kernel without weight gradients
@@ -85,6 +90,28 @@ def test_a_separable_unit_and_its_gradients(case: tuple[int, ...]) -> None:
     with jax.enable_x64(True):
         expected = oracles.quick_jit(theirs)(*(jnp.asarray(a, jnp.float32).astype(jnp.float64) for a in singles))
     for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * float(np.abs(b).max()))
+
+
+def test_units_in_a_row_and_their_gradients() -> None:
+    """What lies between two units is never stored: the second reads it through a mean and a scale."""
+    _loaded()
+    rng = np.random.default_rng(2)
+    shapes = [(4, 7, 6, 17), (3, 3, 17), (17, 12), (5, 5, 12), (12, 9), (4, 4, 3, 9)]
+    *arrays, ct = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    def ours(x: Any, *weights: Any) -> Any:
+        return separable_units(x, [Unit(*weights[:2], 2), Unit(*weights[2:], 1, 2)])[0]
+
+    def theirs(x: Any, *weights: Any) -> Any:
+        return reference_leaves().separable(("", ""), x, [Unit(*weights[:2], 2), Unit(*weights[2:], 1, 2)])
+
+    y, pull = jax.vjp(ours, *arrays)
+    (dx,) = jax.vjp(lambda x: ours(x, *arrays[1:]), arrays[0])[1](ct)
+    with jax.enable_x64(True):
+        wide = [a.astype(jnp.float64) for a in (*arrays, ct)]
+        z, through = oracles.quick_jit(lambda *a: (theirs(*a[:-1]), jax.vjp(theirs, *a[:-1])[1](a[-1])))(*wide)
+    for a, b in zip((y, *pull(ct), dx), (z, *through, through[0]), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * float(np.abs(b).max()))
 
 
@@ -118,7 +145,7 @@ def test_second_derivatives_are_those_of_the_composition() -> None:
 
     def norm_of_gradient(x: jax.Array, own: bool) -> jax.Array:
         def loss(matrix: jax.Array) -> jax.Array:
-            return jnp.vdot(jnp.sin(separable_unit(x, depthwise, matrix, own_kernels=own)[0]), ct)
+            return jnp.vdot(jnp.sin(_unit(x, depthwise, matrix, own_kernels=own)), ct)
 
         return jnp.sum(jax.grad(loss)(matrix) ** 2)
 
@@ -130,23 +157,23 @@ def test_second_derivatives_are_those_of_the_composition() -> None:
 def test_a_batch_of_calls_is_a_call_each() -> None:
     _loaded()
     x, depthwise, matrix, _ = (jnp.asarray(a, jnp.float32) for a in _data(CASES[0]))
-    both = jax.vmap(lambda x: separable_unit(x, depthwise, matrix)[0])(jnp.stack([x, -x]))
-    np.testing.assert_array_equal(both, [separable_unit(a, depthwise, matrix)[0] for a in (x, -x)])
+    both = jax.vmap(lambda x: _unit(x, depthwise, matrix))(jnp.stack([x, -x]))
+    np.testing.assert_array_equal(both, [_unit(a, depthwise, matrix) for a in (x, -x)])
 
 
 def test_nan_does_not_vanish_in_a_relu() -> None:
     _loaded()
     x, depthwise, matrix, _ = (jnp.asarray(a, jnp.float32) for a in _data(CASES[0]))
-    assert bool(jnp.isnan(separable_unit(x.at[0, 3, 3, 0].set(jnp.nan), depthwise, matrix)[0]).any())
+    assert bool(jnp.isnan(_unit(x.at[0, 3, 3, 0].set(jnp.nan), depthwise, matrix)).any())
 
 
 _HASHES = """
 import hashlib, json, sys
 import jax, jax.numpy as jnp
 from prdarts_jax.ops import native
-from prdarts_jax.ops.separable import separable_unit
+from prdarts_jax.ops.separable import Unit, separable_units
 x, d, m = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(13, 9, 8, 20), (5, 5, 20), (20, 24)]))
-y, pull = jax.vjp(lambda *a: separable_unit(*a)[0], x, d, m)
+y, pull = jax.vjp(lambda x, *w: separable_units(x, [Unit(*w)])[0], x, d, m)
 parts = [y, *pull(jnp.cos(y))]
 digests = [hashlib.sha256(a.tobytes()).hexdigest() for a in parts]
 print(json.dumps([*native.kernels(), digests, float(abs(parts[1]).sum())]))

@@ -6,7 +6,7 @@ primitive of the search space receives one of the sets as an argument and never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from prdarts_jax.ops.layers import (
     max_pool_reference,
     pointwise,
 )
-from prdarts_jax.ops.separable import pointwise_unit, separable_unit
+from prdarts_jax.ops.separable import Unit, pointwise_unit, separable_units
 
 Norm = Callable[[str, jax.Array], jax.Array]
 
@@ -33,18 +33,19 @@ class Leaves(NamedTuple):
     max_pool: Callable[[jax.Array, int], jax.Array]  # (x, stride) -> y
     avg_pool: Callable[[jax.Array, int], jax.Array]
     norm: Norm
-    # (name, x, depthwise [k,k,C], pointwise [C,D], *, stride, dilation) -> norm(name, pointwise (depthwise * relu(x)))
-    separable: Callable[..., jax.Array]
+    # (names, x, units): for each name and unit in turn x = norm(name, pointwise (depthwise * relu(x)))
+    separable: Callable[[Sequence[str], jax.Array, Sequence[Unit]], jax.Array]
     pointwise: Callable[[str, jax.Array, jax.Array], jax.Array]  # (name, x, matrix) -> norm(name, matrix relu(x))
 
 
 def composed_separable(depthwise: Callable[..., jax.Array], norm: Norm) -> Callable[..., jax.Array]:
     """`Leaves.separable` from a depthwise convolution and a normalisation."""
 
-    def separable(
-        name: str, x: jax.Array, kernel: jax.Array, matrix: jax.Array, *, stride: int, dilation: int
-    ) -> jax.Array:
-        return norm(name, pointwise(depthwise(jax.nn.relu(x), kernel, stride=stride, dilation=dilation), matrix))
+    def separable(names: Sequence[str], x: jax.Array, units: Sequence[Unit]) -> jax.Array:
+        for name, unit in zip(names, units, strict=True):
+            convolved = depthwise(jax.nn.relu(x), unit.depthwise, stride=unit.stride, dilation=unit.dilation)
+            x = norm(name, pointwise(convolved, unit.matrix))
+        return x
 
     return separable
 
@@ -61,18 +62,12 @@ def fast_leaves(axis_name: str | None = None, *, own_kernels: bool = True) -> Le
     """
     depthwise = partial(depthwise_conv, own_kernels=own_kernels)
 
-    def separable(
-        name: str, x: jax.Array, kernel: jax.Array, matrix: jax.Array, *, stride: int, dilation: int
-    ) -> jax.Array:
-        window = {"stride": stride, "dilation": dilation}
-        return separable_unit(x, kernel, matrix, axis_name=axis_name, own_kernels=own_kernels, **window)[0]
-
     return Leaves(
         depthwise,
         max_pool,
         lambda x, stride: avg_pool_by(x, stride, depthwise),
         lambda _, x: batch_norm(x, axis_name, own_kernels=own_kernels),
-        separable,
+        lambda _, x, units: separable_units(x, units, axis_name=axis_name, own_kernels=own_kernels)[0],
         lambda _, x, matrix: pointwise_unit(x, matrix, axis_name=axis_name, own_kernels=own_kernels)[0],
     )
 

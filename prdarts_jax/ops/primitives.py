@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from prdarts_jax.ops.layers import Weight, conv, factorized_reduce
 from prdarts_jax.ops.leaves import Leaves
+from prdarts_jax.ops.separable import Unit
 
 Params = dict[str, Any]
 GROUPS = ("none", "skip", "pool", "conv")
@@ -77,10 +78,8 @@ def _separable(kernel: int) -> Primitive:
         return {"depthwise1": depthwise, "pointwise1": pointwise, "depthwise2": depthwise, "pointwise2": pointwise}
 
     def apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
-        for i, s in ((1, stride), (2, 1)):
-            weights = params[f"depthwise{i}"], params[f"pointwise{i}"]
-            x = leaves.separable(f"bn{i}", x, *weights, stride=s, dilation=1)
-        return x
+        first = Unit(params["depthwise1"], params["pointwise1"], stride)
+        return leaves.separable(("bn1", "bn2"), x, (first, Unit(params["depthwise2"], params["pointwise2"])))
 
     return Primitive("conv", weights, apply)
 
@@ -93,7 +92,7 @@ def _dilated(kernel: int) -> Primitive:
         return {"depthwise": depthwise, "pointwise": Weight((channels, channels), channels)}
 
     def apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
-        return leaves.separable("bn", x, params["depthwise"], params["pointwise"], stride=stride, dilation=2)
+        return leaves.separable(("bn",), x, (Unit(params["depthwise"], params["pointwise"], stride, 2),))
 
     return Primitive("conv", weights, apply)
 

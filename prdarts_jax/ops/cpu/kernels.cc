@@ -69,7 +69,7 @@ ffi::Error DepthwiseForward(ffi::ThreadPool pool, Array x, Array kernel, int64_t
       image.clear();
       const Range range = images_of(part, parts, g.batch);
       for (int64_t b = range.first; b < range.last; ++b) {
-        fill<false>(image, x.typed_data() + b * g.pixels() * g.channels, g.height, g.width, g.channels, g.border(),
+        fill(image, x.typed_data() + b * g.pixels() * g.channels, g.height, g.width, g.channels, g.border(),
                     1);
         float* to = y->typed_data() + b * g.out_pixels() * g.channels;
         const bool whole = g.channels == g.wide();
@@ -86,8 +86,9 @@ ffi::Error DepthwiseForward(ffi::ThreadPool pool, Array x, Array kernel, int64_t
   });
 }
 
-// Writes dx [height, width, channels] of one image from the framed gradient; where x <= 0 a ReLU lets nothing through.
-void input_gradient(const Shape& g, const Loops& loops, const Planes& dy, const float* flipped, const float* x, float* dx) {
+// Writes dx [height, width, channels] of one image from the framed gradient; where x <= bound a ReLU lets nothing through.
+void input_gradient(const Shape& g, const Loops& loops, const Planes& dy, const float* flipped, const float* x,
+                    const float* bound, float* dx) {
   float* row = scratch<kRows>(g.width * g.wide());
   for (int64_t i = 0; i < g.height; ++i) {
     loops.transpose(dy, flipped, i, g.width, row);
@@ -95,7 +96,9 @@ void input_gradient(const Shape& g, const Loops& loops, const Planes& dy, const 
       const int64_t at = (i * g.width + j) * g.channels;
       for (int64_t c = 0; c < g.channels; c += kLanes) {
         Vec v = load(row + j * g.wide() + c);
-        if (x != nullptr) v = where_positive(load(x + at + c, g.channels - c), v);
+        if (x != nullptr) {
+          v = where_above(load(x + at + c, g.channels - c), load(bound + c, g.channels - c), v);
+        }
         store(dx + at + c, v, g.channels - c);
       }
     }
@@ -115,9 +118,9 @@ ffi::Error DepthwiseInputGradient(ffi::ThreadPool pool, Array dy, Array kernel, 
       frame.clear();
       const Range range = images_of(part, parts, g.batch);
       for (int64_t b = range.first; b < range.last; ++b) {
-        fill<false>(frame, dy.typed_data() + b * g.out_pixels() * g.channels, g.out_height(), g.out_width(),
+        fill(frame, dy.typed_data() + b * g.out_pixels() * g.channels, g.out_height(), g.out_width(),
                     g.channels, g.border(), g.s);
-        input_gradient(g, loops, frame, flipped.data(), nullptr,
+        input_gradient(g, loops, frame, flipped.data(), nullptr, nullptr,
                        dx->typed_data() + b * g.pixels() * g.channels);
       }
     });
@@ -139,9 +142,9 @@ ffi::Error DepthwiseKernelGradient(ffi::ThreadPool pool, Array x, Array dy, int6
       const Planes gradient = {scratch<kGradient>(g.out_pixels() * g.wide()), g.out_height(), g.out_width(), g.wide()};
       const Range range = images_of(part, parts, g.batch);
       for (int64_t b = range.first; b < range.last; ++b) {
-        fill<false>(image, x.typed_data() + b * g.pixels() * g.channels, g.height, g.width, g.channels, g.border(),
+        fill(image, x.typed_data() + b * g.pixels() * g.channels, g.height, g.width, g.channels, g.border(),
                     1);
-        fill<false>(gradient, dy.typed_data() + b * g.out_pixels() * g.channels, g.out_height(), g.out_width(),
+        fill(gradient, dy.typed_data() + b * g.out_pixels() * g.channels, g.out_height(), g.out_width(),
                     g.channels, 0, 1);
         loops.correlate(image, gradient, 0, 1, g.out_height(), g.out_width(), partial.data() + part * size_dw);
       }
@@ -265,9 +268,10 @@ ffi::Error NormSums(ffi::ThreadPool pool, Array dy, Array z, Array mean, Array s
 }
 
 // --- separable convolutions: ReLU, depthwise, pointwise, and the statistics of what comes out ---------------------------
+// Their input is relu((x - in_mean) in_scale): what came out of another one is normalised on the way in, and never stored.
 
-ffi::Error SeparableForward(ffi::ThreadPool pool, Array x, Array depthwise, Array pointwise, int64_t stride,
-                            int64_t dilation, Out z, Out mean, Out variance) {
+ffi::Error SeparableForward(ffi::ThreadPool pool, Array x, Array in_mean, Array in_scale, Array depthwise,
+                            Array pointwise, int64_t stride, int64_t dilation, Out z, Out mean, Out variance) {
   const Shape g(x.dimensions(), depthwise.dimensions()[0], stride, dilation);
   const int64_t out = z->dimensions()[3], parts = parts_of(g.batch);
   Buffer taps(g.taps() * g.wide()), matrix(g.channels * padded(out)), moments(2 * g.batch * out);
@@ -281,8 +285,8 @@ ffi::Error SeparableForward(ffi::ThreadPool pool, Array x, Array depthwise, Arra
       image.clear();
       const Range range = images_of(part, parts, g.batch);
       for (int64_t b = range.first; b < range.last; ++b) {
-        fill<true>(image, x.typed_data() + b * g.pixels() * g.channels, g.height, g.width, g.channels, g.border(),
-                   1);
+        fill(image, x.typed_data() + b * g.pixels() * g.channels, g.height, g.width, g.channels, g.border(), 1,
+             {in_mean.typed_data(), in_scale.typed_data()});
         float* to = z->typed_data() + b * g.out_pixels() * out;
         for (int64_t i = 0; i < g.out_height(); i += g.block()) {
           const int64_t count = std::min(g.block(), g.out_height() - i);
@@ -320,8 +324,8 @@ void norm_gradient(const Norm& norm, const float* z, const float* dy, int64_t pi
 }
 
 template <bool kWeights>
-ffi::Error separable_backward(ffi::ThreadPool& pool, Array& x, Array& depthwise, Array& pointwise, Array& dy,
-                              const Norm& norm, int64_t stride, int64_t dilation, float* dx, float* ddepthwise,
+ffi::Error separable_backward(ffi::ThreadPool& pool, Array& x, const Prologue& prologue, Array& depthwise,
+                              Array& pointwise, Array& dy, const Norm& norm, int64_t stride, int64_t dilation, float* dx, float* ddepthwise,
                               float* dpointwise) {
   const Shape g(x.dimensions(), depthwise.dimensions()[0], stride, dilation);
   const int64_t out = pointwise.dimensions()[1], wide_out = padded(out), parts = parts_of(g.batch);
@@ -344,7 +348,7 @@ ffi::Error separable_backward(ffi::ThreadPool& pool, Array& x, Array& depthwise,
       for (int64_t b = range.first; b < range.last; ++b) {
         const float* input = x.typed_data() + b * g.pixels() * g.channels;
         if (kWeights) {
-          fill<true>(image, input, g.height, g.width, g.channels, g.border(), 1);
+          fill(image, input, g.height, g.width, g.channels, g.border(), 1, prologue);
         }
         for (int64_t i = 0; i < g.out_height(); i += g.block()) {
           const int64_t count = std::min(g.block(), g.out_height() - i);
@@ -365,7 +369,7 @@ ffi::Error separable_backward(ffi::ThreadPool& pool, Array& x, Array& depthwise,
         if (kWeights) {
           loops.correlate(image, gradient, g.border(), g.s, g.out_height(), g.out_width(), sums_dw);
         }
-        input_gradient(g, loops, gradient, flipped.data(), input, dx + b * g.pixels() * g.channels);
+        input_gradient(g, loops, gradient, flipped.data(), input, prologue.mean, dx + b * g.pixels() * g.channels);
       }
     });
   });
@@ -380,20 +384,24 @@ ffi::Error separable_backward(ffi::ThreadPool& pool, Array& x, Array& depthwise,
   return error;
 }
 
-ffi::Error SeparableBackward(ffi::ThreadPool pool, Array x, Array depthwise, Array pointwise, Array dy, Array z,
+ffi::Error SeparableBackward(ffi::ThreadPool pool, Array x, Array in_mean, Array in_scale, Array depthwise,
+                             Array pointwise, Array dy, Array z,
                              Array mean, Array scale, Array mean_dy, Array mean_cross, int64_t stride,
                              int64_t dilation, Out dx, Out ddepthwise, Out dpointwise) {
   const Norm norm{z.typed_data(), mean.typed_data(), scale.typed_data(), mean_dy.typed_data(), mean_cross.typed_data()};
-  return separable_backward<true>(pool, x, depthwise, pointwise, dy, norm, stride, dilation, dx->typed_data(),
+  const Prologue prologue{in_mean.typed_data(), in_scale.typed_data()};
+  return separable_backward<true>(pool, x, prologue, depthwise, pointwise, dy, norm, stride, dilation, dx->typed_data(),
                                   ddepthwise->typed_data(), dpointwise->typed_data());
 }
 
-ffi::Error SeparableInputGradient(ffi::ThreadPool pool, Array x, Array depthwise, Array pointwise, Array dy, Array z,
+ffi::Error SeparableInputGradient(ffi::ThreadPool pool, Array x, Array in_mean, Array in_scale, Array depthwise,
+                                  Array pointwise, Array dy, Array z,
                                   Array mean, Array scale, Array mean_dy, Array mean_cross, int64_t stride,
                                   int64_t dilation, Out dx) {
   const Norm norm{z.typed_data(), mean.typed_data(), scale.typed_data(), mean_dy.typed_data(), mean_cross.typed_data()};
-  return separable_backward<false>(pool, x, depthwise, pointwise, dy, norm, stride, dilation, dx->typed_data(), nullptr,
-                                   nullptr);
+  const Prologue prologue{in_mean.typed_data(), in_scale.typed_data()};
+  return separable_backward<false>(pool, x, prologue, depthwise, pointwise, dy, norm, stride, dilation,
+                                   dx->typed_data(), nullptr, nullptr);
 }
 
 }  // namespace prdarts
@@ -420,10 +428,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     prdarts_separable_forward, prdarts::SeparableForward,
-    POOL.Arg<Array>().Arg<Array>().Arg<Array>() WINDOW.Ret<Array>().Ret<Array>().Ret<Array>());
+    POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>() WINDOW.Ret<Array>().Ret<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_separable_backward, prdarts::SeparableBackward,
                               POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-                                  .Arg<Array>().Arg<Array>().Arg<Array>() WINDOW.Ret<Array>().Ret<Array>().Ret<Array>());
+                                  .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>() WINDOW.Ret<Array>().Ret<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_separable_input_gradient, prdarts::SeparableInputGradient,
                               POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-                                  .Arg<Array>().Arg<Array>().Arg<Array>() WINDOW.Ret<Array>());
+                                  .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>() WINDOW.Ret<Array>());

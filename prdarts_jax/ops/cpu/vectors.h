@@ -51,7 +51,7 @@ inline void store(float* p, Vec v, int64_t n) {
 
 // NaN stays NaN: a run that meets one has to stop, not to go on with zeros.
 inline Vec relu(Vec v) { return v < 0.0f ? Vec{} : v; }
-inline Vec where_positive(Vec x, Vec v) { return x > 0.0f ? v : Vec{}; }
+inline Vec where_above(Vec x, Vec bound, Vec v) { return x > bound ? v : Vec{}; }
 
 // Memory that begins where a cache line does: a vector that lies on two lines takes two loads.
 class Buffer {
@@ -95,18 +95,25 @@ struct Planes {
   void clear() const { std::memset(data, 0, 4 * rows * columns * channels); }
 };
 
+// What is done to an image on the way: relu((x - mean) scale) by channel; nothing where there are none.
+struct Prologue {
+  const float *mean = nullptr, *scale = nullptr;
+};
+
 // Pixel (i, j) of an image [height, width, channels] becomes pixel (border + step i, border + step j).
-template <bool kRelu>
-void fill(const Planes& to, const float* image, int64_t height, int64_t width, int64_t channels, int64_t border,
-          int64_t step) {
+inline void fill(const Planes& to, const float* image, int64_t height, int64_t width, int64_t channels, int64_t border,
+                 int64_t step, const Prologue& prologue = {}) {
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t n = channels - c;
+    const bool changes = prologue.mean != nullptr;
+    const Vec mean = changes ? load(prologue.mean + c, n) : Vec{};
+    const Vec scale = changes ? load(prologue.scale + c, n) : Vec{};
     for (int64_t i = 0; i < height; ++i) {
       const float* from = image + i * width * channels + c;
       float* pixel = to.at(c / kLanes, border + i * step, border);
       for (int64_t j = 0; j < width; ++j) {
         const Vec v = load(from + j * channels, n);
-        store(pixel + j * step * kLanes, kRelu ? relu(v) : v);
+        store(pixel + j * step * kLanes, changes ? relu((v - mean) * scale) : v);
       }
     }
   }
