@@ -35,7 +35,7 @@ struct Shape {
   int64_t block() const { return std::max<int64_t>(1, 64 / out_width()); }
 };
 
-enum Use { kImage, kGradient, kRows, kSlopes, kStatistics };
+enum Use { kImage, kGradient, kRows, kSlopes };
 
 // f(loops) for a geometry that is compiled.
 template <typename F>
