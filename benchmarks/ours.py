@@ -166,7 +166,7 @@ def depthwise(layer: str = "ours", dtype: str = "float32", **fields: Any) -> tup
         y, pull = jax.vjp(forward, x, kernel)
         return y, pull(ct)
 
-    # A program a step: in a loop XLA:CPU has a slow form of flax's convolution, and would compute once what is the same.
+    # A program a step: in a loop XLA:CPU has a slow form of flax's convolution, and computes once what is the same.
     step, stages = compiled(jax.jit(both), x, kernel, ct)
 
     def run(count: int) -> None:
