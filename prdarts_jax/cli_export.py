@@ -19,7 +19,7 @@ def _parser(prog: str, description: str) -> Any:
 
 
 def export_command(words: list[str]) -> int:
-    """`prdarts export WORKDIR --format stablehlo|safetensors --out FILE [--platforms cpu,cuda,tpu]`.
+    """`prdarts export WORKDIR --format stablehlo|safetensors --out FILE [--platforms cpu,cuda,tpu] [--ema]`.
 
     Args:
       words: the command line after the command.
@@ -33,6 +33,7 @@ def export_command(words: list[str]) -> int:
     parser.add_argument("--format", metavar="FORMAT", required=True, help=" | ".join(FORMATS))
     parser.add_argument("--out", metavar="FILE", required=True)
     parser.add_argument("--platforms", default="cpu,cuda,tpu", help="of a program: of cpu, cuda, rocm, tpu")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights, of a training that kept them")
     args = parser.parse_args(words)
     if args.format not in FORMATS:
         raise unknown("--format", args.format, FORMATS)
@@ -43,12 +44,7 @@ def export_command(words: list[str]) -> int:
         raise UserError(f"--out: {str(out)!r} is a folder, or in none that exists; allowed: a file in a folder")
     from prdarts_jax import export
 
-    if source.is_dir() and not (source / export.NETWORK_FILE).is_file():
-        raise UserError(
-            f"WORKDIR: {str(source)!r} holds no {export.NETWORK_FILE}; allowed: a finished prdarts train, "
-            "a prdarts import-torch, or a safetensors file"
-        )
-    network = export.load_network(source)
+    network = _network(source, ema=args.ema)
     if args.format == "safetensors":
         export.safetensors(network.variables, out, network.description)
         print(f"written: {out}")
@@ -57,6 +53,33 @@ def export_command(words: list[str]) -> int:
     beside = export.write_stablehlo(out, network.variables, network.net, network.description, platforms=platforms)
     print(f"written: {out}\nwritten: {beside}")
     return 0
+
+
+def _network(source: Path, *, ema: bool) -> Any:
+    """The network of a file, of an import, or of a training, finished or not."""
+    from prdarts_jax import evaluation, export
+
+    there = source.is_dir() and (source / export.NETWORK_FILE).is_file()
+    if source.is_dir() and (source / "config.json").is_file():
+        if there and not ema:
+            return export.load_network(source, evaluation.own_primitives(source))
+        trained = evaluation.restore(source)
+        variables = trained.ema if ema else trained.variables
+        if variables is None:
+            raise UserError("--ema: the training kept no averaged weights; allowed: a training with --ema DECAY")
+        if not there:
+            print(f"prdarts: note: the training is not finished: weights after epoch {trained.epoch}", file=sys.stderr)
+        mean, std = trained.problem.mean, trained.problem.std
+        net = trained.problem.network
+        about = export.describe(net, trained.image, mean=mean, std=std, class_names=trained.class_names)
+        return export.Network(net.clone(dtype="float32"), variables._asdict(), about)
+    if ema:
+        raise UserError("--ema: a file or an import holds one set of weights; allowed: the workdir of a training")
+    if source.is_dir() and not there:
+        seeds = sorted(path.parent.name for path in source.glob("seed*/config.json"))
+        allowed = f"one of its seeds, {', '.join(seeds)}" if seeds else "that of train or import-torch, or a file"
+        raise UserError(f"WORKDIR: {str(source)!r} holds no {export.NETWORK_FILE}; allowed: {allowed}")
+    return export.load_network(source)
 
 
 def import_command(words: list[str]) -> int:
@@ -95,9 +118,12 @@ def import_command(words: list[str]) -> int:
     from prdarts_jax.network import DerivedNetwork
     from prdarts_jax.network_plan import check_auxiliary
 
+    seeds = sorted(str(path.relative_to(workdir)) for path in workdir.glob("seed*/config.json"))
     there = [name for name in (export.NETWORK_FILE, "genotype.json", "config.json") if (workdir / name).exists()]
-    if there and not (args.overwrite and export.NETWORK_FILE in there and "config.json" not in there):
-        allowed = "another folder" if "config.json" in there else "another folder, or --overwrite"
+    there += seeds[:1]
+    ours = export.NETWORK_FILE in there and "config.json" not in there and not seeds
+    if there and not (args.overwrite and ours):
+        allowed = "another folder" if "config.json" in there or seeds else "another folder, or --overwrite"
         raise UserError(f"--workdir: {str(workdir)!r} holds {there[0]} already; allowed: {allowed}")
     converted = import_torch.convert(import_torch.load_state_dict(Path(args.file)), genotype, stem=args.stem)
     net = DerivedNetwork(genotype, **converted.network)

@@ -153,8 +153,12 @@ def _over_seeds(seeds: Sequence[int], result: Any) -> list[str]:
     if "test_accuracy" not in result.metrics:
         return lines
     mean, spread = result.metrics["test_accuracy"], result.metrics["test_accuracy_std"]
-    text = f"test error after the last epoch: {_error(mean)} ± {100 * spread:.2f} (n = {len(lines)})"
-    return [*lines, text]
+    over = f"± {100 * spread:.2f} (n = {len(lines)})"
+    lines.append(f"test error after the last epoch: {_error(mean)} {over}")
+    if "ema_test_accuracy" in result.metrics:
+        mean, spread = result.metrics["ema_test_accuracy"], result.metrics["ema_test_accuracy_std"]
+        lines.append(f"of the averaged weights: {_error(mean)} ± {100 * spread:.2f}")
+    return lines
 
 
 def _error(accuracy: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,7 +212,7 @@ def evaluate(
     mesh = parallel.make_mesh(parallel.choose_devices(devices))
     path = workdir / "network.safetensors"
     alone = path.is_file() and not (workdir / "config.json").is_file()
-    net = _imported(path) if alone else _trained(workdir, mesh, weight_tx)
+    net = _imported(path) if alone else restore(workdir, mesh, weight_tx)
     batch_size = net.batch_size if batch_size is None else batch_size
     check_batch(batch_size, max(batch_size, 1), mesh.size)
     name = source if source is not None else data.name if data is not None else net.source
@@ -231,6 +231,8 @@ def evaluate(
         shown = f"{dataset.num_classes} classes, images {list(dataset.image)}"
         wanted = f"{classes} classes, images {list(net.image)}"
         raise UserError(f"data.source: {name!r} has {shown}; allowed: {wanted} as the network was trained with")
+    if data is None:
+        _same_classes(net.class_names, dataset.class_names, name)
     figures_of = _measuring(net.problem, mesh, dataset, options, batch_size, stream.worker_count(workers))
 
     result = Evaluation(
@@ -245,6 +247,17 @@ def evaluate(
     )
     atomic_write_json(workdir / "evaluation.json", result.to_json())
     return result
+
+
+def _same_classes(trained: Sequence[str], found: Sequence[str], name: str) -> None:
+    """Label k must mean the same class: figures of others would look like those of a bad network."""
+    named = all(names and not all(n.isdigit() for n in names) for names in (trained, found))  # numbers say nothing
+    if named and tuple(trained) != tuple(found):
+        k = next(k for k, (a, b) in enumerate(zip(trained, found, strict=True)) if a != b)
+        raise UserError(
+            f"data.source: {name!r} has class {found[k]!r} as number {k}; "
+            f"allowed: the classes the network was trained with, in their order ({trained[k]!r})"
+        )
 
 
 def _measuring(
@@ -265,7 +278,7 @@ def _measuring(
     )
 
 
-class _Network(NamedTuple):
+class Restored(NamedTuple):
     """A network to evaluate, and what it was trained with."""
 
     problem: Problem
@@ -282,8 +295,25 @@ class _Network(NamedTuple):
     batch_size: int = 128
 
 
-def _trained(workdir: Path, mesh: Mesh, weight_tx: Any) -> _Network:
-    """The newest good checkpoint of a training."""
+def own_primitives(workdir: Path) -> Mapping[str, Any] | None:
+    """The operations that a training took from its user's file; None without one."""
+    config, _ = _read_config(workdir)
+    return runs.user_primitives(config.network.primitives, "network.primitives", {})
+
+
+def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> Restored:
+    """The newest good checkpoint of a training, finished or not.
+
+    Args:
+      workdir: of the training.
+      mesh: the devices it is put on; default: one.
+      weight_tx: the optimizer, if the training was given one as an argument (its state is in the checkpoint).
+
+    Raises:
+      UserError: no training in the workdir, or no checkpoint yet.
+      RunError: no checkpoint can be used.
+    """
+    mesh = parallel.make_mesh(jax.devices()[:1]) if mesh is None else mesh
     config, head = _read_config(workdir)
     # Neither is part of what the state looks like, and either may be impossible here.
     run = dataclasses.replace(config.run, devices="all")
@@ -298,7 +328,7 @@ def _trained(workdir: Path, mesh: Mesh, weight_tx: Any) -> _Network:
     if found is None:
         raise UserError(f"WORKDIR: {workdir} holds no checkpoint yet; allowed: a training that has saved one")
     state = found.state.state
-    return _Network(
+    return Restored(
         problem,
         state.variables,
         state.ema,
@@ -314,7 +344,7 @@ def _trained(workdir: Path, mesh: Mesh, weight_tx: Any) -> _Network:
     )
 
 
-def _imported(path: Path) -> _Network:
+def _imported(path: Path) -> Restored:
     """A network without a training behind it."""
     from prdarts_jax import export
 
@@ -326,14 +356,16 @@ def _imported(path: Path) -> _Network:
     image = tuple(about["image"])
     # A network with ImageNet's stem sees centre crops of images of any size.
     data = TrainDataConfig(image_size=image[0], crop_padding=0) if net.stem == "imagenet" else TrainDataConfig()
-    return _Network(problem, made, None, image, tuple(about["class_names"]), data=data)
+    return Restored(problem, made, None, image, tuple(about["class_names"]), data=data)
 
 
 def _read_config(workdir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """The config of a training, and the whole of its config.json."""
     path = workdir / "config.json"
     if not path.is_file():
-        raise UserError(f"WORKDIR: {str(workdir)!r} holds no config.json; allowed: the workdir of a training")
+        seeds = sorted(found.parent.name for found in workdir.glob("seed*/config.json"))
+        allowed = f"one of its seeds, {', '.join(seeds)}" if seeds else "the workdir of a training"
+        raise UserError(f"WORKDIR: {str(workdir)!r} holds no config.json; allowed: {allowed}")
     try:
         head = json.loads(path.read_text(encoding="utf-8"))
         kind = head["kind"]

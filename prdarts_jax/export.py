@@ -22,6 +22,7 @@ from jax import export as jax_export
 from prdarts_jax.data.augment import normalize
 from prdarts_jax.errors import RunError, UserError, unknown
 from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
 from prdarts_jax.space.genotype import Genotype
 
 SCHEMA_VERSION = 1
@@ -61,7 +62,7 @@ def describe(
 
     Returns:
       {"schema_version", "genotype", "channels", "cells", "classes", "stem", "auxiliary", "image", "mean", "std",
-      "class_names"}.
+      "class_names", "own_operations"}: the last are the names whose operations are not those of this library.
 
     Raises:
       UserError: lengths that do not fit each other.
@@ -89,14 +90,25 @@ def describe(
         "mean": [float(value) for value in mean],
         "std": [float(value) for value in std],
         "class_names": [str(name) for name in class_names],
+        "own_operations": _own_operations(net),
     }
 
 
-def rebuild(description: Mapping[str, Any]) -> DerivedNetwork:
+def _own_operations(net: DerivedNetwork) -> list[str]:
+    used = {op for nodes in (net.genotype.normal, net.genotype.reduce) for node in nodes for op, _ in node}
+    return sorted(op for op, primitive in net.primitives if op in used and primitive is not PRIMITIVES.get(op))
+
+
+def rebuild(description: Mapping[str, Any], primitives: Mapping[str, Primitive] | None = None) -> DerivedNetwork:
     """The network of a description.
 
+    Args:
+      description: see `describe`.
+      primitives: operations by name beside, or in place of, those of this library.
+
     Raises:
-      UserError: a field is missing, or the description is of another version.
+      UserError: a field is missing, the description is of another version, or it names an operation of its user's own
+        that is not among the primitives.
 
     >>> net = DerivedNetwork(Genotype.named("PDARTS"), channels=4, cells=3, auxiliary=True)
     >>> rebuild(describe(net, (32, 32, 3), mean=(0,) * 3, std=(1,) * 3)) == net
@@ -109,8 +121,16 @@ def rebuild(description: Mapping[str, Any]) -> DerivedNetwork:
     for field in ("genotype", *fields, "image", "mean", "std"):
         if field not in description:
             raise UserError(f"{field}: missing in the description of the network; allowed: what `describe` gives")
+    for name in description.get("own_operations", ()):
+        if name not in (primitives or {}):
+            raise UserError(
+                f"own_operations: {name!r} of the network is no operation of this library; "
+                "allowed: primitives={...} with it, or the workdir of its training"
+            )
+    table = {**PRIMITIVES, **(primitives or {})}
     genotype = Genotype.from_json(description["genotype"])
-    return DerivedNetwork(genotype, **{field: description[field] for field in fields})
+    numbers = {field: description[field] for field in fields}
+    return DerivedNetwork(genotype, **numbers, primitives=tuple(table.items()))
 
 
 # --- a program --------------------------------------------------------------------------------------------------------
@@ -302,11 +322,12 @@ def save_network(
     safetensors(variables, workdir / NETWORK_FILE, description)
 
 
-def load_network(path: Path) -> Network:
+def load_network(path: Path, primitives: Mapping[str, Primitive] | None = None) -> Network:
     """The network of a safetensors file, ready for `net.apply(variables, images)`.
 
     Args:
       path: the file, or a workdir that holds network.safetensors.
+      primitives: see `rebuild`.
 
     Raises:
       UserError: no such file, no description in it, or tensors that do not fit the description.
@@ -320,7 +341,7 @@ def load_network(path: Path) -> Network:
     if path.is_dir():
         path = path / NETWORK_FILE
     variables, description = load_safetensors(path)
-    net = rebuild(description)
+    net = rebuild(description, primitives)
     check_variables(net, variables, description["image"][2], str(path))
     return Network(net, variables, description)
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from prdarts_jax.ops import native
 from prdarts_jax.space.spec import Space
 
 
@@ -26,6 +27,13 @@ def require_torch() -> Any:
         if os.environ.get("CI", "").lower() == "true":
             pytest.fail("torch is absent: the parity tests cannot run (pip install torch)")
         pytest.skip("needs torch, the oracle of the parity tests")
+
+
+def require_kernels() -> None:
+    """The CPU kernels; absent: skip with the reason, but fail where CI=true, whose machines have a compiler."""
+    found = native.kernels()
+    if not found.loaded:
+        (pytest.fail if os.environ.get("CI", "").lower() == "true" else pytest.skip)(f"no CPU kernels: {found[1]}")
 
 
 def quick_jit(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,6 @@ The two are the same sum, so values and gradients must agree to rounding (float6
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import jax
@@ -13,86 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cells import ALL_OPS, SPACES, cell_data, dense_reference, random_slots, sparse
 
 from prdarts_jax.gates import Gates
-from prdarts_jax.ops.layers import draw
-from prdarts_jax.space.cell import declare_edges, mixed_nodes, mixed_nodes_reference
+from prdarts_jax.space.cell import mixed_nodes, mixed_nodes_reference
 from prdarts_jax.space.spec import CELL_TYPES, Space
-
-CHANNELS = 4
-ALL_OPS = Space(nodes=1)
-FEW = ("none", "max_pool_3x3", "skip_connect", "dil_conv_3x3")
-# Edges with one, two and three operations, in another order of edges for the reduction cell.
-_LISTS = (("skip_connect",), FEW[1:], ("none", "dil_conv_3x3"), ("dil_conv_3x3",), ("max_pool_3x3", "skip_connect"))
-SPACES = {
-    "two-nodes": Space(nodes=2, ops=("skip_connect", "dil_conv_3x3", "none")),
-    "per-edge": Space(nodes=2, ops=FEW, edge_ops=(_LISTS, _LISTS[::-1])),
-    "three-nodes": Space(nodes=3, ops=("skip_connect", "sep_conv_3x3")),  # S2 of RobustDARTS
-    "no-pool-norm": Space(nodes=1, ops=("avg_pool_3x3", "max_pool_3x3"), pool_norm=False),
-}
-
-
-def _data(space: Space, kind: str, size: tuple[int, int], dtype: Any = np.float64) -> tuple[Any, ...]:
-    """Weights, the inputs, gates [E,O] of both signs, a cotangent of the nodes."""
-    rng = np.random.default_rng(0)
-    weights = jax.tree.map(
-        lambda a: jnp.asarray(a, dtype), draw(jax.random.key(0), declare_edges(space, kind, CHANNELS))
-    )
-    out = tuple(-(-n // 2) for n in size) if kind == "reduce" else size
-    shapes = [(2, *size, CHANNELS)] * 2 + [(space.num_edges, space.num_ops), (space.nodes, 2, *out, CHANNELS)]
-    return weights, *(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
-
-
-def _executed(space: Space, kind: str, k: int, seed: int, *, void: int = 0) -> np.ndarray:
-    """k random allowed operations an edge (void where there are fewer), then `void` more slots emptied."""
-    rng = np.random.default_rng(seed)
-    chosen = np.full((space.num_edges, k), space.num_ops, np.int32)
-    for e in range(space.num_edges):
-        allowed = rng.permutation(np.flatnonzero(space.allowed[kind][e]))[:k]
-        chosen[e, : len(allowed)] = allowed
-    for _ in range(void):
-        chosen[rng.integers(space.num_edges), rng.integers(k)] = space.num_ops
-    return chosen
-
-
-@cache
-def _sparse(space: Space, kind: str) -> Any:
-    """Compiled once a space, kind and K: nodes and gradients in weights, gates [E,O] and inputs."""
-
-    @oracles.quick_jit
-    def run(weights: Any, s0: jax.Array, s1: jax.Array, ops: jax.Array, ct: jax.Array, executed: jax.Array) -> Any:
-        def nodes(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
-            values, slots = Gates({kind: ops}, {kind: executed}).slots(kind)
-            return mixed_nodes(weights, values, slots, s0, s1, space=space, kind=kind)
-
-        y, pull = jax.vjp(nodes, weights, ops, s0, s1)
-        return y, pull(ct)
-
-    return run
-
-
-@cache
-def _dense(space: Space, kind: str) -> Any:
-    @oracles.quick_jit
-    def run(weights: Any, s0: jax.Array, s1: jax.Array, ops: jax.Array, ct: jax.Array, executed: jax.Array) -> Any:
-        def nodes(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
-            dense = Gates({kind: ops}, {kind: executed}).dense(kind)
-            return mixed_nodes_reference(weights, dense, s0, s1, space=space, kind=kind)
-
-        y, pull = jax.vjp(nodes, weights, ops, s0, s1)
-        return y, pull(ct)
-
-    return run
 
 
 def _compare(space: Space, kind: str, size: tuple[int, int], executed: np.ndarray) -> Any:
     with jax.enable_x64(True):
-        weights, s0, s1, ops, ct = _data(space, kind, size)
+        weights, s0, s1, ops, ct = cell_data(space, kind, size)
         full = np.full((space.num_edges, space.num_ops), space.num_ops, np.int32)
         full[:, : executed.shape[1]] = executed  # one width for the reference, so that it is compiled once
         args = weights, s0, s1, ops, ct
-        ours = _sparse(space, kind)(*args, jnp.asarray(executed))
-        theirs = _dense(space, kind)(*args, jnp.asarray(full))
+        ours = sparse(space, kind)(*args, jnp.asarray(executed))
+        theirs = dense_reference(space, kind)(*args, jnp.asarray(full))
     ours, theirs = jax.tree.map(np.asarray, (ours, theirs))
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10, err_msg=jax.tree_util.keystr(path))
@@ -119,7 +53,7 @@ def test_all_eight_operations(kind: str, k: int) -> None:
 @pytest.mark.parametrize(("k", "void"), [(2, 0), (2, 3)])
 def test_small_spaces(space: Space, kind: str, k: int, void: int) -> None:
     for seed in range(3):
-        _compare(space, kind, (5, 6), _executed(space, kind, k, seed, void=void))
+        _compare(space, kind, (5, 6), random_slots(space, kind, k, seed, void=void))
 
 
 def test_nothing_executed_gives_zeros() -> None:
@@ -130,7 +64,7 @@ def test_nothing_executed_gives_zeros() -> None:
 
 def test_weights_of_operations_that_did_not_run_get_zero() -> None:
     space = SPACES["two-nodes"]
-    executed = _executed(space, "normal", 1, 0)
+    executed = random_slots(space, "normal", 1, 0)
     _, (dweights, *_) = _compare(space, "normal", (5, 6), executed)
     for e, o in enumerate(executed[:, 0]):
         for leaf in jax.tree.leaves(dweights["stride1"]["dil_conv_3x3"]):
@@ -141,9 +75,9 @@ def test_weights_of_operations_that_did_not_run_get_zero() -> None:
 def test_gradients_asked_for_separately_are_the_same(kind: str) -> None:
     """The rule computes only what is asked for: weights only, gates only, inputs only, or all at once."""
     space = SPACES["two-nodes"]
-    executed = _executed(space, kind, 2, 0)
+    executed = random_slots(space, kind, 2, 0)
     with jax.enable_x64(True):
-        weights, s0, s1, ops, ct = _data(space, kind, (4, 3))
+        weights, s0, s1, ops, ct = cell_data(space, kind, (4, 3))
 
         def loss(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
             values, slots = Gates({kind: ops}, {kind: jnp.asarray(executed)}).slots(kind)
@@ -161,7 +95,7 @@ def test_gradients_asked_for_separately_are_the_same(kind: str) -> None:
 def test_edge_weights_multiply_every_operation_of_an_edge() -> None:
     space, kind = SPACES["no-pool-norm"], "normal"
     with jax.enable_x64(True):
-        weights, s0, s1, ops, _ = _data(space, kind, (4, 3))
+        weights, s0, s1, ops, _ = cell_data(space, kind, (4, 3))
         edges = jnp.array([0.5, -2.0])
         executed = jnp.array([[0, 1], [1, 0]], jnp.int32)
 
@@ -184,11 +118,11 @@ def test_edge_weights_multiply_every_operation_of_an_edge() -> None:
 
 def test_bfloat16_keeps_its_dtype_and_float32_gradients_of_weights() -> None:
     space, kind = SPACES["two-nodes"], "reduce"
-    weights, s0, s1, ops, ct = _data(space, kind, (5, 6), np.float32)
-    executed = jnp.asarray(_executed(space, kind, 2, 0))
+    weights, s0, s1, ops, ct = cell_data(space, kind, (5, 6), np.float32)
+    executed = jnp.asarray(random_slots(space, kind, 2, 0))
     low = [a.astype(jnp.bfloat16) for a in (s0, s1)]
-    y, grads = _sparse(space, kind)(weights, *low, ops, ct.astype(jnp.bfloat16), executed)
-    wide, wide_grads = _sparse(space, kind)(weights, s0, s1, ops, ct, executed)
+    y, grads = sparse(space, kind)(weights, *low, ops, ct.astype(jnp.bfloat16), executed)
+    wide, wide_grads = sparse(space, kind)(weights, s0, s1, ops, ct, executed)
     assert y.dtype == jnp.bfloat16 and {a.dtype for a in jax.tree.leaves(grads[:2])} == {np.dtype(np.float32)}
     for a, b in zip(jax.tree.leaves((y, grads)), jax.tree.leaves((wide, wide_grads)), strict=True):
         error = np.linalg.norm(np.asarray(a, np.float32) - np.asarray(b)) / max(np.linalg.norm(b), 1e-6)

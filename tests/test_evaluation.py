@@ -130,7 +130,7 @@ def test_four_devices_find_the_same(read, trained, by_hand):
 
 def test_an_image_does_not_see_the_others(trained):
     """Loss, rank and confidence of each image, in an order turned round."""
-    problem = evaluation._trained(trained, _mesh(), None)
+    problem = evaluation.restore(trained, _mesh())
     program = train_program.make_evaluation(problem.problem, _mesh())
     data = train_program.Images(digits().test_images, digits().test_labels)
     order = np.arange(TEST, dtype=np.int32)[None]

@@ -41,13 +41,6 @@ CASES = [
 IDS = ["-".join(map(str, case)) for case in CASES]
 
 
-def _loaded() -> None:
-    """Absent: skip with the reason, but fail where CI=true, whose machines have a compiler."""
-    found = native.kernels()
-    if not found.loaded:
-        (pytest.fail if os.environ.get("CI", "").lower() == "true" else pytest.skip)(f"no CPU kernels: {found[1]}")
-
-
 def _data(case: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     k, s, _, h, w, c, d, b = case
     rng = np.random.default_rng(0)
@@ -62,7 +55,7 @@ def _unit(x: jax.Array, depthwise: jax.Array, matrix: jax.Array, **options: bool
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_a_separable_unit_and_its_gradients(case: tuple[int, ...]) -> None:
     """y, the moments, and the three gradients; the oracle is XLA's convolution under plain autodiff in float64."""
-    _loaded()
+    oracles.require_kernels()
     _, s, d, *_ = case
     x, depthwise, matrix, ct = _data(case)
 
@@ -95,7 +88,7 @@ def test_a_separable_unit_and_its_gradients(case: tuple[int, ...]) -> None:
 
 def test_units_in_a_row_and_their_gradients() -> None:
     """What lies between two units is never stored: the second reads it through a mean and a scale."""
-    _loaded()
+    oracles.require_kernels()
     rng = np.random.default_rng(2)
     shapes = [(4, 7, 6, 17), (3, 3, 17), (17, 12), (5, 5, 12), (12, 9), (4, 4, 3, 9)]
     *arrays, ct = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
@@ -117,7 +110,7 @@ def test_units_in_a_row_and_their_gradients() -> None:
 
 @pytest.mark.parametrize(("channels", "out"), [(3, 5), (16, 48), (33, 20)])
 def test_a_pointwise_unit_and_the_sums(channels: int, out: int) -> None:
-    _loaded()
+    oracles.require_kernels()
     rng = np.random.default_rng(1)
     x, matrix, ct = (
         rng.normal(size=s).astype(np.float32) for s in ((3, 5, 4, channels), (channels, out), (3, 5, 4, out))
@@ -140,7 +133,7 @@ def test_a_pointwise_unit_and_the_sums(channels: int, out: int) -> None:
 
 
 def test_second_derivatives_are_those_of_the_composition() -> None:
-    _loaded()
+    oracles.require_kernels()
     x, depthwise, matrix, ct = (jnp.asarray(a, jnp.float32) for a in _data(CASES[0]))
 
     def norm_of_gradient(x: jax.Array, own: bool) -> jax.Array:
@@ -155,14 +148,14 @@ def test_second_derivatives_are_those_of_the_composition() -> None:
 
 
 def test_a_batch_of_calls_is_a_call_each() -> None:
-    _loaded()
+    oracles.require_kernels()
     x, depthwise, matrix, _ = (jnp.asarray(a, jnp.float32) for a in _data(CASES[0]))
     both = jax.vmap(lambda x: _unit(x, depthwise, matrix))(jnp.stack([x, -x]))
     np.testing.assert_array_equal(both, [_unit(a, depthwise, matrix) for a in (x, -x)])
 
 
 def test_nan_does_not_vanish_in_a_relu() -> None:
-    _loaded()
+    oracles.require_kernels()
     x, depthwise, matrix, _ = (jnp.asarray(a, jnp.float32) for a in _data(CASES[0]))
     assert bool(jnp.isnan(_unit(x.at[0, 3, 3, 0].set(jnp.nan), depthwise, matrix)).any())
 
@@ -189,7 +182,7 @@ def _elsewhere(**changed: str) -> list[Any]:
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    _loaded()
+    oracles.require_kernels()
     one, many = (_elsewhere(PJRT_NPROC=count) for count in ("1", "7"))
     assert one[0] and one == many
 
@@ -212,7 +205,7 @@ def test_without_kernels_the_values_are_the_same_to_rounding(tmp_path: Path) -> 
 
 
 def test_a_damaged_file_is_compiled_again(tmp_path: Path) -> None:
-    _loaded()
+    oracles.require_kernels()
     kept = tmp_path / "prdarts_jax" / "kernels" / f"{native.kernels().description.split()[1]}.so"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"not a library")

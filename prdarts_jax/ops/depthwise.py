@@ -152,8 +152,8 @@ def _native_forward(x: jax.Array, kernel: jax.Array, *, window: Window) -> jax.A
 
 def _native_input_gradient(dy: jax.Array, kernel: jax.Array, *, window: Window, size: tuple[int, int]) -> jax.Array:
     shape = (dy.shape[0], *size, dy.shape[3])
-    window_ = {"stride": window.stride, "dilation": window.dilation}
-    return native.call("depthwise_input_gradient", [shape], dy, kernel, **window_)[0]
+    name = "depthwise_input_gradient"
+    return native.call(name, [shape], dy, kernel, stride=window.stride, dilation=window.dilation)[0]
 
 
 def _native_kernel_gradient(x: jax.Array, dy: jax.Array, *, window: Window) -> jax.Array:

@@ -18,7 +18,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,11 @@ _KERNELS = (
     "separable_forward",
     "separable_backward",
     "separable_input_gradient",
+    "term_forward",
+    "term_backward",
+    "term_input_gradient",
+    "add_to_row",
+    "unwritten",
 )
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
 _DILATIONS = {1: (1,), 3: (1, 2), 5: (1, 2), 7: (1,)}  # of each kernel size
@@ -155,8 +160,33 @@ def lowered(kernel: Callable[..., Any], composed: Callable[..., Any]) -> Callabl
     return run
 
 
-def call(name: str, shapes: Sequence[tuple[int, ...]], *arrays: jax.Array, **window: int) -> list[jax.Array]:
-    """Runs a kernel: float32 results of these shapes. A batch of calls (vmap) runs them one after the other."""
+def call(
+    name: str,
+    shapes: Sequence[tuple[int, ...]],
+    *arrays: jax.Array,
+    in_place: Mapping[int, int] | None = None,
+    **attributes: Any,
+) -> list[jax.Array]:
+    """Runs a kernel: float32 results of these shapes. A batch of calls (vmap) runs them one after the other.
+
+    Args:
+      name: of the kernel.
+      shapes: of the results.
+      arrays: its arguments.
+      in_place: argument -> the result that takes its memory.
+      attributes: integers, and arrays or scalars of NumPy.
+    """
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    attributes = {key: np.int64(value) for key, value in window.items()}
-    return list(jax.ffi.ffi_call(f"prdarts_{name}", results, vmap_method="sequential")(*arrays, **attributes))
+    static = {key: np.int64(value) if isinstance(value, int) else value for key, value in attributes.items()}
+    run = jax.ffi.ffi_call(
+        f"prdarts_{name}", results, vmap_method="sequential", input_output_aliases=dict(in_place or {})
+    )
+    return list(run(*arrays, **static))
+
+
+def unwritten(shape: tuple[int, ...], beside: jax.Array) -> jax.Array:
+    """A float32 array of which nothing is known.
+
+    `beside`: what tells it from others of its shape; XLA would take two equal calls for one, and copy the result.
+    """
+    return call("unwritten", [shape], beside)[0]

@@ -9,7 +9,7 @@ A user's own primitive: a file with `PRIMITIVES = {"name": Primitive(...)}`, giv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -32,11 +32,15 @@ class Primitive(NamedTuple):
         own, which counts as not skip. "none" is never computed nor derived; "pool" is normalised in the search.
       weights: (channels, stride) -> {name: Weight}; empty: an operation without weights.
       apply: (params, x [B,H,W,C], stride, leaves) -> y [B,ceil(H/s),ceil(W/s),C].
+      units: (params, stride) -> the units of which `apply` is a row, none for the identity; or None where it is no
+        such row. With it the search runs the operation in one kernel on a CPU. Also called with weights that are
+        stacked on a leading axis.
     """
 
     group: str
     weights: Callable[[int, int], dict[str, Weight]]
     apply: Callable[[Params, jax.Array, int, Leaves], jax.Array]
+    units: Callable[[Params, int], Sequence[Unit] | None] | None = None
 
 
 def _no_weights(channels: int, stride: int) -> dict[str, Weight]:
@@ -77,11 +81,14 @@ def _separable(kernel: int) -> Primitive:
         pointwise = Weight((channels, channels), channels)
         return {"depthwise1": depthwise, "pointwise1": pointwise, "depthwise2": depthwise, "pointwise2": pointwise}
 
-    def apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+    def units(params: Params, stride: int) -> Sequence[Unit]:
         first = Unit(params["depthwise1"], params["pointwise1"], stride)
-        return leaves.separable(("bn1", "bn2"), x, (first, Unit(params["depthwise2"], params["pointwise2"])))
+        return first, Unit(params["depthwise2"], params["pointwise2"])
 
-    return Primitive("conv", weights, apply)
+    def apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+        return leaves.separable(("bn1", "bn2"), x, units(params, stride))
+
+    return Primitive("conv", weights, apply, units)
 
 
 def _dilated(kernel: int) -> Primitive:
@@ -91,10 +98,13 @@ def _dilated(kernel: int) -> Primitive:
         depthwise = Weight((kernel, kernel, channels), kernel * kernel)
         return {"depthwise": depthwise, "pointwise": Weight((channels, channels), channels)}
 
-    def apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
-        return leaves.separable(("bn",), x, (Unit(params["depthwise"], params["pointwise"], stride, 2),))
+    def units(params: Params, stride: int) -> Sequence[Unit]:
+        return (Unit(params["depthwise"], params["pointwise"], stride, 2),)
 
-    return Primitive("conv", weights, apply)
+    def apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+        return leaves.separable(("bn",), x, units(params, stride))
+
+    return Primitive("conv", weights, apply, units)
 
 
 def _factorised_7_weights(channels: int, stride: int) -> dict[str, Weight]:
@@ -115,7 +125,7 @@ PRIMITIVES: Mapping[str, Primitive] = MappingProxyType(
         "none": Primitive("none", _no_weights, _none),
         "max_pool_3x3": Primitive("pool", _no_weights, _max_pool),
         "avg_pool_3x3": Primitive("pool", _no_weights, _avg_pool),
-        "skip_connect": Primitive("skip", _skip_weights, _skip),
+        "skip_connect": Primitive("skip", _skip_weights, _skip, lambda params, stride: () if stride == 1 else None),
         "sep_conv_3x3": _separable(3),
         "sep_conv_5x5": _separable(5),
         "dil_conv_3x3": _dilated(3),

@@ -4,7 +4,8 @@ Only the executed operations of an edge are computed. `mixed_nodes` runs the edg
 is one `lax.switch` over the primitives, so a primitive is compiled once a shape rather than once an edge, and carries a
 differentiation rule of its own: autodiff of such a scan would build a zero buffer of all nodes for each slice, and a
 switch would store the residuals of all branches. The rule keeps the final nodes only (a node is final before an edge
-leaves it), runs the edges in reverse, and recomputes each executed operation.
+leaves it), runs the edges in reverse, and recomputes each executed operation. On a CPU, where kernels of ours serve,
+`cell_in_place` does the same with in-place sums and without recomputation.
 
 `mixed_nodes_reference` is the same sum, dense, unrolled, with plain autodiff: the oracle, and the way to forward-mode
 and exact second-order derivatives on small spaces.
@@ -24,30 +25,27 @@ from jax.custom_derivatives import SymbolicZero
 
 from prdarts_jax.ops.depthwise import wide_dtype
 from prdarts_jax.ops.layers import Weight
-from prdarts_jax.ops.leaves import Leaves, fast_leaves, reference_leaves
+from prdarts_jax.ops.leaves import fast_leaves, reference_leaves
 from prdarts_jax.ops.moments import inner
 from prdarts_jax.ops.primitives import Params
+from prdarts_jax.space import cell_in_place
 from prdarts_jax.space.branching import Branch, run_branch
+from prdarts_jax.space.slots import (
+    CellProgram,
+    CellWeights,
+    Slots,
+    Wanted,
+    apply_op,
+    output_shape,
+    read_row,
+    runs,
+    slots_of,
+    weights_of,
+    write_row,
+)
 from prdarts_jax.space.spec import EdgeGroup, Space
 
 _Cotangents = tuple[jax.Array, jax.Array, jax.Array]  # of the source, of the weights (flat), of the gate
-CellWeights = dict[str, dict[str, Params]]  # stride1 | stride2 -> operation -> stacked arrays [rows, ...]
-
-
-class CellProgram(NamedTuple):
-    """Static arguments of a cell: hashable, so that equal cells share one trace."""
-
-    space: Space
-    kind: str
-    axis_name: str | None
-
-
-@jax.tree_util.register_static
-class _Wanted(NamedTuple):
-    """Which cotangents the differentiation asks for; known when the forward rule is traced."""
-
-    weights: bool
-    values: bool
 
 
 def declare_edges(space: Space, kind: str, channels: int) -> dict[str, dict[str, dict[str, Weight]]]:
@@ -61,70 +59,6 @@ def declare_edges(space: Space, kind: str, channels: int) -> dict[str, dict[str,
                 stacks[op] = {name: w._replace(shape=(len(edges), *w.shape)) for name, w in one.items()}
         declared[group.name] = stacks
     return declared
-
-
-def _apply(space: Space, op: str, params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
-    """One primitive as the search uses it: pools are normalised (without affine) when the space says so."""
-    primitive = space.table[op]
-    y = primitive.apply(params, x, stride, leaves)
-    if primitive.group == "pool" and space.pool_norm:
-        y = leaves.norm("bn", y)
-    return y
-
-
-# --- the sparse path --------------------------------------------------------------------------------------------------
-
-
-class _Slots(NamedTuple):
-    """What the scan reads per executed slot. Source and target, known statically, are rows of the cell's buffers."""
-
-    source: Any  # int32[n]
-    target: Any  # int32[n]
-    branch: jax.Array  # int32[n]: operation index; O = nothing is executed
-    row: jax.Array  # int32[n]: row of the operation's weight stack
-    value: jax.Array  # float32[n]: the gate
-
-
-def _slots(space: Space, kind: str, group: EdgeGroup, values: jax.Array, executed: jax.Array) -> _Slots:
-    """Slots of the edges of a group, edge-major.
-
-    A normal cell has one buffer, of nodes 0..N+1; in a reduction cell the two inputs have one of their own.
-    """
-    edges = np.asarray(group.edges)
-    k = executed.shape[1]
-    ends = np.asarray(space.edges)[edges]
-    void = space.num_ops
-    # A row table with a void column: operations without weights, or not allowed on the edge, point at row 0 or at void.
-    rows = np.zeros((len(edges), void + 1), np.int32)
-    branch = np.full((len(edges), void + 1), void, np.int32)
-    for o, members in enumerate(space.rows(kind, group).values()):
-        for row, edge in enumerate(members):
-            rows[group.edges.index(edge), o] = row
-            if space.table[space.ops[o]].group != "none":
-                branch[group.edges.index(edge), o] = o
-    chosen = executed[edges]
-
-    def pick(table: np.ndarray) -> jax.Array:
-        return jnp.take_along_axis(jnp.asarray(table), chosen, axis=1).reshape(-1)
-
-    source, target = (np.repeat(ends[:, i], k).astype(np.int32) for i in (0, 1))
-    if kind == "reduce":
-        source, target = source if group.stride == 2 else source - 2, target - 2
-    return _Slots(source, target, pick(branch), pick(rows), values[edges].reshape(-1))
-
-
-def _runs(program: CellProgram, group: EdgeGroup) -> dict[str, bool]:
-    """Which operations compute anything on the edges of a group: `none`, and what no edge may use, do not."""
-    rows = program.space.rows(program.kind, group)
-    return {op: bool(edges) and program.space.table[op].group != "none" for op, edges in rows.items()}
-
-
-def _read(nodes: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(nodes, index, 0, keepdims=False)
-
-
-def _write(nodes: jax.Array, index: jax.Array, node: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(nodes, node, index, 0)
 
 
 class _Gathering(NamedTuple):
@@ -156,26 +90,17 @@ def _gathering(ends: np.ndarray, *, reverse: bool) -> _Gathering:
     return _Gathering(node, slot, place)
 
 
-def _filled(slots: _Slots, void: int, rows: np.ndarray) -> _Slots:
+def _filled(slots: Slots, void: int, rows: np.ndarray) -> Slots:
     """The slots in rows; what fills up executes nothing."""
-    fill = _Slots(source=0, target=0, branch=void, row=0, value=0)  # type: ignore[arg-type]
+    fill = Slots(source=0, target=0, branch=void, row=0, value=0)  # type: ignore[arg-type]
     return jax.tree.map(lambda a, f: jnp.concatenate([a, jnp.full(1, f, a.dtype)])[rows], slots, fill)
-
-
-def _row(stacks: dict[str, Params], op: str, row: jax.Array) -> Params:
-    return jax.tree.map(lambda a: _read(a, row), stacks.get(op, {}))
-
-
-def _output_shape(x: jax.Array, stride: int) -> tuple[int, int, int, int]:
-    b, h, w, c = x.shape
-    return b, -(-h // stride), -(-w // stride), c
 
 
 def _run_group(
     program: CellProgram,
     group: EdgeGroup,
     stacks: dict[str, Params],
-    slots: _Slots,
+    slots: Slots,
     sources: jax.Array | None,
     nodes: jax.Array,
 ) -> jax.Array:
@@ -184,24 +109,24 @@ def _run_group(
     leaves = fast_leaves(program.axis_name)
 
     def branch(op: str) -> Branch:
-        def run(total: jax.Array, read: tuple[dict[str, Params], jax.Array, _Slots]) -> jax.Array:
+        def run(total: jax.Array, read: tuple[dict[str, Params], jax.Array, Slots]) -> jax.Array:
             stacks, inputs, slot = read
-            y = _apply(space, op, _row(stacks, op, slot.row), _read(inputs, slot.source), stride, leaves)
+            y = apply_op(space, op, weights_of(stacks, op, slot.row), read_row(inputs, slot.source), stride, leaves)
             return total + slot.value.astype(y.dtype) * y
 
         return run
 
-    branches = tuple(branch(op) if runs else None for op, runs in _runs(program, group).items())
+    branches = tuple(branch(op) if runs else None for op, runs in runs(program, group).items())
 
-    def node(nodes: jax.Array, of: tuple[jax.Array, _Slots]) -> tuple[jax.Array, None]:
+    def node(nodes: jax.Array, of: tuple[jax.Array, Slots]) -> tuple[jax.Array, None]:
         index, mine = of
         inputs = nodes if sources is None else sources
 
-        def add(total: jax.Array, slot: _Slots) -> tuple[jax.Array, None]:
+        def add(total: jax.Array, slot: Slots) -> tuple[jax.Array, None]:
             return run_branch(branches, slot.branch, total, (stacks, inputs, slot)), None
 
-        total, _ = lax.scan(add, _read(nodes, index), mine)
-        return _write(nodes, index, total), None
+        total, _ = lax.scan(add, read_row(nodes, index), mine)
+        return write_row(nodes, index, total), None
 
     gathering = _gathering(slots.target, reverse=False)
     rows = _filled(slots, space.num_ops, gathering.slot)
@@ -217,11 +142,11 @@ def _reverse_group(
     program: CellProgram,
     group: EdgeGroup,
     stacks: dict[str, Params],
-    slots: _Slots,
+    slots: Slots,
     sources: jax.Array | None,
     nodes: jax.Array,
     cotangents: tuple[jax.Array | None, jax.Array],
-    wanted: _Wanted,
+    wanted: Wanted,
 ) -> tuple[tuple[jax.Array | None, jax.Array], jax.Array, jax.Array]:
     """From the last source to the first: cotangents of sources and nodes, flat weight gradients [n, P], gates' [n].
 
@@ -234,18 +159,18 @@ def _reverse_group(
     value_dtype = slots.value.dtype
 
     def branch(op: str) -> Branch:
-        def run(before: _Cotangents, read: tuple[dict[str, Params], jax.Array, jax.Array, _Slots]) -> _Cotangents:
+        def run(before: _Cotangents, read: tuple[dict[str, Params], jax.Array, jax.Array, Slots]) -> _Cotangents:
             total, flat, dvalue = before
             stacks, x, ct_nodes, slot = read
-            params, ct = _row(stacks, op, slot.row), _read(ct_nodes, slot.target)
+            params, ct = weights_of(stacks, op, slot.row), read_row(ct_nodes, slot.target)
             # The gate multiplies what comes out: multiplying the cotangent would be a pass over it.
             if wanted.weights and params:
-                y, pull = jax.vjp(lambda p, x: _apply(space, op, p, x, stride, leaves), params, x)
+                y, pull = jax.vjp(lambda p, x: apply_op(space, op, p, x, stride, leaves), params, x)
                 dp, dx = pull(ct)
                 flat = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(dp)])
                 flat = slot.value.astype(flat.dtype) * jnp.pad(flat, (0, width - flat.shape[0]))
             else:
-                y, pull = jax.vjp(lambda x: _apply(space, op, params, x, stride, leaves), x)
+                y, pull = jax.vjp(lambda x: apply_op(space, op, params, x, stride, leaves), x)
                 (dx,) = pull(ct)
             if wanted.values:
                 dvalue = inner(ct, y).astype(value_dtype)
@@ -253,23 +178,23 @@ def _reverse_group(
 
         return run
 
-    branches = tuple(branch(op) if runs else None for op, runs in _runs(program, group).items())
+    branches = tuple(branch(op) if runs else None for op, runs in runs(program, group).items())
     own = sources is None
 
-    def source(carry: tuple[jax.Array | None, jax.Array], of: tuple[jax.Array, _Slots]):
+    def source(carry: tuple[jax.Array | None, jax.Array], of: tuple[jax.Array, Slots]):
         index, mine = of
         ct_sources, ct_nodes = carry
-        x = _read(nodes if sources is None else sources, index)
+        x = read_row(nodes if sources is None else sources, index)
 
-        def add(total: jax.Array, slot: _Slots) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def add(total: jax.Array, slot: Slots) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             nothing = jnp.zeros((width,), flat_dtype), jnp.zeros((), value_dtype)
             read = (stacks, x, ct_nodes, slot)
             total, flat, dvalue = run_branch(branches, slot.branch, (total, *nothing), read)
             return total, (flat, dvalue)
 
         before = ct_nodes if ct_sources is None else ct_sources
-        total, gradients = lax.scan(add, _read(before, index), mine)
-        after = _write(before, index, total)
+        total, gradients = lax.scan(add, read_row(before, index), mine)
+        after = write_row(before, index, total)
         return ((None, after) if own else (after, ct_nodes)), gradients
 
     gathering = _gathering(slots.source, reverse=True)
@@ -280,7 +205,7 @@ def _reverse_group(
 
 
 def _unflatten(
-    program: CellProgram, group: EdgeGroup, stacks: dict[str, Params], slots: _Slots, flats: jax.Array
+    program: CellProgram, group: EdgeGroup, stacks: dict[str, Params], slots: Slots, flats: jax.Array
 ) -> dict[str, Params]:
     """Flat gradients per slot [n, P] -> gradients of the stacks. An operation runs at most once an edge."""
     gradients: dict[str, Params] = {}
@@ -302,48 +227,70 @@ def _unflatten(
 
 def _forward(
     program: CellProgram, weights: CellWeights, values: jax.Array, s0: jax.Array, s1: jax.Array, executed: jax.Array
-) -> jax.Array:
-    """All nodes after the cell: [2+N,B,H,W,C] for a normal cell, [N,B,h,w,C] for a reduction cell."""
+) -> tuple[jax.Array, Any]:
+    """All nodes after the cell, [2+N,B,H,W,C] or, of a reduction cell, [N,B,h,w,C]; and what was kept beside them."""
+    if cell_in_place.serves(program, weights, values, s0, s1):
+        return cell_in_place.forward(program, weights, values, s0, s1, executed)
     space, kind = program.space, program.kind
     inputs = jnp.stack([s0, s1])
     groups = space.edge_groups(kind)
     if kind == "normal":
         nodes = jnp.concatenate([inputs, jnp.zeros((space.nodes, *s0.shape), s0.dtype)])
-        slots = _slots(space, kind, groups[0], values, executed)
-        return _run_group(program, groups[0], weights["stride1"], slots, None, nodes)
-    nodes = jnp.zeros((space.nodes, *_output_shape(s0, 2)), s0.dtype)
+        slots = slots_of(space, kind, groups[0], values, executed)
+        return _run_group(program, groups[0], weights["stride1"], slots, None, nodes), None
+    nodes = jnp.zeros((space.nodes, *output_shape(s0, 2)), s0.dtype)
     for group in groups:
-        slots = _slots(space, kind, group, values, executed)
+        slots = slots_of(space, kind, group, values, executed)
         nodes = _run_group(program, group, weights[group.name], slots, inputs if group.stride == 2 else None, nodes)
-    return nodes
+    return nodes, None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixed(
     program: CellProgram, weights: CellWeights, values: jax.Array, s0: jax.Array, s1: jax.Array, executed: jax.Array
 ) -> jax.Array:
-    nodes = _forward(program, weights, values, s0, s1, executed)
+    nodes, _ = _forward(program, weights, values, s0, s1, executed)
     return nodes[2:] if program.kind == "normal" else nodes
 
 
 def _mixed_fwd(
     program: CellProgram, weights: Any, values: Any, s0: Any, s1: Any, executed: Any
 ) -> tuple[jax.Array, Any]:
-    wanted = _Wanted(any(a.perturbed for a in jax.tree.leaves(weights, is_leaf=_is_primal)), values.perturbed)
+    wanted = Wanted(any(a.perturbed for a in jax.tree.leaves(weights, is_leaf=_is_primal)), values.perturbed)
     plain = jax.tree.map(lambda a: a.value, (weights, values, s0, s1, executed), is_leaf=_is_primal)
-    nodes = _forward(program, *plain)
+    nodes, kept = _forward(program, *plain)
     out = nodes[2:] if program.kind == "normal" else nodes
     # The inputs of a normal cell are rows 0 and 1 of its nodes: keeping them again would double the residuals.
     inputs = None if program.kind == "normal" else plain[2:4]
-    return out, (wanted, plain[0], plain[1], inputs, plain[4], nodes)
+    return out, (wanted, plain[0], plain[1], inputs, plain[4], nodes, kept)
 
 
 def _is_primal(a: Any) -> bool:
     return hasattr(a, "perturbed")
 
 
+def _reverse(
+    program: CellProgram,
+    group: EdgeGroup,
+    stacks: dict[str, Params],
+    slots: Slots,
+    sources: jax.Array | None,
+    nodes: jax.Array,
+    cotangents: tuple[jax.Array | None, jax.Array],
+    kept: Any,
+    wanted: Wanted,
+) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, Params], jax.Array]:
+    """Cotangents of sources and nodes, of the stacks of a group, and of its gates [n]."""
+    if kept is not None:
+        return cell_in_place.reverse_group(
+            program, group, stacks, slots, sources, nodes, cotangents, kept[group.name], wanted
+        )
+    carry, flats, dvalues = _reverse_group(program, group, stacks, slots, sources, nodes, cotangents, wanted)
+    return carry, _unflatten(program, group, stacks, slots, flats) if wanted.weights else {}, dvalues
+
+
 def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
-    wanted, weights, values, inputs, executed, nodes = res
+    wanted, weights, values, inputs, executed, nodes, kept = res
     space, kind = program.space, program.kind
     dvalues = jnp.zeros(values.shape, values.dtype)
     dweights: CellWeights = {}
@@ -353,9 +300,9 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
     ct_sources = None if sources is None else jnp.zeros_like(sources)
     ct_nodes = jnp.concatenate([jnp.zeros_like(nodes[:2]), ct]) if kind == "normal" else ct
     for group in reversed(space.edge_groups(kind)):
-        slots = _slots(space, kind, group, values, executed)
+        slots = slots_of(space, kind, group, values, executed)
         outer = group.stride == 2
-        carry, flats, dvalue = _reverse_group(
+        carry, dstacks, dvalue = _reverse(
             program,
             group,
             weights[group.name],
@@ -363,12 +310,12 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
             sources if outer else None,
             nodes,
             (ct_sources if outer else None, ct_nodes),
+            kept,
             wanted,
         )
         ct_sources, ct_nodes = (carry[0] if outer else ct_sources), carry[1]
         dvalues = dvalues.at[np.asarray(group.edges)].set(dvalue.reshape(len(group.edges), -1))
-        if wanted.weights:
-            dweights[group.name] = _unflatten(program, group, weights[group.name], slots, flats)
+        dweights[group.name] = dstacks
     source_cts = ct_nodes if kind == "normal" else ct_sources
     assert source_cts is not None
     return (
@@ -440,8 +387,8 @@ def mixed_nodes_reference(
                 continue
             row = members.index(e)
             params = {name: stack[row] for name, stack in weights[group.name].get(op, {}).items()}
-            y = _apply(space, op, params, nodes[j], group.stride, leaves)
+            y = apply_op(space, op, params, nodes[j], group.stride, leaves)
             term = gates[e, o].astype(y.dtype) * y
             nodes[n] = nodes[n] + term if n in nodes else term
-    shape = _output_shape(s0, 1 if kind == "normal" else 2)
+    shape = output_shape(s0, 1 if kind == "normal" else 2)
     return jnp.stack([nodes.get(n, jnp.zeros(shape, s0.dtype)) for n in range(2, 2 + space.nodes)])

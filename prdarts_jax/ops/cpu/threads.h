@@ -17,8 +17,8 @@ namespace ffi = xla::ffi;
 constexpr int64_t kMaxParts = 32;
 inline int64_t parts_of(int64_t batch) { return batch < kMaxParts ? batch : kMaxParts; }
 
-// work(part) for every part. The caller takes parts too, and waits only for those that another thread has begun: kernels
-// that run at the same time on all threads of the pool cannot wait for each other's queued work.
+// work(part) for every part. The caller takes parts too, and waits only for those that another thread has begun:
+// kernels that run at the same time on all threads of the pool cannot wait for each other's queued work.
 template <typename Work>
 void for_parts(ffi::ThreadPool& pool, int64_t parts, Work work) {
   struct Shared {

@@ -11,7 +11,8 @@
 
 namespace prdarts {
 
-// 512-bit registers hold the 25 sums of a 5x5 kernel at once; elsewhere sums are taken a few rows of the kernel at a time.
+// 512-bit registers hold the 25 sums of a 5x5 kernel at once; elsewhere sums are taken a few rows of the kernel at a
+// time.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 constexpr int kSums = 26;  // accumulators that stay in registers

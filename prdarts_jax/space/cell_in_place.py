@@ -1,0 +1,261 @@
+"""The mixed cell on a CPU: every executed operation adds to its node in place, and keeps what its backward pass reads.
+
+    nodes[t] += g op(nodes[s])        forward, in the order of the edges
+    ct[s] += g (d op)^T ct[t]         backward, in the opposite order
+
+An operation that is a row of units (`Primitive.units`; the identity is the empty row) is one kernel a direction: it
+reads and writes rows of whole buffers, which XLA would copy. Others are computed as elsewhere, and added by a kernel.
+What units keep lies in consecutive rows of two buffers, which have room for the longest rows that slots can execute;
+the system gives memory only to rows that are written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from prdarts_jax.ops import native
+from prdarts_jax.ops.leaves import fast_leaves
+from prdarts_jax.ops.moments import BN_EPS, inner
+from prdarts_jax.ops.primitives import Params
+from prdarts_jax.ops.separable import Unit
+from prdarts_jax.space.branching import Branch, run_branch
+from prdarts_jax.space.slots import (
+    CellProgram,
+    CellWeights,
+    Slots,
+    Wanted,
+    apply_op,
+    output_shape,
+    read_row,
+    runs,
+    slots_of,
+    weights_of,
+)
+from prdarts_jax.space.spec import EdgeGroup
+
+_Kept = tuple[jax.Array, jax.Array]  # z [rows,B,h,w,C] of the units that ran; mean and 1/sigma of each [rows,2,C]
+
+
+class _Rows(NamedTuple):
+    """Static: of each operation the number of its units, -1 where it is no row of units; and their geometry."""
+
+    units: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+
+    def attributes(self) -> dict[str, np.ndarray]:
+        return {name: np.asarray(numbers, np.int64) for name, numbers in self._asdict().items()}
+
+    def capacity(self, program: CellProgram, group: EdgeGroup, k: int) -> int:
+        """Kept rows of a group whose edges execute at most k operations each."""
+        space = program.space
+        members = space.rows(program.kind, group)
+        counts = [[n for n, op in zip(self.units, space.ops, strict=True) if e in members[op]] for e in group.edges]
+        return max(1, sum(sum(sorted((max(n, 0) for n in edge), reverse=True)[:k]) for edge in counts))
+
+
+def _units_of(program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str, Params]) -> list[Unit] | None:
+    """The units of an operation, with stacked weights, if the kernels compute all of them."""
+    primitive = program.space.table[op]
+    normalised = primitive.group == "pool" and program.space.pool_norm  # once more, behind the units
+    if primitive.units is None or normalised or not runs(program, group)[op]:
+        return None
+    units = primitive.units(stacks.get(op, {}), group.stride)
+    if units is None:
+        return None
+    for i, unit in enumerate(units):
+        height, width, channels = unit.depthwise.shape[1:]
+        fits = unit.matrix.shape[1:] == (channels, channels) and (unit.stride == 1 or i == 0)
+        if not (fits and native.compiled(height, width, unit.stride, unit.dilation)):
+            return None
+    return list(units)
+
+
+def _rows(program: CellProgram, group: EdgeGroup, stacks: dict[str, Params]) -> _Rows:
+    found = [_units_of(program, group, op, stacks) for op in program.space.ops]
+    flat = [unit for units in found for unit in units or []]
+    counts = tuple(-1 if units is None else len(units) for units in found)
+    return _Rows(counts, tuple(u.stride for u in flat), tuple(u.dilation for u in flat))
+
+
+def _arrays(program: CellProgram, group: EdgeGroup, stacks: dict[str, Params]) -> list[jax.Array]:
+    """The stacked weights of all units in turn: depthwise, matrix."""
+    found = [_units_of(program, group, op, stacks) or [] for op in program.space.ops]
+    return [a for units in found for unit in units for a in (unit.depthwise, unit.matrix)]
+
+
+def _others(program: CellProgram, rows: _Rows, stacks: dict[str, Params]) -> dict[str, Params]:
+    """The stacks of the operations that are no rows of units."""
+    return {op: stacks[op] for op, n in zip(program.space.ops, rows.units, strict=True) if n < 0 and op in stacks}
+
+
+def _numbers(rows: _Rows, slots: Slots) -> jax.Array:
+    """int32[n,5]: source, target, operation, row of its weights, first row of what it keeps."""
+    units = jnp.asarray([*(max(n, 0) for n in rows.units), 0], jnp.int32)[slots.branch]
+    columns = (slots.source, slots.target, slots.branch, slots.row, jnp.cumsum(units) - units)
+    return jnp.stack([jnp.asarray(c, jnp.int32) for c in columns], axis=1)
+
+
+def serves(program: CellProgram, weights: CellWeights, *arrays: jax.Array) -> bool:
+    """Whether a cell can be run so: kernels, their dtype, and statistics that no other device takes part in."""
+    return program.axis_name is None and native.serve(*arrays, *jax.tree.leaves(weights))
+
+
+def _add(rows: jax.Array, y: jax.Array, index: jax.Array, value: jax.Array) -> jax.Array:
+    return native.call("add_to_row", [rows.shape], rows, y, index, value, in_place={0: 0})[0]
+
+
+def _nothing(x: jax.Array) -> jax.Array:
+    return jnp.zeros((0,) * x.ndim, x.dtype)
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def _run_group(
+    program: CellProgram,
+    group: EdgeGroup,
+    stacks: dict[str, Params],
+    slots: Slots,
+    sources: jax.Array | None,
+    nodes: jax.Array,
+) -> tuple[jax.Array, _Kept]:
+    space, stride = program.space, group.stride
+    rows, arrays = _rows(program, group, stacks), _arrays(program, group, stacks)
+    leaves = fast_leaves()
+
+    def branch(op: str) -> Branch:
+        def run(nodes: jax.Array, operands: tuple[dict[str, Params], Any, Slots]) -> jax.Array:
+            stacks, sources, slot = operands
+            x = read_row(nodes if sources is None else sources, slot.source)
+            y = apply_op(space, op, weights_of(stacks, op, slot.row), x, stride, leaves)
+            return _add(nodes, y, slot.target, slot.value)
+
+        return run
+
+    executes = zip(runs(program, group).items(), rows.units, strict=True)
+    branches = tuple(branch(op) if runs_ and n < 0 else None for (op, runs_), n in executes)
+    capacity = rows.capacity(program, group, slots.branch.shape[0] // len(group.edges))
+    kept = (
+        native.unwritten((capacity, *nodes.shape[1:]), nodes),
+        native.unwritten((capacity, 2, nodes.shape[-1]), nodes),
+    )
+    others = _others(program, rows, stacks)
+
+    def term(carry: tuple[jax.Array, _Kept], of: tuple[jax.Array, Slots]) -> tuple[tuple[jax.Array, _Kept], None]:
+        (nodes, (z, moments)), (numbers, slot) = carry, of
+        shapes = [a.shape for a in (nodes, z, moments)]
+        own = _nothing(nodes) if sources is None else sources
+        operands = (nodes, z, moments, own, numbers, slot.value, *arrays)
+        nodes, z, moments = native.call(
+            "term_forward", shapes, *operands, in_place={0: 0, 1: 1, 2: 2}, eps=np.float32(BN_EPS), **rows.attributes()
+        )
+        nodes = run_branch(branches, slot.branch, nodes, (others, sources, slot))
+        return (nodes, (z, moments)), None
+
+    scanned = (_numbers(rows, slots), jax.tree.map(jnp.asarray, slots))
+    (nodes, kept), _ = lax.scan(term, (nodes, kept), scanned)
+    return nodes, kept
+
+
+def forward(
+    program: CellProgram, weights: CellWeights, values: jax.Array, s0: jax.Array, s1: jax.Array, executed: jax.Array
+) -> tuple[jax.Array, dict[str, _Kept]]:
+    """All nodes after the cell, the inputs of a normal cell among them, and what each group of edges kept."""
+    space, kind = program.space, program.kind
+    inputs = jnp.stack([s0, s1])
+    shape = output_shape(s0, 1 if kind == "normal" else 2)
+    nodes = jnp.zeros((space.nodes, *shape), s0.dtype)
+    if kind == "normal":
+        nodes = jnp.concatenate([inputs, nodes])
+    kept = {}
+    for group in space.edge_groups(kind):
+        slots = slots_of(space, kind, group, values, executed)
+        sources = inputs if group.stride == 2 else None
+        nodes, kept[group.name] = _run_group(program, group, weights[group.name], slots, sources, nodes)
+    return nodes, kept
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+_Cotangents = tuple[jax.Array, jax.Array, dict[str, Params]]  # of the sources, of the gate, of the other stacks
+
+
+def reverse_group(
+    program: CellProgram,
+    group: EdgeGroup,
+    stacks: dict[str, Params],
+    slots: Slots,
+    sources: jax.Array | None,
+    nodes: jax.Array,
+    cotangents: tuple[jax.Array | None, jax.Array],
+    kept: _Kept,
+    wanted: Wanted,
+) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, Params], jax.Array]:
+    """From the last term to the first: cotangents of sources and nodes, of the stacks, and of the gates [n].
+
+    The cotangent of a node is whole once the edges that leave it are done: they come after those that reach it.
+    """
+    space, stride = program.space, group.stride
+    rows = _rows(program, group, stacks)
+    arrays, pull_arrays = jax.vjp(lambda stacks: _arrays(program, group, stacks), stacks)
+    leaves, value_dtype = fast_leaves(), slots.value.dtype
+    own = sources is None
+    others = _others(program, rows, stacks)
+
+    def branch(op: str) -> Branch:
+        def run(before: _Cotangents, operands: tuple[dict[str, Params], Any, Any, Slots]) -> _Cotangents:
+            cts, dvalue, dothers = before
+            stacks, inputs, ct_nodes, slot = operands
+            params, x = weights_of(stacks, op, slot.row), read_row(inputs, slot.source)
+            ct = read_row(cts if ct_nodes is None else ct_nodes, slot.target)
+            # The gate multiplies what comes out: multiplying the cotangent would be a pass over it.
+            if wanted.weights and params:
+                y, pull = jax.vjp(lambda p, x: apply_op(space, op, p, x, stride, leaves), params, x)
+                dp, dx = pull(ct)
+                scaled = jax.tree.map(lambda d: slot.value.astype(d.dtype) * d, dp)
+                mine = jax.tree.map(lambda all, d: all.at[slot.row].set(d), dothers[op], scaled)
+                dothers = {**dothers, op: mine}
+            else:
+                y, pull = jax.vjp(lambda x: apply_op(space, op, params, x, stride, leaves), x)
+                (dx,) = pull(ct)
+            if wanted.values:
+                dvalue = inner(ct, y).astype(value_dtype)
+            return _add(cts, dx, slot.source, slot.value), dvalue, dothers
+
+        return run
+
+    executes = zip(runs(program, group).items(), rows.units, strict=True)
+    branches = tuple(branch(op) if runs_ and n < 0 else None for (op, runs_), n in executes)
+    inputs = nodes if sources is None else sources
+
+    def term(
+        carry: tuple[jax.Array, list[jax.Array], dict[str, Params]], of: tuple[jax.Array, Slots]
+    ) -> tuple[tuple[jax.Array, list[jax.Array], dict[str, Params]], jax.Array]:
+        (cts, gradients, dothers), (numbers, slot) = carry, of
+        ct_nodes = None if own else cotangents[1]
+        operands = [cts, _nothing(cts) if ct_nodes is None else ct_nodes, inputs, *kept, numbers, slot.value, *arrays]
+        in_place = {0: 0} | {len(operands) + i: 2 + i for i in range(len(gradients))}
+        shapes = [cts.shape, (), *(g.shape for g in gradients)]
+        name = "term_backward" if wanted.weights else "term_input_gradient"
+        cts, dvalue, *gradients = native.call(
+            name, shapes, *operands, *gradients, in_place=in_place, **rows.attributes()
+        )
+        state = run_branch(branches, slot.branch, (cts, dvalue, dothers), (others, inputs, ct_nodes, slot))
+        cts, dvalue, dothers = state
+        return (cts, gradients, dothers), dvalue
+
+    before = cotangents[1] if cotangents[0] is None else cotangents[0]
+    zeros = jax.tree.map(jnp.zeros_like, (arrays, others) if wanted.weights else ([], {}))
+    scanned = (_numbers(rows, slots), jax.tree.map(jnp.asarray, slots))
+    (after, gradients, dothers), dvalues = lax.scan(term, (before, *zeros), scanned, reverse=True)
+    dstacks: dict[str, Params] = {}
+    if wanted.weights:
+        (dstacks,) = pull_arrays(gradients)
+        dstacks = {**dstacks, **dothers}
+    return ((None, after) if own else (after, cotangents[1])), dstacks, dvalues

@@ -1,0 +1,106 @@
+"""The executed slots of a cell as arrays, and what both ways of running them share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from prdarts_jax.ops.leaves import Leaves
+from prdarts_jax.ops.primitives import Params
+from prdarts_jax.space.spec import EdgeGroup, Space
+
+CellWeights = dict[str, dict[str, Params]]  # stride1 | stride2 -> operation -> stacked arrays [rows, ...]
+
+
+class CellProgram(NamedTuple):
+    """Static arguments of a cell: hashable, so that equal cells share one trace."""
+
+    space: Space
+    kind: str
+    axis_name: str | None
+
+
+@jax.tree_util.register_static
+class Wanted(NamedTuple):
+    """Which cotangents the differentiation asks for; known when the forward rule is traced."""
+
+    weights: bool
+    values: bool
+
+
+def apply_op(space: Space, op: str, params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+    """One primitive as the search uses it: pools are normalised (without affine) when the space says so."""
+    primitive = space.table[op]
+    y = primitive.apply(params, x, stride, leaves)
+    if primitive.group == "pool" and space.pool_norm:
+        y = leaves.norm("bn", y)
+    return y
+
+
+class Slots(NamedTuple):
+    """What the scan reads per executed slot. Source and target, known statically, are rows of the cell's buffers."""
+
+    source: Any  # int32[n]
+    target: Any  # int32[n]
+    branch: jax.Array  # int32[n]: operation index; O = nothing is executed
+    row: jax.Array  # int32[n]: row of the operation's weight stack
+    value: jax.Array  # float32[n]: the gate
+
+
+def slots_of(space: Space, kind: str, group: EdgeGroup, values: jax.Array, executed: jax.Array) -> Slots:
+    """Slots of the edges of a group, edge-major.
+
+    A normal cell has one buffer, of nodes 0..N+1; in a reduction cell the two inputs have one of their own.
+    """
+    edges = np.asarray(group.edges)
+    k = executed.shape[1]
+    ends = np.asarray(space.edges)[edges]
+    void = space.num_ops
+    # A row table with a void column: operations without weights, or not allowed on the edge, point at row 0 or at void.
+    rows = np.zeros((len(edges), void + 1), np.int32)
+    branch = np.full((len(edges), void + 1), void, np.int32)
+    for o, members in enumerate(space.rows(kind, group).values()):
+        for row, edge in enumerate(members):
+            rows[group.edges.index(edge), o] = row
+            if space.table[space.ops[o]].group != "none":
+                branch[group.edges.index(edge), o] = o
+    chosen = executed[edges]
+
+    def pick(table: np.ndarray) -> jax.Array:
+        return jnp.take_along_axis(jnp.asarray(table), chosen, axis=1).reshape(-1)
+
+    source, target = (np.repeat(ends[:, i], k).astype(np.int32) for i in (0, 1))
+    if kind == "reduce":
+        source, target = source if group.stride == 2 else source - 2, target - 2
+    return Slots(source, target, pick(branch), pick(rows), values[edges].reshape(-1))
+
+
+def runs(program: CellProgram, group: EdgeGroup) -> dict[str, bool]:
+    """Which operations compute anything on the edges of a group: `none`, and what no edge may use, do not."""
+    rows = program.space.rows(program.kind, group)
+    return {op: bool(edges) and program.space.table[op].group != "none" for op, edges in rows.items()}
+
+
+def read_row(nodes: jax.Array, index: jax.Array) -> jax.Array:
+    """nodes[index]."""
+    return lax.dynamic_index_in_dim(nodes, index, 0, keepdims=False)
+
+
+def write_row(nodes: jax.Array, index: jax.Array, node: jax.Array) -> jax.Array:
+    """`nodes` with nodes[index] = node."""
+    return lax.dynamic_update_index_in_dim(nodes, node, index, 0)
+
+
+def weights_of(stacks: dict[str, Params], op: str, row: jax.Array) -> Params:
+    """The weights of an operation on one edge; {} if it has none."""
+    return jax.tree.map(lambda a: read_row(a, row), stacks.get(op, {}))
+
+
+def output_shape(x: jax.Array, stride: int) -> tuple[int, int, int, int]:
+    """Of an operation on x [B,H,W,C]."""
+    b, h, w, c = x.shape
+    return b, -(-h // stride), -(-w // stride), c

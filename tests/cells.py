@@ -1,0 +1,81 @@
+"""Small cells and their two programs: executed operations only, and all of them with plain autodiff."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+
+from prdarts_jax.gates import Gates
+from prdarts_jax.ops.layers import draw
+from prdarts_jax.space.cell import declare_edges, mixed_nodes, mixed_nodes_reference
+from prdarts_jax.space.spec import Space
+
+CHANNELS = 4
+ALL_OPS = Space(nodes=1)
+FEW = ("none", "max_pool_3x3", "skip_connect", "dil_conv_3x3")
+# Edges with one, two and three operations, in another order of edges for the reduction cell.
+_LISTS = (("skip_connect",), FEW[1:], ("none", "dil_conv_3x3"), ("dil_conv_3x3",), ("max_pool_3x3", "skip_connect"))
+SPACES = {
+    "two-nodes": Space(nodes=2, ops=("skip_connect", "dil_conv_3x3", "none")),
+    "per-edge": Space(nodes=2, ops=FEW, edge_ops=(_LISTS, _LISTS[::-1])),
+    "three-nodes": Space(nodes=3, ops=("skip_connect", "sep_conv_3x3")),  # S2 of RobustDARTS
+    "no-pool-norm": Space(nodes=1, ops=("avg_pool_3x3", "max_pool_3x3"), pool_norm=False),
+}
+
+
+def cell_data(space: Space, kind: str, size: tuple[int, int], dtype: Any = np.float64) -> tuple[Any, ...]:
+    """Weights, the inputs, gates [E,O] of both signs, a cotangent of the nodes."""
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(
+        lambda a: jnp.asarray(a, dtype), draw(jax.random.key(0), declare_edges(space, kind, CHANNELS))
+    )
+    out = tuple(-(-n // 2) for n in size) if kind == "reduce" else size
+    shapes = [(2, *size, CHANNELS)] * 2 + [(space.num_edges, space.num_ops), (space.nodes, 2, *out, CHANNELS)]
+    return weights, *(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+
+def random_slots(space: Space, kind: str, k: int, seed: int, *, void: int = 0) -> np.ndarray:
+    """k random allowed operations an edge (void where there are fewer), then `void` more slots emptied."""
+    rng = np.random.default_rng(seed)
+    chosen = np.full((space.num_edges, k), space.num_ops, np.int32)
+    for e in range(space.num_edges):
+        allowed = rng.permutation(np.flatnonzero(space.allowed[kind][e]))[:k]
+        chosen[e, : len(allowed)] = allowed
+    for _ in range(void):
+        chosen[rng.integers(space.num_edges), rng.integers(k)] = space.num_ops
+    return chosen
+
+
+@cache
+def sparse(space: Space, kind: str) -> Any:
+    """Compiled once a space, kind and K: nodes and gradients in weights, gates [E,O] and inputs."""
+
+    @oracles.quick_jit
+    def run(weights: Any, s0: jax.Array, s1: jax.Array, ops: jax.Array, ct: jax.Array, executed: jax.Array) -> Any:
+        def nodes(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
+            values, slots = Gates({kind: ops}, {kind: executed}).slots(kind)
+            return mixed_nodes(weights, values, slots, s0, s1, space=space, kind=kind)
+
+        y, pull = jax.vjp(nodes, weights, ops, s0, s1)
+        return y, pull(ct)
+
+    return run
+
+
+@cache
+def dense_reference(space: Space, kind: str) -> Any:
+    @oracles.quick_jit
+    def run(weights: Any, s0: jax.Array, s1: jax.Array, ops: jax.Array, ct: jax.Array, executed: jax.Array) -> Any:
+        def nodes(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
+            dense = Gates({kind: ops}, {kind: executed}).dense(kind)
+            return mixed_nodes_reference(weights, dense, s0, s1, space=space, kind=kind)
+
+        y, pull = jax.vjp(nodes, weights, ops, s0, s1)
+        return y, pull(ct)
+
+    return run

@@ -1,0 +1,135 @@
+"""The cell whose terms are kernels (float32) against all operations with plain autodiff in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from cells import ALL_OPS, CHANNELS, SPACES, cell_data, dense_reference, random_slots, sparse
+
+from prdarts_jax.gates import Gates
+from prdarts_jax.ops.leaves import Leaves
+from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
+from prdarts_jax.ops.separable import Unit
+from prdarts_jax.space.cell import mixed_nodes
+from prdarts_jax.space.spec import CELL_TYPES, Space
+
+
+def _triple_apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+    return leaves.separable(("a", "b", "c"), x, _triple(params, stride))
+
+
+def _triple(params: Params, stride: int) -> tuple[Unit, ...]:
+    """Three units; the second takes twice the weights of the first."""
+    depthwise, matrix = params["depthwise1"], params["pointwise1"]
+    last = Unit(params["depthwise2"], params["pointwise2"])
+    return Unit(depthwise, matrix, stride), Unit(2.0 * depthwise, matrix, dilation=2), last
+
+
+TRIPLE = Primitive("conv", PRIMITIVES["sep_conv_3x3"].weights, _triple_apply, _triple)
+CASES = {
+    "all": Space(nodes=2),
+    **SPACES,
+    "own": Space(nodes=2, ops=("triple", "skip_connect"), primitives=(("triple", TRIPLE), *PRIMITIVES.items())),
+    "no units": Space(nodes=2, ops=("avg_pool_3x3", "conv_7x1_1x7")),
+}
+
+
+def _both(space: Space, kind: str, executed: np.ndarray, size: tuple[int, int]) -> tuple[Any, Any]:
+    full = np.full((space.num_edges, space.num_ops), space.num_ops, np.int32)
+    full[:, : executed.shape[1]] = executed  # one width for the reference, so that it is compiled once
+    *args, ct = cell_data(space, kind, size, np.float32)
+    assert "prdarts_term_forward" in sparse(space, kind).lower(*args, ct, executed).as_text()
+    ours = sparse(space, kind)(*args, ct, jnp.asarray(executed))
+    with jax.enable_x64(True):
+        theirs = dense_reference(space, kind)(*cell_data(space, kind, size), jnp.asarray(full))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("kind", CELL_TYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_nodes_and_gradients(name: str, kind: str) -> None:
+    """Values and gradients in weights, gates and inputs; slots that execute nothing; odd and even sides."""
+    oracles.require_kernels()
+    space = CASES[name]
+    for k, void in ((1, 0), (2, 2), (space.num_ops, 0)):
+        ours, theirs = _both(space, kind, random_slots(space, kind, k, k, void=void), (6, 7))
+        for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+            scale = max(float(np.abs(b).max(initial=0)), 1e-3)
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-6 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("kind", CELL_TYPES)
+def test_gradients_asked_for_separately_have_the_same_bits(kind: str) -> None:
+    oracles.require_kernels()
+    executed = jnp.asarray(random_slots(ALL_OPS, kind, 2, 0))
+    weights, s0, s1, ops, ct = cell_data(ALL_OPS, kind, (6, 7), np.float32)
+
+    def loss(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
+        values, slots = Gates({kind: ops}, {kind: executed}).slots(kind)
+        return jnp.vdot(mixed_nodes(weights, values, slots, s0, s1, space=ALL_OPS, kind=kind), ct)
+
+    groups = ((0, 1, 2, 3), (0,), (1,), (3,))
+    joint, *single = [oracles.quick_jit(jax.grad(loss, argnums=n))(weights, ops, s0, s1) for n in groups]
+    for (n,), (found,) in zip(groups[1:], single, strict=True):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(joint[n]), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_two_cells_in_one_program_keep_apart() -> None:
+    """What a cell keeps has its own memory, though it is of the same shape as another's."""
+    oracles.require_kernels()
+    space, kind = SPACES["three-nodes"], "normal"
+    executed = jnp.asarray(random_slots(space, kind, 2, 0))
+    weights, s0, s1, ops, _ = cell_data(space, kind, (6, 6), np.float32)
+
+    def cells(s0: jax.Array, s1: jax.Array, count: int) -> jax.Array:
+        values, slots = Gates({kind: ops}, {kind: executed}).slots(kind)
+        for _ in range(count):
+            nodes = mixed_nodes(weights, values, slots, s0, s1, space=space, kind=kind)
+            s0, s1 = s1, nodes[-1]
+        return s1
+
+    two = jax.jit(jax.grad(lambda s0, s1: jnp.sum(jnp.sin(cells(s0, s1, 2)))))
+    first = jax.jit(lambda s0, s1: cells(s0, s1, 1))
+    middle, pull = jax.vjp(first, s0, s1)
+    last, pull_last = jax.vjp(first, s1, middle)
+    from_s1, from_middle = pull_last(jnp.cos(last))
+    del from_s1
+    np.testing.assert_allclose(two(s0, s1), pull(from_middle)[0], rtol=2e-4, atol=1e-5)
+
+
+def test_nothing_that_changes_in_place_is_copied() -> None:
+    """In the compiled program no array of all nodes, and none of what is kept, is copied within or for a loop."""
+    oracles.require_kernels()
+    space, kind = Space(nodes=3), "normal"
+    weights, s0, s1, ops, ct = cell_data(space, kind, (6, 6), np.float32)
+    executed = jnp.asarray(random_slots(space, kind, 2, 0))
+
+    def run(ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
+        values, slots = Gates({kind: ops}, {kind: executed}).slots(kind)
+        for _ in range(2):
+            nodes = mixed_nodes(weights, values, slots, s0, s1, space=space, kind=kind)
+            s0, s1 = nodes[0], nodes[1]
+        return jnp.vdot(nodes, ct)
+
+    text = jax.jit(jax.grad(run)).lower(ops, s0, s1).compile().as_text()
+    rows = 2 * 2 * space.num_edges  # two units of two operations
+    shapes = [f"f32[{n},2,6,6,{CHANNELS}]" for n in (rows, space.nodes + 2)]
+    assert all(shape in text for shape in shapes)
+    copies = [line for line in text.splitlines() if " copy(" in line and any(f"= {s}" in line for s in shapes)]
+    assert not [line for line in copies if "copy(%constant" not in line]  # zeros to begin with
+
+
+def test_nan_reaches_the_nodes() -> None:
+    oracles.require_kernels()
+    space, kind = SPACES["three-nodes"], "normal"
+    *args, ct = cell_data(space, kind, (6, 6), np.float32)
+    executed = jnp.asarray(random_slots(space, kind, 2, 0))
+    weights, s0, s1, ops = args
+    nodes, _ = sparse(space, kind)(weights, s0.at[0, 3, 3, 0].set(jnp.nan), s1, ops, ct, executed)
+    assert bool(jnp.isnan(nodes).any())
