@@ -5,7 +5,7 @@ is one `lax.switch` over the primitives, so a primitive is compiled once a shape
 differentiation rule of its own: autodiff of such a scan would build a zero buffer of all nodes for each slice, and a
 switch would store the residuals of all branches. The rule keeps the final nodes only (a node is final before an edge
 leaves it), runs the edges in reverse, and recomputes each executed operation. On a CPU, where kernels of ours serve,
-`cell_in_place` does the same with in-place sums and without recomputation.
+`cell_in_place` does the same with sums in place.
 
 `mixed_nodes_reference` is the same sum, dense, unrolled, with plain autodiff: the oracle, and the way to forward-mode
 and exact second-order derivatives on small spaces.
@@ -227,8 +227,8 @@ def _unflatten(
 
 def _forward(
     program: CellProgram, weights: CellWeights, values: jax.Array, s0: jax.Array, s1: jax.Array, executed: jax.Array
-) -> tuple[jax.Array, Any]:
-    """All nodes after the cell, [2+N,B,H,W,C] or, of a reduction cell, [N,B,h,w,C]; and what was kept beside them."""
+) -> jax.Array:
+    """All nodes after the cell: [2+N,B,H,W,C], or [N,B,h,w,C] of a reduction cell."""
     if cell_in_place.serves(program, weights, values, s0, s1):
         return cell_in_place.forward(program, weights, values, s0, s1, executed)
     space, kind = program.space, program.kind
@@ -237,19 +237,19 @@ def _forward(
     if kind == "normal":
         nodes = jnp.concatenate([inputs, jnp.zeros((space.nodes, *s0.shape), s0.dtype)])
         slots = slots_of(space, kind, groups[0], values, executed)
-        return _run_group(program, groups[0], weights["stride1"], slots, None, nodes), None
+        return _run_group(program, groups[0], weights["stride1"], slots, None, nodes)
     nodes = jnp.zeros((space.nodes, *output_shape(s0, 2)), s0.dtype)
     for group in groups:
         slots = slots_of(space, kind, group, values, executed)
         nodes = _run_group(program, group, weights[group.name], slots, inputs if group.stride == 2 else None, nodes)
-    return nodes, None
+    return nodes
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixed(
     program: CellProgram, weights: CellWeights, values: jax.Array, s0: jax.Array, s1: jax.Array, executed: jax.Array
 ) -> jax.Array:
-    nodes, _ = _forward(program, weights, values, s0, s1, executed)
+    nodes = _forward(program, weights, values, s0, s1, executed)
     return nodes[2:] if program.kind == "normal" else nodes
 
 
@@ -258,11 +258,11 @@ def _mixed_fwd(
 ) -> tuple[jax.Array, Any]:
     wanted = Wanted(any(a.perturbed for a in jax.tree.leaves(weights, is_leaf=_is_primal)), values.perturbed)
     plain = jax.tree.map(lambda a: a.value, (weights, values, s0, s1, executed), is_leaf=_is_primal)
-    nodes, kept = _forward(program, *plain)
+    nodes = _forward(program, *plain)
     out = nodes[2:] if program.kind == "normal" else nodes
     # The inputs of a normal cell are rows 0 and 1 of its nodes: keeping them again would double the residuals.
     inputs = None if program.kind == "normal" else plain[2:4]
-    return out, (wanted, plain[0], plain[1], inputs, plain[4], nodes, kept)
+    return out, (wanted, plain[0], plain[1], inputs, plain[4], nodes)
 
 
 def _is_primal(a: Any) -> bool:
@@ -277,20 +277,17 @@ def _reverse(
     sources: jax.Array | None,
     nodes: jax.Array,
     cotangents: tuple[jax.Array | None, jax.Array],
-    kept: Any,
     wanted: Wanted,
 ) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, Params], jax.Array]:
     """Cotangents of sources and nodes, of the stacks of a group, and of its gates [n]."""
-    if kept is not None:
-        return cell_in_place.reverse_group(
-            program, group, stacks, slots, sources, nodes, cotangents, kept[group.name], wanted
-        )
+    if cell_in_place.serves(program, {"": stacks}, slots.value, nodes, cotangents[1]):
+        return cell_in_place.reverse_group(program, group, stacks, slots, sources, nodes, cotangents, wanted)
     carry, flats, dvalues = _reverse_group(program, group, stacks, slots, sources, nodes, cotangents, wanted)
     return carry, _unflatten(program, group, stacks, slots, flats) if wanted.weights else {}, dvalues
 
 
 def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
-    wanted, weights, values, inputs, executed, nodes, kept = res
+    wanted, weights, values, inputs, executed, nodes = res
     space, kind = program.space, program.kind
     dvalues = jnp.zeros(values.shape, values.dtype)
     dweights: CellWeights = {}
@@ -310,7 +307,6 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
             sources if outer else None,
             nodes,
             (ct_sources if outer else None, ct_nodes),
-            kept,
             wanted,
         )
         ct_sources, ct_nodes = (carry[0] if outer else ct_sources), carry[1]

@@ -1,12 +1,10 @@
-"""The mixed cell on a CPU: every executed operation adds to its node in place, and keeps what its backward pass reads.
+"""The mixed cell on a CPU: every executed operation adds to its node in place.
 
     nodes[t] += g op(nodes[s])        forward, in the order of the edges
     ct[s] += g (d op)^T ct[t]         backward, in the opposite order
 
 An operation that is a row of units (`Primitive.units`; the identity is the empty row) is one kernel a direction: it
 reads and writes rows of whole buffers, which XLA would copy. Others are computed as elsewhere, and added by a kernel.
-What units keep lies in consecutive rows of two buffers, which have room for the longest rows that slots can execute;
-the system gives memory only to rows that are written.
 """
 
 from __future__ import annotations
@@ -38,8 +36,6 @@ from prdarts_jax.space.slots import (
 )
 from prdarts_jax.space.spec import EdgeGroup
 
-_Kept = tuple[jax.Array, jax.Array]  # z [rows,B,h,w,C] of the units that ran; mean and 1/sigma of each [rows,2,C]
-
 
 class _Rows(NamedTuple):
     """Static: of each operation the number of its units, -1 where it is no row of units; and their geometry."""
@@ -48,15 +44,13 @@ class _Rows(NamedTuple):
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
 
-    def attributes(self) -> dict[str, np.ndarray]:
-        return {name: np.asarray(numbers, np.int64) for name, numbers in self._asdict().items()}
+    def attributes(self) -> dict[str, Any]:
+        numbers = {name: np.asarray(values, np.int64) for name, values in self._asdict().items()}
+        return numbers | {"eps": np.float32(BN_EPS)}
 
-    def capacity(self, program: CellProgram, group: EdgeGroup, k: int) -> int:
-        """Kept rows of a group whose edges execute at most k operations each."""
-        space = program.space
-        members = space.rows(program.kind, group)
-        counts = [[n for n, op in zip(self.units, space.ops, strict=True) if e in members[op]] for e in group.edges]
-        return max(1, sum(sum(sorted((max(n, 0) for n in edge), reverse=True)[:k]) for edge in counts))
+    def work(self, like: jax.Array) -> jax.Array:
+        """Memory for what the units of one operation compute: rows of the shape of a node."""
+        return native.unwritten((max(1, *self.units), *like.shape[1:]), like)
 
 
 def _units_of(program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str, Params]) -> list[Unit] | None:
@@ -94,10 +88,9 @@ def _others(program: CellProgram, rows: _Rows, stacks: dict[str, Params]) -> dic
     return {op: stacks[op] for op, n in zip(program.space.ops, rows.units, strict=True) if n < 0 and op in stacks}
 
 
-def _numbers(rows: _Rows, slots: Slots) -> jax.Array:
-    """int32[n,5]: source, target, operation, row of its weights, first row of what it keeps."""
-    units = jnp.asarray([*(max(n, 0) for n in rows.units), 0], jnp.int32)[slots.branch]
-    columns = (slots.source, slots.target, slots.branch, slots.row, jnp.cumsum(units) - units)
+def _numbers(slots: Slots) -> jax.Array:
+    """int32[n,4]: source, target, operation, row of its weights."""
+    columns = (slots.source, slots.target, slots.branch, slots.row)
     return jnp.stack([jnp.asarray(c, jnp.int32) for c in columns], axis=1)
 
 
@@ -116,6 +109,8 @@ def _nothing(x: jax.Array) -> jax.Array:
 
 # --- forward ----------------------------------------------------------------------------------------------------------
 
+_Carry = tuple[jax.Array, jax.Array]  # nodes, memory of the units
+
 
 def _run_group(
     program: CellProgram,
@@ -124,7 +119,7 @@ def _run_group(
     slots: Slots,
     sources: jax.Array | None,
     nodes: jax.Array,
-) -> tuple[jax.Array, _Kept]:
+) -> jax.Array:
     space, stride = program.space, group.stride
     rows, arrays = _rows(program, group, stacks), _arrays(program, group, stacks)
     leaves = fast_leaves()
@@ -140,45 +135,35 @@ def _run_group(
 
     executes = zip(runs(program, group).items(), rows.units, strict=True)
     branches = tuple(branch(op) if runs_ and n < 0 else None for (op, runs_), n in executes)
-    capacity = rows.capacity(program, group, slots.branch.shape[0] // len(group.edges))
-    kept = (
-        native.unwritten((capacity, *nodes.shape[1:]), nodes),
-        native.unwritten((capacity, 2, nodes.shape[-1]), nodes),
-    )
     others = _others(program, rows, stacks)
 
-    def term(carry: tuple[jax.Array, _Kept], of: tuple[jax.Array, Slots]) -> tuple[tuple[jax.Array, _Kept], None]:
-        (nodes, (z, moments)), (numbers, slot) = carry, of
-        shapes = [a.shape for a in (nodes, z, moments)]
-        own = _nothing(nodes) if sources is None else sources
-        operands = (nodes, z, moments, own, numbers, slot.value, *arrays)
-        nodes, z, moments = native.call(
-            "term_forward", shapes, *operands, in_place={0: 0, 1: 1, 2: 2}, eps=np.float32(BN_EPS), **rows.attributes()
-        )
-        nodes = run_branch(branches, slot.branch, nodes, (others, sources, slot))
-        return (nodes, (z, moments)), None
+    def term(carry: _Carry, of: tuple[jax.Array, Slots]) -> tuple[_Carry, None]:
+        (nodes, work), (numbers, slot) = carry, of
+        operands = (nodes, work, _nothing(nodes) if sources is None else sources, numbers, slot.value, *arrays)
+        shapes = [nodes.shape, work.shape]
+        nodes, work = native.call("term_forward", shapes, *operands, in_place={0: 0, 1: 1}, **rows.attributes())
+        return (run_branch(branches, slot.branch, nodes, (others, sources, slot)), work), None
 
-    scanned = (_numbers(rows, slots), jax.tree.map(jnp.asarray, slots))
-    (nodes, kept), _ = lax.scan(term, (nodes, kept), scanned)
-    return nodes, kept
+    scanned = (_numbers(slots), jax.tree.map(jnp.asarray, slots))
+    (nodes, _), _ = lax.scan(term, (nodes, rows.work(nodes)), scanned)
+    return nodes
 
 
 def forward(
     program: CellProgram, weights: CellWeights, values: jax.Array, s0: jax.Array, s1: jax.Array, executed: jax.Array
-) -> tuple[jax.Array, dict[str, _Kept]]:
-    """All nodes after the cell, the inputs of a normal cell among them, and what each group of edges kept."""
+) -> jax.Array:
+    """All nodes after the cell, the inputs of a normal cell among them."""
     space, kind = program.space, program.kind
     inputs = jnp.stack([s0, s1])
     shape = output_shape(s0, 1 if kind == "normal" else 2)
     nodes = jnp.zeros((space.nodes, *shape), s0.dtype)
     if kind == "normal":
         nodes = jnp.concatenate([inputs, nodes])
-    kept = {}
     for group in space.edge_groups(kind):
         slots = slots_of(space, kind, group, values, executed)
         sources = inputs if group.stride == 2 else None
-        nodes, kept[group.name] = _run_group(program, group, weights[group.name], slots, sources, nodes)
-    return nodes, kept
+        nodes = _run_group(program, group, weights[group.name], slots, sources, nodes)
+    return nodes
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -194,7 +179,6 @@ def reverse_group(
     sources: jax.Array | None,
     nodes: jax.Array,
     cotangents: tuple[jax.Array | None, jax.Array],
-    kept: _Kept,
     wanted: Wanted,
 ) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, Params], jax.Array]:
     """From the last term to the first: cotangents of sources and nodes, of the stacks, and of the gates [n].
@@ -235,25 +219,26 @@ def reverse_group(
     inputs = nodes if sources is None else sources
 
     def term(
-        carry: tuple[jax.Array, list[jax.Array], dict[str, Params]], of: tuple[jax.Array, Slots]
-    ) -> tuple[tuple[jax.Array, list[jax.Array], dict[str, Params]], jax.Array]:
-        (cts, gradients, dothers), (numbers, slot) = carry, of
+        carry: tuple[jax.Array, jax.Array, list[jax.Array], dict[str, Params]], of: tuple[jax.Array, Slots]
+    ) -> tuple[tuple[jax.Array, jax.Array, list[jax.Array], dict[str, Params]], jax.Array]:
+        (cts, work, gradients, dothers), (numbers, slot) = carry, of
         ct_nodes = None if own else cotangents[1]
-        operands = [cts, _nothing(cts) if ct_nodes is None else ct_nodes, inputs, *kept, numbers, slot.value, *arrays]
-        in_place = {0: 0} | {len(operands) + i: 2 + i for i in range(len(gradients))}
-        shapes = [cts.shape, (), *(g.shape for g in gradients)]
+        operands = [cts, work, _nothing(cts) if own else cotangents[1], inputs, numbers, slot.value, *arrays]
+        in_place = {0: 0, 1: 1} | {len(operands) + i: 3 + i for i in range(len(gradients))}
+        shapes = [cts.shape, work.shape, (), *(g.shape for g in gradients)]
         name = "term_backward" if wanted.weights else "term_input_gradient"
-        cts, dvalue, *gradients = native.call(
+        cts, work, dvalue, *gradients = native.call(
             name, shapes, *operands, *gradients, in_place=in_place, **rows.attributes()
         )
         state = run_branch(branches, slot.branch, (cts, dvalue, dothers), (others, inputs, ct_nodes, slot))
         cts, dvalue, dothers = state
-        return (cts, gradients, dothers), dvalue
+        return (cts, work, gradients, dothers), dvalue
 
     before = cotangents[1] if cotangents[0] is None else cotangents[0]
     zeros = jax.tree.map(jnp.zeros_like, (arrays, others) if wanted.weights else ([], {}))
-    scanned = (_numbers(rows, slots), jax.tree.map(jnp.asarray, slots))
-    (after, gradients, dothers), dvalues = lax.scan(term, (before, *zeros), scanned, reverse=True)
+    scanned = (_numbers(slots), jax.tree.map(jnp.asarray, slots))
+    carry = (before, rows.work(cotangents[1]), *zeros)
+    (after, _, gradients, dothers), dvalues = lax.scan(term, carry, scanned, reverse=True)
     dstacks: dict[str, Params] = {}
     if wanted.weights:
         (dstacks,) = pull_arrays(gradients)

@@ -28,7 +28,7 @@ struct Shape {
   int64_t block() const { return std::max<int64_t>(1, 64 / out_width()); }
 };
 
-enum Use { kImage, kGradient, kRows, kSlopes, kCotangent };
+enum Use { kImage, kGradient, kRows, kSlopes };
 
 inline ffi::Error no_kernel() {
   return ffi::Error::InvalidArgument("no kernel for this size, stride and dilation");

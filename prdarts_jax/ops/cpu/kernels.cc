@@ -173,12 +173,11 @@ ffi::Error SeparableInputGradient(ffi::ThreadPool pool, Array x, Array in_mean, 
 
 ffi::Error not_in_place() { return ffi::Error::Internal("an array that is changed in place was copied"); }
 
-// `sources` is empty where the nodes themselves are the sources.
-ffi::Error TermForward(ffi::ThreadPool pool, Array nodes, Array z, Array moments, Array sources, Ints slot_of,
-                       Array value, ffi::RemainingArgs weights, Span units, Span strides, Span dilations, float eps,
-                       Out nodes_after, Out z_after, Out moments_after) {
-  if (nodes.typed_data() != nodes_after->typed_data() || z.typed_data() != z_after->typed_data() ||
-      moments.typed_data() != moments_after->typed_data()) {
+// `work` has a row for each unit of the longest chain. `sources` is empty where the nodes themselves are the sources.
+ffi::Error TermForward(ffi::ThreadPool pool, Array nodes, Array work, Array sources, Ints slot_of, Array value,
+                       ffi::RemainingArgs weights, Span units, Span strides, Span dilations, float eps,
+                       Out nodes_after, Out work_after) {
+  if (nodes.typed_data() != nodes_after->typed_data() || work.typed_data() != work_after->typed_data()) {
     return not_in_place();
   }
   const Operations all{units, strides, dilations};
@@ -186,24 +185,26 @@ ffi::Error TermForward(ffi::ThreadPool pool, Array nodes, Array z, Array moments
   if (!all.has(slot.op)) return ffi::Error::Success();
   const Array& from = sources.element_count() ? sources : nodes;
   const Chain chain(all, slot, dimensions_of_row(from), weights);
-  return term_forward(pool, chain, slot, *value.typed_data(), eps, row_of(from, slot.source), {z, moments},
-                      size_of_row(nodes), row_of(nodes, slot.target));
+  return term_forward(pool, chain, *value.typed_data(), eps, row_of(from, slot.source), work, size_of_row(nodes),
+                      row_of(nodes, slot.target));
 }
 
 // `cts` are the cotangents of the sources, and, where `ct_nodes` is empty, of the nodes too. `weights` are followed by
 // their gradients, if these are asked for.
 template <bool kWeights>
-ffi::Error TermBackward(ffi::ThreadPool pool, Array cts, Array ct_nodes, Array sources, Array z, Array moments,
-                        Ints slot_of, Array value, ffi::RemainingArgs weights, Span units, Span strides, Span dilations,
-                        Out cts_after, Out dvalue, ffi::RemainingRets gradients) {
-  if (cts.typed_data() != cts_after->typed_data()) return not_in_place();
+ffi::Error TermBackward(ffi::ThreadPool pool, Array cts, Array work, Array ct_nodes, Array sources, Ints slot_of,
+                        Array value, ffi::RemainingArgs weights, Span units, Span strides, Span dilations, float eps,
+                        Out cts_after, Out work_after, Out dvalue, ffi::RemainingRets gradients) {
+  if (cts.typed_data() != cts_after->typed_data() || work.typed_data() != work_after->typed_data()) {
+    return not_in_place();
+  }
   *dvalue->typed_data() = 0.0f;
   const Operations all{units, strides, dilations};
   const Slot slot(slot_of.typed_data());
   if (!all.has(slot.op)) return ffi::Error::Success();
   const Array& from = ct_nodes.element_count() ? ct_nodes : cts;
   const Chain chain(all, slot, dimensions_of_row(sources), weights);
-  return term_backward<kWeights>(pool, chain, slot, *value.typed_data(), row_of(sources, slot.source), {z, moments},
+  return term_backward<kWeights>(pool, chain, *value.typed_data(), eps, row_of(sources, slot.source), work,
                                  row_of(from, slot.target), size_of_row(cts), row_of(cts, slot.source), gradients,
                                  dvalue->typed_data());
 }
@@ -256,16 +257,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_separable_input_gradient, prdarts::Separab
                                   .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
                                   WINDOW.Ret<Array>());
 
-#define UNITS .Attr<Span>("units").Attr<Span>("strides").Attr<Span>("dilations")
+#define UNITS .Attr<Span>("units").Attr<Span>("strides").Attr<Span>("dilations").Attr<float>("eps")
 XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_term_forward, prdarts::TermForward,
-                              POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Ints>().Arg<Array>()
-                                  .RemainingArgs() UNITS.Attr<float>("eps").Ret<Array>().Ret<Array>().Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_term_backward, prdarts::TermBackward<true>,
-                              POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Ints>()
-                                  .Arg<Array>().RemainingArgs() UNITS.Ret<Array>().Ret<Array>().RemainingRets());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_term_input_gradient, prdarts::TermBackward<false>,
-                              POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Ints>()
-                                  .Arg<Array>().RemainingArgs() UNITS.Ret<Array>().Ret<Array>().RemainingRets());
+                              POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Ints>().Arg<Array>().RemainingArgs() UNITS
+                                  .Ret<Array>().Ret<Array>());
+#define TERM_BACKWARD                                                                                                   \
+  POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Ints>().Arg<Array>().RemainingArgs() UNITS.Ret<Array>()  \
+      .Ret<Array>().Ret<Array>().RemainingRets()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_term_backward, prdarts::TermBackward<true>, TERM_BACKWARD);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_term_input_gradient, prdarts::TermBackward<false>, TERM_BACKWARD);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_unwritten, prdarts::Unwritten, ffi::Ffi::Bind().Arg<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_add_to_row, prdarts::AddToRow,
                               POOL.Arg<Array>().Arg<Array>().Arg<Ints>().Arg<Array>().Ret<Array>());

@@ -1,5 +1,6 @@
 // The terms of a cell: nodes[target] += gate * op(sources[source]) in place, where op is a row of units of a separable
-// convolution (none of them: the identity). What a unit computes is kept for the backward pass in rows of two buffers.
+// convolution (none of them: the identity). The backward pass computes the units again: what they make is still in the
+// cache then, while reading what was kept since the forward pass takes as long.
 #pragma once
 
 #include <cmath>
@@ -24,11 +25,11 @@ struct Operations {
   }
 };
 
-// Which term: source and target are rows of the nodes, `row` is that of the stacked weights, `kept` the first kept one.
+// Which term: source and target are rows of the nodes, `row` is that of the stacked weights.
 struct Slot {
-  int64_t source, target, op, row, kept;
+  int64_t source, target, op, row;
 
-  explicit Slot(const int32_t* v) : source(v[0]), target(v[1]), op(v[2]), row(v[3]), kept(v[4]) {}
+  explicit Slot(const int32_t* v) : source(v[0]), target(v[1]), op(v[2]), row(v[3]) {}
 };
 
 inline int64_t size_of_row(const Array& stack) { return stack.element_count() / stack.dimensions()[0]; }
@@ -78,23 +79,32 @@ class Chain {
   int64_t first_;
 };
 
-// What units keep: z of each, and its mean and 1/sigma.
-struct Kept {
-  const Array &z, &moments;
-
-  float* z_of(int64_t row) const { return row_of(z, row); }
-  float* mean_of(int64_t row) const { return row_of(moments, row); }
-  float* scale_of(int64_t row) const { return row_of(moments, row) + moments.dimensions()[2]; }
-};
-
-// What the first unit reads is not normalised.
-class Plain {
+// What the units of a chain compute: z of each in a row of `work`, and its mean and 1/sigma.
+class Units {
  public:
-  explicit Plain(int64_t channels) : zeros_(channels), ones_(channels) { std::fill_n(ones_.data(), channels, 1.0f); }
-  Prologue prologue() const { return {zeros_.data(), ones_.data()}; }
+  Units(const Chain& chain, const Array& work)
+      : chain_(chain), work_(work), channels_(chain.shape(0).channels), moments_(2 * channels_ * (chain.count() + 1)) {
+    std::fill_n(scale(-1), channels_, 1.0f);  // what the first unit reads is not normalised
+  }
+  float* z(int64_t u) const { return row_of(work_, u); }
+  float* mean(int64_t u) { return moments_.data() + 2 * channels_ * (u + 1); }
+  float* scale(int64_t u) { return mean(u) + channels_; }
+
+  ffi::Error run(ffi::ThreadPool& pool, const float* x, float eps) {
+    for (int64_t u = 0; u < chain_.count(); ++u) {
+      ffi::Error error = unit_forward(pool, chain_.shape(u), channels_, u ? z(u - 1) : x, {mean(u - 1), scale(u - 1)},
+                                      chain_.weights(u), z(u), mean(u), scale(u));
+      if (error.failure()) return error;
+      for (int64_t c = 0; c < channels_; ++c) scale(u)[c] = 1.0f / std::sqrt(scale(u)[c] + eps);
+    }
+    return ffi::Error::Success();
+  }
 
  private:
-  Buffer zeros_, ones_;
+  const Chain& chain_;
+  const Array& work_;
+  int64_t channels_;
+  Buffer moments_;
 };
 
 // to += factor * (z - mean) * scale, of images [pixels, channels].
@@ -136,68 +146,59 @@ inline double add_multiple(ffi::ThreadPool& pool, const float* from, float facto
   return total;
 }
 
-inline ffi::Error term_forward(ffi::ThreadPool& pool, const Chain& chain, const Slot& slot, float factor, float eps,
-                               const float* x, const Kept& kept, int64_t size, float* to) {
-  const Plain plain(chain.count() ? chain.shape(0).channels : 1);
-  Prologue prologue = plain.prologue();
-  for (int64_t u = 0; u < chain.count(); ++u) {
-    const Shape g = chain.shape(u);
-    const int64_t row = slot.kept + u;
-    float *z = kept.z_of(row), *mean = kept.mean_of(row), *scale = kept.scale_of(row);
-    ffi::Error error = unit_forward(pool, g, g.channels, x, prologue, chain.weights(u), z, mean, scale);
-    if (error.failure()) return error;
-    for (int64_t c = 0; c < g.channels; ++c) scale[c] = 1.0f / std::sqrt(scale[c] + eps);
-    x = z;
-    prologue = {mean, scale};
-  }
+inline ffi::Error term_forward(ffi::ThreadPool& pool, const Chain& chain, float factor, float eps, const float* x,
+                               const Array& work, int64_t size, float* to) {
   if (chain.count() == 0) {
     add_multiple(pool, x, factor, size, to, nullptr);
-  } else {
-    const Shape g = chain.shape(chain.count() - 1);
-    add_normalised(pool, x, prologue.mean, prologue.scale, factor, g.batch, g.out_pixels(), g.channels, to);
+    return ffi::Error::Success();
   }
+  Units units(chain, work);
+  ffi::Error error = units.run(pool, x, eps);
+  if (error.failure()) return error;
+  const int64_t last = chain.count() - 1;
+  const Shape g = chain.shape(last);
+  add_normalised(pool, units.z(last), units.mean(last), units.scale(last), factor, g.batch, g.out_pixels(), g.channels,
+                 to);
   return ffi::Error::Success();
 }
 
-// Adds factor * dx to `to`; the gradients of the weights, times factor, to rows of their stacks. Returns the gate's.
+// Adds factor * dx to `to`, writes factor times the gradients of the weights to rows of their stacks, and the gate's.
 template <bool kWeights>
-ffi::Error term_backward(ffi::ThreadPool& pool, const Chain& chain, const Slot& slot, float factor, const float* x,
-                         const Kept& kept, const float* dy, int64_t size, float* to,
+ffi::Error term_backward(ffi::ThreadPool& pool, const Chain& chain, float factor, float eps, const float* x,
+                         const Array& work, const float* dy, int64_t size, float* to,
                          const ffi::RemainingRets& gradients, float* dvalue) {
   if (chain.count() == 0) {
     *dvalue = static_cast<float>(add_multiple(pool, dy, factor, size, to, x));
     return ffi::Error::Success();
   }
+  Units units(chain, work);
+  ffi::Error error = units.run(pool, x, eps);
+  if (error.failure()) return error;
   const int64_t channels = chain.shape(0).channels;
-  const Plain plain(channels);
   Buffer means(2 * channels);
+  float *mean_dy = means.data(), *mean_cross = means.data() + channels;
   for (int64_t u = chain.count() - 1; u >= 0; --u) {
     const Shape g = chain.shape(u);
-    const int64_t row = slot.kept + u;
-    float *mean_dy = means.data(), *mean_cross = means.data() + channels;
-    norm_sums(pool, dy, kept.z_of(row), kept.mean_of(row), kept.scale_of(row), g.batch, g.out_pixels(), channels,
-              mean_dy, mean_cross);
+    float* z = units.z(u);
+    const Norm norm{z, units.mean(u), units.scale(u), mean_dy, mean_cross};
+    norm_sums(pool, dy, z, norm.mean, norm.scale, g.batch, g.out_pixels(), channels, mean_dy, mean_cross);
     if (u == chain.count() - 1) {  // y of the last unit is that of the operation
       double total = 0;
       for (int64_t c = 0; c < channels; ++c) total += mean_cross[c];
       *dvalue = static_cast<float>(total * g.batch * g.out_pixels());
     }
-    const Norm norm{kept.z_of(row), kept.mean_of(row), kept.scale_of(row), mean_dy, mean_cross};
-    const Prologue prologue = u ? Prologue{kept.mean_of(row - 1), kept.scale_of(row - 1)} : plain.prologue();
-    // Two buffers in turn: a unit reads the cotangent that the one after it wrote.
-    float* between = u % 2 ? scratch<kCotangent>(g.batch * g.pixels() * channels)
-                           : scratch<kCotangent + 1>(u ? g.batch * g.pixels() * channels : 0);
-    const Sink dx = u ? Sink{between} : Sink{to, true, factor};
-    float *ddepthwise = nullptr, *dpointwise = nullptr;
-    if (kWeights) ddepthwise = chain.gradient(gradients, u, 0), dpointwise = chain.gradient(gradients, u, 1);
-    ffi::Error error = unit_backward<kWeights>(pool, g, channels, u ? kept.z_of(row - 1) : x, prologue,
-                                               chain.weights(u), dy, norm, dx, ddepthwise, dpointwise);
+    // The cotangent of an image of z(u - 1) takes the place of that of z(u), which has been read by then.
+    const Sink dx = u ? Sink{z} : Sink{to, true, factor};
+    float* ddepthwise = kWeights ? chain.gradient(gradients, u, 0) : nullptr;
+    float* dpointwise = kWeights ? chain.gradient(gradients, u, 1) : nullptr;
+    error = unit_backward<kWeights>(pool, g, channels, u ? units.z(u - 1) : x, {units.mean(u - 1), units.scale(u - 1)},
+                                    chain.weights(u), dy, norm, dx, ddepthwise, dpointwise);
     if (error.failure()) return error;
     if (kWeights) {
-      for (int64_t i = 0; i < g.k * g.k * channels; ++i) ddepthwise[i] *= factor;
+      for (int64_t i = 0; i < g.taps() * channels; ++i) ddepthwise[i] *= factor;
       for (int64_t i = 0; i < channels * channels; ++i) dpointwise[i] *= factor;
     }
-    dy = between;
+    dy = z;
   }
   return ffi::Error::Success();
 }
