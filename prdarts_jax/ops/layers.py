@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +294,13 @@ def _max_pool_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
 
 
 _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+class Pool(NamedTuple):
+    """A 3x3 pool with padding 1, as `max_pool` or `avg_pool`."""
+
+    kind: Literal["average", "maximum"]
+    stride: int
 
 
 def max_pool(x: jax.Array, stride: int) -> jax.Array:

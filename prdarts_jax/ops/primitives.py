@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prdarts_jax.ops.layers import Weight, conv, factorized_reduce
+from prdarts_jax.ops.layers import Pool, Weight, conv, factorized_reduce
 from prdarts_jax.ops.leaves import Leaves
 from prdarts_jax.ops.separable import Unit
 
@@ -32,15 +32,15 @@ class Primitive(NamedTuple):
         own, which counts as not skip. "none" is never computed nor derived; "pool" is normalised in the search.
       weights: (channels, stride) -> {name: Weight}; empty: an operation without weights.
       apply: (params, x [B,H,W,C], stride, leaves) -> y [B,ceil(H/s),ceil(W/s),C].
-      units: (params, stride) -> the units of which `apply` is a row, none for the identity; or None where it is no
-        such row. With it the search runs the operation in one kernel on a CPU. Also called with weights that are
-        stacked on a leading axis.
+      units: (params, stride) -> the units of which `apply` is a row, none for the identity; or the pool that it is; or
+        None where it is neither. With it the search runs the operation in one kernel on a CPU. Also called with
+        weights that are stacked on a leading axis.
     """
 
     group: str
     weights: Callable[[int, int], dict[str, Weight]]
     apply: Callable[[Params, jax.Array, int, Leaves], jax.Array]
-    units: Callable[[Params, int], Sequence[Unit] | None] | None = None
+    units: Callable[[Params, int], Sequence[Unit] | Pool | None] | None = None
 
 
 def _no_weights(channels: int, stride: int) -> dict[str, Weight]:
@@ -123,8 +123,8 @@ def _factorised_7(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> 
 PRIMITIVES: Mapping[str, Primitive] = MappingProxyType(
     {
         "none": Primitive("none", _no_weights, _none),
-        "max_pool_3x3": Primitive("pool", _no_weights, _max_pool),
-        "avg_pool_3x3": Primitive("pool", _no_weights, _avg_pool),
+        "max_pool_3x3": Primitive("pool", _no_weights, _max_pool, lambda params, stride: Pool("maximum", stride)),
+        "avg_pool_3x3": Primitive("pool", _no_weights, _avg_pool, lambda params, stride: Pool("average", stride)),
         "skip_connect": Primitive("skip", _skip_weights, _skip, lambda params, stride: () if stride == 1 else None),
         "sep_conv_3x3": _separable(3),
         "sep_conv_5x5": _separable(5),

@@ -3,8 +3,9 @@
     nodes[t] += g op(nodes[s])        forward, in the order of the edges
     ct[s] += g (d op)^T ct[t]         backward, in the opposite order
 
-An operation that is a row of units (`Primitive.units`; the identity is the empty row) is one kernel a direction: it
-reads and writes rows of whole buffers, which XLA would copy. Others are computed as elsewhere, and added by a kernel.
+An operation that is a row of units or a pool (`Primitive.units`; the identity is the empty row) is one kernel a
+direction: it reads and writes rows of whole buffers, which XLA would copy. Others are computed as elsewhere, and added
+by a kernel.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from prdarts_jax.ops import native
+from prdarts_jax.ops.layers import Pool
 from prdarts_jax.ops.leaves import fast_leaves
 from prdarts_jax.ops.moments import BN_EPS, inner
 from prdarts_jax.ops.primitives import Params
@@ -37,30 +39,43 @@ from prdarts_jax.space.slots import (
 from prdarts_jax.space.spec import EdgeGroup
 
 
-class _Rows(NamedTuple):
-    """Static: of each operation the number of its units, -1 where it is no row of units; and their geometry."""
+class _Table(NamedTuple):
+    """Static: of each operation the number of its units, -1 where it is no row of units; their geometry; the pools."""
 
     units: tuple[int, ...]
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
+    pools: tuple[int, ...]  # of each operation: 0, or 1 + its index in _POOLS
+    pool_stride: int
+    pool_norm: bool
 
     def attributes(self) -> dict[str, Any]:
-        numbers = {name: np.asarray(values, np.int64) for name, values in self._asdict().items()}
-        return numbers | {"eps": np.float32(BN_EPS)}
+        lists = {name: np.asarray(values, np.int64) for name, values in self._asdict().items()}
+        return {**lists, "pool_stride": self.pool_stride, "pool_norm": int(self.pool_norm), "eps": np.float32(BN_EPS)}
+
+    def elsewhere(self) -> tuple[bool, ...]:
+        """Which operations the kernels leave alone."""
+        return tuple(n < 0 and not pool for n, pool in zip(self.units, self.pools, strict=True))
 
     def work(self, like: jax.Array) -> jax.Array:
         """Memory for what the units of one operation compute: rows of the shape of a node."""
         return native.unwritten((max(1, *self.units), *like.shape[1:]), like)
 
 
-def _units_of(program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str, Params]) -> list[Unit] | None:
-    """The units of an operation, with stacked weights, if the kernels compute all of them."""
+_POOLS = ("average", "maximum")
+
+
+def _units_of(program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str, Params]) -> list[Unit] | Pool | None:
+    """The units of an operation, with stacked weights, or its pool, if the kernels compute all of it."""
     primitive = program.space.table[op]
-    normalised = primitive.group == "pool" and program.space.pool_norm  # once more, behind the units
-    if primitive.units is None or normalised or not runs(program, group)[op]:
+    if primitive.units is None or not runs(program, group)[op]:
         return None
     units = primitive.units(stacks.get(op, {}), group.stride)
-    if units is None:
+    if isinstance(units, Pool):
+        # The kernels normalise all pools or none.
+        fits = units.stride == group.stride in (1, 2) and primitive.group == "pool"
+        return units if fits else None
+    if units is None or (primitive.group == "pool" and program.space.pool_norm):  # normalised once more, behind them
         return None
     for i, unit in enumerate(units):
         height, width, channels = unit.depthwise.shape[1:]
@@ -70,22 +85,29 @@ def _units_of(program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str,
     return list(units)
 
 
-def _rows(program: CellProgram, group: EdgeGroup, stacks: dict[str, Params]) -> _Rows:
+def _table(program: CellProgram, group: EdgeGroup, stacks: dict[str, Params]) -> _Table:
     found = [_units_of(program, group, op, stacks) for op in program.space.ops]
-    flat = [unit for units in found for unit in units or []]
-    counts = tuple(-1 if units is None else len(units) for units in found)
-    return _Rows(counts, tuple(u.stride for u in flat), tuple(u.dilation for u in flat))
+    flat = [unit for units in found if isinstance(units, list) for unit in units]
+    return _Table(
+        units=tuple(len(units) if isinstance(units, list) else -1 for units in found),
+        strides=tuple(unit.stride for unit in flat),
+        dilations=tuple(unit.dilation for unit in flat),
+        pools=tuple(1 + _POOLS.index(units.kind) if isinstance(units, Pool) else 0 for units in found),
+        pool_stride=group.stride,
+        pool_norm=program.space.pool_norm,
+    )
 
 
 def _arrays(program: CellProgram, group: EdgeGroup, stacks: dict[str, Params]) -> list[jax.Array]:
     """The stacked weights of all units in turn: depthwise, matrix."""
-    found = [_units_of(program, group, op, stacks) or [] for op in program.space.ops]
-    return [a for units in found for unit in units for a in (unit.depthwise, unit.matrix)]
+    found = [_units_of(program, group, op, stacks) for op in program.space.ops]
+    return [a for units in found if isinstance(units, list) for unit in units for a in (unit.depthwise, unit.matrix)]
 
 
-def _others(program: CellProgram, rows: _Rows, stacks: dict[str, Params]) -> dict[str, Params]:
-    """The stacks of the operations that are no rows of units."""
-    return {op: stacks[op] for op, n in zip(program.space.ops, rows.units, strict=True) if n < 0 and op in stacks}
+def _others(program: CellProgram, table: _Table, stacks: dict[str, Params]) -> dict[str, Params]:
+    """The stacks of the operations that the kernels leave alone."""
+    pairs = zip(program.space.ops, table.elsewhere(), strict=True)
+    return {op: stacks[op] for op, elsewhere in pairs if elsewhere and op in stacks}
 
 
 def _numbers(slots: Slots) -> jax.Array:
@@ -121,7 +143,7 @@ def _run_group(
     nodes: jax.Array,
 ) -> jax.Array:
     space, stride = program.space, group.stride
-    rows, arrays = _rows(program, group, stacks), _arrays(program, group, stacks)
+    table, arrays = _table(program, group, stacks), _arrays(program, group, stacks)
     leaves = fast_leaves()
 
     def branch(op: str) -> Branch:
@@ -133,19 +155,19 @@ def _run_group(
 
         return run
 
-    executes = zip(runs(program, group).items(), rows.units, strict=True)
-    branches = tuple(branch(op) if runs_ and n < 0 else None for (op, runs_), n in executes)
-    others = _others(program, rows, stacks)
+    executes = zip(runs(program, group).items(), table.elsewhere(), strict=True)
+    branches = tuple(branch(op) if runs_ and elsewhere else None for (op, runs_), elsewhere in executes)
+    others = _others(program, table, stacks)
 
     def term(carry: _Carry, of: tuple[jax.Array, Slots]) -> tuple[_Carry, None]:
         (nodes, work), (numbers, slot) = carry, of
         operands = (nodes, work, _nothing(nodes) if sources is None else sources, numbers, slot.value, *arrays)
         shapes = [nodes.shape, work.shape]
-        nodes, work = native.call("term_forward", shapes, *operands, in_place={0: 0, 1: 1}, **rows.attributes())
+        nodes, work = native.call("term_forward", shapes, *operands, in_place={0: 0, 1: 1}, **table.attributes())
         return (run_branch(branches, slot.branch, nodes, (others, sources, slot)), work), None
 
     scanned = (_numbers(slots), jax.tree.map(jnp.asarray, slots))
-    (nodes, _), _ = lax.scan(term, (nodes, rows.work(nodes)), scanned)
+    (nodes, _), _ = lax.scan(term, (nodes, table.work(nodes)), scanned)
     return nodes
 
 
@@ -186,11 +208,11 @@ def reverse_group(
     The cotangent of a node is whole once the edges that leave it are done: they come after those that reach it.
     """
     space, stride = program.space, group.stride
-    rows = _rows(program, group, stacks)
+    table = _table(program, group, stacks)
     arrays, pull_arrays = jax.vjp(lambda stacks: _arrays(program, group, stacks), stacks)
     leaves, value_dtype = fast_leaves(), slots.value.dtype
     own = sources is None
-    others = _others(program, rows, stacks)
+    others = _others(program, table, stacks)
 
     def branch(op: str) -> Branch:
         def run(before: _Cotangents, operands: tuple[dict[str, Params], Any, Any, Slots]) -> _Cotangents:
@@ -214,8 +236,8 @@ def reverse_group(
 
         return run
 
-    executes = zip(runs(program, group).items(), rows.units, strict=True)
-    branches = tuple(branch(op) if runs_ and n < 0 else None for (op, runs_), n in executes)
+    executes = zip(runs(program, group).items(), table.elsewhere(), strict=True)
+    branches = tuple(branch(op) if runs_ and elsewhere else None for (op, runs_), elsewhere in executes)
     inputs = nodes if sources is None else sources
 
     def term(
@@ -228,7 +250,7 @@ def reverse_group(
         shapes = [cts.shape, work.shape, (), *(g.shape for g in gradients)]
         name = "term_backward" if wanted.weights else "term_input_gradient"
         cts, work, dvalue, *gradients = native.call(
-            name, shapes, *operands, *gradients, in_place=in_place, **rows.attributes()
+            name, shapes, *operands, *gradients, in_place=in_place, **table.attributes()
         )
         state = run_branch(branches, slot.branch, (cts, dvalue, dothers), (others, inputs, ct_nodes, slot))
         cts, dvalue, dothers = state
@@ -237,7 +259,7 @@ def reverse_group(
     before = cotangents[1] if cotangents[0] is None else cotangents[0]
     zeros = jax.tree.map(jnp.zeros_like, (arrays, others) if wanted.weights else ([], {}))
     scanned = (_numbers(slots), jax.tree.map(jnp.asarray, slots))
-    carry = (before, rows.work(cotangents[1]), *zeros)
+    carry = (before, table.work(cotangents[1]), *zeros)
     (after, _, gradients, dothers), dvalues = lax.scan(term, carry, scanned, reverse=True)
     dstacks: dict[str, Params] = {}
     if wanted.weights:

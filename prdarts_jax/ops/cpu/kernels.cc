@@ -175,15 +175,21 @@ ffi::Error not_in_place() { return ffi::Error::Internal("an array that is change
 
 // `work` has a row for each unit of the longest chain. `sources` is empty where the nodes themselves are the sources.
 ffi::Error TermForward(ffi::ThreadPool pool, Array nodes, Array work, Array sources, Ints slot_of, Array value,
-                       ffi::RemainingArgs weights, Span units, Span strides, Span dilations, float eps,
-                       Out nodes_after, Out work_after) {
+                       ffi::RemainingArgs weights, Span units, Span strides, Span dilations, Span pools,
+                       int64_t pool_stride, int64_t pool_norm, float eps, Out nodes_after,
+                       Out work_after) {
   if (nodes.typed_data() != nodes_after->typed_data() || work.typed_data() != work_after->typed_data()) {
     return not_in_place();
   }
-  const Operations all{units, strides, dilations};
+  const Operations all{units, strides, dilations, pools, pool_stride, pool_norm};
   const Slot slot(slot_of.typed_data());
-  if (!all.has(slot.op)) return ffi::Error::Success();
   const Array& from = sources.element_count() ? sources : nodes;
+  if (const Pool kind = all.pool(slot.op); kind != Pool::kNone) {
+    pool_term_forward(pool, all.pool_shape(dimensions_of_row(from)), kind, pool_norm, *value.typed_data(), eps,
+                      row_of(from, slot.source), work, row_of(nodes, slot.target));
+    return ffi::Error::Success();
+  }
+  if (!all.has(slot.op)) return ffi::Error::Success();
   const Chain chain(all, slot, dimensions_of_row(from), weights);
   return term_forward(pool, chain, *value.typed_data(), eps, row_of(from, slot.source), work, size_of_row(nodes),
                       row_of(nodes, slot.target));
@@ -193,16 +199,23 @@ ffi::Error TermForward(ffi::ThreadPool pool, Array nodes, Array work, Array sour
 // their gradients, if these are asked for.
 template <bool kWeights>
 ffi::Error TermBackward(ffi::ThreadPool pool, Array cts, Array work, Array ct_nodes, Array sources, Ints slot_of,
-                        Array value, ffi::RemainingArgs weights, Span units, Span strides, Span dilations, float eps,
-                        Out cts_after, Out work_after, Out dvalue, ffi::RemainingRets gradients) {
+                        Array value, ffi::RemainingArgs weights, Span units, Span strides, Span dilations, Span pools,
+                        int64_t pool_stride, int64_t pool_norm, float eps, Out cts_after, Out work_after, Out dvalue,
+                        ffi::RemainingRets gradients) {
   if (cts.typed_data() != cts_after->typed_data() || work.typed_data() != work_after->typed_data()) {
     return not_in_place();
   }
   *dvalue->typed_data() = 0.0f;
-  const Operations all{units, strides, dilations};
+  const Operations all{units, strides, dilations, pools, pool_stride, pool_norm};
   const Slot slot(slot_of.typed_data());
-  if (!all.has(slot.op)) return ffi::Error::Success();
   const Array& from = ct_nodes.element_count() ? ct_nodes : cts;
+  if (const Pool kind = all.pool(slot.op); kind != Pool::kNone) {
+    *dvalue->typed_data() = pool_term_backward(
+        pool, all.pool_shape(dimensions_of_row(sources)), kind, pool_norm, *value.typed_data(), eps,
+        row_of(sources, slot.source), work, row_of(from, slot.target), row_of(cts, slot.source));
+    return ffi::Error::Success();
+  }
+  if (!all.has(slot.op)) return ffi::Error::Success();
   const Chain chain(all, slot, dimensions_of_row(sources), weights);
   return term_backward<kWeights>(pool, chain, *value.typed_data(), eps, row_of(sources, slot.source), work,
                                  row_of(from, slot.target), size_of_row(cts), row_of(cts, slot.source), gradients,
@@ -257,13 +270,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_separable_input_gradient, prdarts::Separab
                                   .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
                                   WINDOW.Ret<Array>());
 
-#define UNITS .Attr<Span>("units").Attr<Span>("strides").Attr<Span>("dilations").Attr<float>("eps")
+#define UNITS \
+  .Attr<Span>("units").Attr<Span>("strides").Attr<Span>("dilations").Attr<Span>("pools") \
+  .Attr<int64_t>("pool_stride").Attr<int64_t>("pool_norm").Attr<float>("eps")
 XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_term_forward, prdarts::TermForward,
                               POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Ints>().Arg<Array>().RemainingArgs() UNITS
                                   .Ret<Array>().Ret<Array>());
-#define TERM_BACKWARD                                                                                                   \
-  POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Ints>().Arg<Array>().RemainingArgs() UNITS.Ret<Array>()  \
-      .Ret<Array>().Ret<Array>().RemainingRets()
+#define TERM_BACKWARD \
+  POOL.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Ints>().Arg<Array>() \
+      .RemainingArgs() UNITS.Ret<Array>().Ret<Array>().Ret<Array>().RemainingRets()
 XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_term_backward, prdarts::TermBackward<true>, TERM_BACKWARD);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_term_input_gradient, prdarts::TermBackward<false>, TERM_BACKWARD);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(prdarts_unwritten, prdarts::Unwritten, ffi::Ffi::Bind().Arg<Array>().Ret<Array>());

@@ -1,10 +1,11 @@
 // The terms of a cell: nodes[target] += gate * op(sources[source]) in place, where op is a row of units of a separable
-// convolution (none of them: the identity). The backward pass computes the units again: what they make is still in the
-// cache then, while reading what was kept since the forward pass takes as long.
+// convolution (none of them: the identity) or a pool. The backward pass computes the units again: what they make is still
+// in the cache then, while reading what was kept since the forward pass takes as long.
 #pragma once
 
 #include <cmath>
 
+#include "pools.h"
 #include "separable.h"
 
 namespace prdarts {
@@ -16,8 +17,13 @@ using Span = ffi::Span<const int64_t>;
 // The units of each operation in turn: how many (-1: the operation is not of this form), and their geometry.
 struct Operations {
   Span units, strides, dilations;
+  Span pools;  // of each operation: a Pool
+  int64_t pool_stride, pool_norm;
 
-  bool has(int64_t op) const { return op < static_cast<int64_t>(units.size()) && units[op] >= 0; }
+  bool inside(int64_t op) const { return op < static_cast<int64_t>(units.size()); }
+  bool has(int64_t op) const { return inside(op) && units[op] >= 0; }
+  Pool pool(int64_t op) const { return inside(op) ? static_cast<Pool>(pools[op]) : Pool::kNone; }
+  Shape pool_shape(Span image) const { return Shape(image, 3, pool_stride, 1); }
   int64_t first(int64_t op) const {
     int64_t before = 0;
     for (int64_t o = 0; o < op; ++o) before += std::max<int64_t>(units[o], 0);
@@ -144,6 +150,39 @@ inline double add_multiple(ffi::ThreadPool& pool, const float* from, float facto
   double total = 0;
   for (int64_t part = 0; part < parts; ++part) total += sums[part];
   return total;
+}
+
+// mean and 1/sigma of what a pool makes, or what leaves it as it is.
+inline void pool_moments(ffi::ThreadPool& pool, const Shape& g, Pool kind, bool norm, float eps, const float* x,
+                         float* z, float* mean, float* scale) {
+  pool_forward(pool, g, kind, x, z, mean, scale);
+  for (int64_t c = 0; c < g.channels; ++c) {
+    mean[c] = norm ? mean[c] : 0.0f;
+    scale[c] = norm ? 1.0f / std::sqrt(scale[c] + eps) : 1.0f;
+  }
+}
+
+inline void pool_term_forward(ffi::ThreadPool& pool, const Shape& g, Pool kind, bool norm, float factor, float eps,
+                              const float* x, const Array& work, float* to) {
+  Buffer moments(2 * g.channels);
+  float *mean = moments.data(), *scale = mean + g.channels, *z = row_of(work, 0);
+  pool_moments(pool, g, kind, norm, eps, x, z, mean, scale);
+  add_normalised(pool, z, mean, scale, factor, g.batch, g.out_pixels(), g.channels, to);
+}
+
+// Adds factor * dx to `to`; returns the gradient of the gate.
+inline float pool_term_backward(ffi::ThreadPool& pool, const Shape& g, Pool kind, bool norm, float factor, float eps,
+                                const float* x, const Array& work, const float* dy, float* to) {
+  Buffer moments(4 * g.channels);
+  float *mean = moments.data(), *scale = mean + g.channels, *z = row_of(work, 0);
+  float *mean_dy = scale + g.channels, *mean_cross = mean_dy + g.channels;
+  pool_moments(pool, g, kind, norm, eps, x, z, mean, scale);
+  norm_sums(pool, dy, z, mean, scale, g.batch, g.out_pixels(), g.channels, mean_dy, mean_cross);
+  double total = 0;
+  for (int64_t c = 0; c < g.channels; ++c) total += mean_cross[c];
+  if (!norm) std::fill_n(mean_dy, 2 * g.channels, 0.0f);  // both: nothing is subtracted
+  pool_backward(pool, g, kind, x, dy, {z, mean, scale, mean_dy, mean_cross}, {to, true, factor});
+  return static_cast<float>(total * g.batch * g.out_pixels());
 }
 
 inline ffi::Error term_forward(ffi::ThreadPool& pool, const Chain& chain, float factor, float eps, const float* x,
