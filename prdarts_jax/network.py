@@ -22,7 +22,7 @@ from prdarts_jax.network_plan import CellPlan, Edge, NetworkPlan, check_auxiliar
 from prdarts_jax.ops.layers import Weight, draw
 from prdarts_jax.ops.leaves import composed_pointwise, composed_separable, fast_leaves
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
-from prdarts_jax.ops.separable import Unit, pointwise_unit, separable_units
+from prdarts_jax.ops.separable import WORTH_KEEPING, Unit, pointwise_unit, separable_units
 from prdarts_jax.space.genotype import Genotype
 
 __all__ = ["DerivedNetwork", "Profile", "drop_path", "drop_path_draws", "profile"]
@@ -384,7 +384,8 @@ class DerivedNetwork(nn.Module):
             return (pair[1], widened(y, width, False)), after
 
         if self.recompute and train and self.axis_name is None:
-            body = jax.checkpoint(body, prevent_cse=False)
+            policy = jax.checkpoint_policies.save_only_these_names(WORTH_KEEPING)
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         wide = widened(pair[0], width, first.halves), widened(pair[1], width, False)
         pair, after = lax.scan(body, wide, (stacked("params"), stacked("batch_stats"), draws))
         if train:

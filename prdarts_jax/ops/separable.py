@@ -17,11 +17,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from prdarts_jax.ops import native
 from prdarts_jax.ops.depthwise import Window, depthwise_conv, wide_dtype
 from prdarts_jax.ops.layers import pointwise
 from prdarts_jax.ops.moments import backward_means, batch_moments, normalised, over_devices, per_channel
+
+# What a rematerialised program should keep: a 1x1 unit of few outputs takes the longest for every byte of z.
+WORTH_KEEPING = "pointwise_unit"
 
 Moments = tuple[jax.Array, jax.Array]  # mean, biased variance, [D] each
 
@@ -144,6 +148,8 @@ def _run(
     moments, kept = [], []
     for (depthwise, matrix), unit in zip(weights, statics, strict=True):
         z, *found = _forward(given, depthwise, matrix, unit)
+        if depthwise.shape[:2] == (1, 1):
+            z, *found = (checkpoint_name(a, WORTH_KEEPING) for a in (z, *found))
         mean, variance, scale = over_devices(found, unit.axis_name)
         moments.append((mean, variance))
         kept.append(_Residuals(given, depthwise, matrix, _Input(z, mean, scale)))

@@ -14,15 +14,65 @@ struct UnitWeights {
   const float *depthwise, *pointwise;
 };
 
+// --- without a window: a 1x1 depthwise kernel is a factor ---------------------------------------------------------------
+
+inline bool has_window(const Shape& g) { return g.k != 1 || g.s != 1; }
+
+// Pixels that are computed together: few enough for the first cache.
+inline int64_t pixel_block(const Shape& g, int64_t wide_out) {
+  return std::max<int64_t>(kTile, 6144 / (g.wide() + wide_out) / kTile * kTile);
+}
+
+// rows = relu((x - mean) scale) factor, in whole vectors.
+inline void rectify(const float* x, const Prologue& prologue, const float* factors, int64_t pixels, int64_t channels,
+                    float* rows) {
+  const int64_t wide = padded(channels);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t n = channels - c;
+    const Vec mean = load(prologue.mean + c, n), scale = load(prologue.scale + c, n), factor = load(factors + c, n);
+    for (int64_t i = 0; i < pixels; ++i) {
+      store(rows + i * wide + c, relu((load(x + i * channels + c, n) - mean) * scale) * factor);
+    }
+  }
+}
+
+inline void pointwise_forward(ffi::ThreadPool& pool, const Shape& g, int64_t out, const float* x,
+                              const Prologue& prologue, const UnitWeights& weights, float* z, float* means,
+                              float* squares) {
+  const int64_t parts = parts_of(g.batch), wide_out = padded(out), block = pixel_block(g, wide_out);
+  Buffer matrix(g.channels * wide_out);
+  lay_out_matrix(weights.pointwise, g.channels, out, false, matrix.data());
+  for_parts(pool, parts, [&](int64_t part) {
+    float* rows = scratch<kRows>(block * g.wide());
+    const Range range = images_of(part, parts, g.batch);
+    for (int64_t b = range.first; b < range.last; ++b) {
+      const float* from = x + b * g.pixels() * g.channels;
+      float* to = z + b * g.pixels() * out;
+      for (int64_t i = 0; i < g.pixels(); i += block) {
+        const int64_t count = std::min(block, g.pixels() - i);
+        rectify(from + i * g.channels, prologue, weights.depthwise, count, g.channels, rows);
+        product(rows, g.wide(), matrix.data(), wide_out, count, g.channels, {to + i * out, out, kLanes, out});
+      }
+      image_moments(to, g.pixels(), out, means + b * out, squares + b * out);
+    }
+  });
+}
+
 // z [batch, out_height, out_width, out], and its mean and biased variance over the batch.
 inline ffi::Error unit_forward(ffi::ThreadPool& pool, const Shape& g, int64_t out, const float* x,
                                const Prologue& prologue, const UnitWeights& weights, float* z, float* mean,
                                float* variance) {
   const int64_t parts = parts_of(g.batch);
-  Buffer taps(g.taps() * g.wide()), matrix(g.channels * padded(out)), moments(2 * g.batch * out);
+  Buffer moments(2 * g.batch * out);
+  float *means = moments.data(), *squares = means + g.batch * out;
+  if (!has_window(g)) {
+    pointwise_forward(pool, g, out, x, prologue, weights, z, means, squares);
+    batch_moments(means, squares, g.batch, g.pixels(), out, mean, variance);
+    return ffi::Error::Success();
+  }
+  Buffer taps(g.taps() * g.wide()), matrix(g.channels * padded(out));
   lay_out(weights.depthwise, g.taps(), g.channels, false, taps.data());
   lay_out_matrix(weights.pointwise, g.channels, out, false, matrix.data());
-  float *means = moments.data(), *squares = means + g.batch * out;
   ffi::Error error = with_loops(g, [&](const Loops& loops) {
     for_parts(pool, parts, [&](int64_t part) {
       const Planes image = g.frame(scratch<kImage>(g.frame_size()));
@@ -69,19 +119,72 @@ inline void norm_gradient(const Norm& norm, const float* z, const float* dy, int
   }
 }
 
+// The rest of a pointwise unit's block: gradients d of its rows become those of its input and of the factors.
+template <bool kWeights>
+void rectify_backward(const float* x, const Prologue& prologue, const float* factors, int64_t pixels, int64_t channels,
+                      const float* d, const Sink& dx, float* dfactors) {
+  const int64_t wide = padded(channels);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t n = channels - c;
+    const Vec mean = load(prologue.mean + c, n), scale = load(prologue.scale + c, n), factor = load(factors + c, n);
+    Vec sum = {};
+    for (int64_t i = 0; i < pixels; ++i) {
+      const Vec v = load(x + i * channels + c, n), slope = load(d + i * wide + c);
+      if (kWeights) sum += relu((v - mean) * scale) * slope;
+      dx.put(i * channels + c, where_above(v, mean, slope * factor), n);
+    }
+    if (kWeights) store(dfactors + c, load(dfactors + c) + sum);
+  }
+}
+
+// partial: of each part [wide factors] and [wide][wide_out] of the matrix, if kWeights.
+template <bool kWeights>
+void pointwise_backward(ffi::ThreadPool& pool, const Shape& g, int64_t out, const float* x, const Prologue& prologue,
+                        const UnitWeights& weights, const float* dy, const Norm& norm, const Sink& dx,
+                        Buffer& partial) {
+  const int64_t parts = parts_of(g.batch), wide_out = padded(out), block = pixel_block(g, wide_out);
+  const int64_t size_all = g.wide() * (1 + wide_out);
+  Buffer transposed(out * g.wide());
+  lay_out_matrix(weights.pointwise, g.channels, out, true, transposed.data());
+  for_parts(pool, parts, [&](int64_t part) {
+    float* rows = scratch<kRows>(block * g.wide());
+    float* slopes = scratch<kSlopes>(block * wide_out);
+    float* sums = partial.data() + part * size_all;
+    const Range range = images_of(part, parts, g.batch);
+    for (int64_t b = range.first; b < range.last; ++b) {
+      for (int64_t i = 0; i < g.pixels(); i += block) {
+        const int64_t count = std::min(block, g.pixels() - i), at = b * g.pixels() + i;
+        const float* input = x + at * g.channels;
+        norm_gradient(norm, norm.z + at * out, dy + at * out, count, out, slopes);
+        if (kWeights) {
+          rectify(input, prologue, weights.depthwise, count, g.channels, rows);
+          outer(rows, g.wide(), slopes, wide_out, count, g.wide(), sums + g.wide(), wide_out);
+        }
+        product(slopes, wide_out, transposed.data(), g.wide(), count, out, {rows, g.wide(), kLanes, g.wide()});
+        rectify_backward<kWeights>(input, prologue, weights.depthwise, count, g.channels, rows,
+                                   dx.at(at * g.channels), sums);
+      }
+    }
+  });
+}
+
 // The cotangent of what the input stands for, and, if kWeights, [k, k, channels] and [channels, out] of the weights.
 template <bool kWeights>
 ffi::Error unit_backward(ffi::ThreadPool& pool, const Shape& g, int64_t out, const float* x, const Prologue& prologue,
                          const UnitWeights& weights, const float* dy, const Norm& norm, const Sink& dx,
                          float* ddepthwise, float* dpointwise) {
   const int64_t wide_out = padded(out), parts = parts_of(g.batch);
+  const int64_t size_dw = g.taps() * g.wide(), size_pw = g.wide() * wide_out, size_all = size_dw + size_pw;
+  Buffer partial(kWeights ? parts * size_all : 0);
   Buffer taps(g.taps() * g.wide()), flipped(g.taps() * g.wide()), transposed(out * g.wide());
   lay_out(weights.depthwise, g.taps(), g.channels, false, taps.data());
   lay_out(weights.depthwise, g.taps(), g.channels, true, flipped.data());
   lay_out_matrix(weights.pointwise, g.channels, out, true, transposed.data());
-  const int64_t size_dw = g.taps() * g.wide(), size_pw = g.wide() * wide_out, size_all = size_dw + size_pw;
-  Buffer partial(kWeights ? parts * size_all : 0);
   ffi::Error error = with_loops(g, [&](const Loops& loops) {
+    if (!has_window(g)) {
+      pointwise_backward<kWeights>(pool, g, out, x, prologue, weights, dy, norm, dx, partial);
+      return;
+    }
     for_parts(pool, parts, [&](int64_t part) {
       const Planes image = g.frame(scratch<kImage>(kWeights ? g.frame_size() : 0));
       const Planes gradient = g.frame(scratch<kGradient>(g.frame_size()));

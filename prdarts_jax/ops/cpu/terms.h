@@ -1,6 +1,6 @@
 // The terms of a cell: nodes[target] += gate * op(sources[source]) in place, where op is a row of units of a separable
-// convolution (none of them: the identity) or a pool. The backward pass computes the units again: what they make is still
-// in the cache then, while reading what was kept since the forward pass takes as long.
+// convolution (none of them: the identity) or a pool. The backward pass computes the units again: what they make is
+// still in the cache then, while reading what was kept since the forward pass takes as long.
 #pragma once
 
 #include <cmath>
