@@ -1,12 +1,14 @@
 """N searches as one population against N single starts: wall time and memory, on the embedded digits.
 
 Both sides begin with an empty compilation cache; the single searches after the first one find its programs, as a
-user's would. A row: {case, members, seconds, seconds_singles, seconds_first, memory_gb, memory_single_gb, speedup}.
+user's would. A row: {case, members, seconds, seconds_singles, seconds_first, compile_s, compile_singles_s, memory_gb,
+memory_single_gb, speedup}; `compile_s` are tracing, compiling or loading, and the first steps.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ _MEMBERS = {"smoke": (2,), "full": (2, 4, 8)}
 class _Run(NamedTuple):
     seconds: float
     memory_gb: float
+    compile_s: float  # to trace, to compile and to run the first steps, once for all members
 
 
 def _search(words: Sequence[str], scale: str, workdir: Path, cache: Path | None) -> _Run:
@@ -35,12 +38,16 @@ def _search(words: Sequence[str], scale: str, workdir: Path, cache: Path | None)
     command += [f"--workdir={workdir}", *_FLAGS[scale], *words]
     settings = {**environment(cache), "TQDM_DISABLE": "1"}
     began = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=out, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        out.seek(0)
+        compiling = [float(found) for found in re.findall(r"compiled and ran the first .* in ([0-9.]+) s", out.read())]
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return _Run(time.perf_counter() - began, used.ru_maxrss / 2**20)
+    return _Run(seconds, used.ru_maxrss / 2**20, sum(compiling))
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -63,6 +70,8 @@ def rows(options: Options) -> Iterator[Row]:
             "seconds": round(together.seconds, 1),
             "seconds_singles": round(alone, 1),
             "seconds_first": round(singles[0].seconds, 1),
+            "compile_s": round(together.compile_s, 1),
+            "compile_singles_s": round(sum(one.compile_s for one in singles), 1),
             "memory_gb": round(together.memory_gb, 2),
             "memory_single_gb": round(max(one.memory_gb for one in singles), 2),
             "speedup": round(alone / together.seconds, 2),

@@ -222,7 +222,7 @@ class SearchConfig:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.run.devices != "all":
             devices = int(self.run.devices)
-            require(self.batch_size % devices == 0, "batch_size", self.batch_size, f"a multiple of {devices} devices")
+            require(self.batch_size % devices == 0, "batch_size", self.batch_size, f"a multiple of {devices} (devices)")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

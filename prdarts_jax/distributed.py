@@ -124,13 +124,15 @@ def on_first(action: Callable[[], Any]) -> Any:
     return json.loads(share(json.dumps(result))[0])
 
 
-def same(config: Any, computed: Mapping[str, Any], versions: Mapping[str, str]) -> None:
-    """Refuses processes that were started with different values, data, code or packages.
+def same(config: Any, computed: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+    """Refuses processes that were started with different values, data, code or packages, or compute differently.
+
+    Processes whose programs differ would pair one's all-reduce with another of the other's, and say nothing.
 
     Args:
       config: of the run on this process.
       computed: what a resumed run must share with it, see `runs.compared`.
-      versions: of the packages.
+      document: config.json, for the versions of packages and the platform.
 
     Raises:
       UserError: on every process, naming the first that differs and its fields.
@@ -139,13 +141,27 @@ def same(config: Any, computed: Mapping[str, Any], versions: Mapping[str, str]) 
         return
     flat = {path: cfg.get(config, path) for path, _, _ in cfg.fields(type(config)) if path.startswith("run.")}
     kept = {path: value for path, value in flat.items() if path not in _OWN_BUSINESS}
-    versions_ = {f"version of {name}": value for name, value in versions.items()}
-    everyone = [json.loads(text) for text in share(json.dumps({**computed, **kept, **versions_}))]
+    versions = {f"version of {name}": value for name, value in document["versions"].items()}
+    everyone = [json.loads(text) for text in share(json.dumps({**computed, **kept, **versions, **_program(document)}))]
     for process, values in enumerate(everyone):
         wrong = [n for n in sorted(everyone[0].keys() | values.keys()) if everyone[0].get(n) != values.get(n)]
         if wrong:
             shown = "; ".join(f"{n}: {everyone[0].get(n)!r} on process 0, {values.get(n)!r} there" for n in wrong)
             raise UserError(f"process {process} was started differently ({shown}); give all the same command")
+
+
+_NUMERICS = ("jax_enable_x64", "jax_default_matmul_precision")
+
+
+def _program(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which program is compiled, beside the config. Kernels of another processor take the same place."""
+    platform = document["platform"]
+    kernels = platform["cpu_kernels"]
+    return {
+        "backend": platform["backend"],
+        "cpu_kernels": "native" if kernels.startswith("native ") else kernels,
+        **{name: str(getattr(jax.config, name)) for name in _NUMERICS},
+    }
 
 
 class Wish(NamedTuple):

@@ -157,4 +157,4 @@ class TrainConfig:
         )
         if self.run.devices != "all":
             devices = int(self.run.devices)
-            require(self.batch_size % devices == 0, "batch_size", self.batch_size, f"a multiple of {devices} devices")
+            require(self.batch_size % devices == 0, "batch_size", self.batch_size, f"a multiple of {devices} (devices)")

@@ -215,7 +215,7 @@ def _train(
     out: IO[str] | None,
 ) -> TrainResult:
     document = train_inputs.document(config, inputs, sources)
-    distributed.same(config, train_inputs.compared(document), document["versions"])
+    distributed.same(config, train_inputs.compared(document), document)
 
     def begin() -> list[Any]:
         """(config.json of the training in the workdir or None, final row and report of a finished one)."""

@@ -60,7 +60,7 @@ def test_json_round_trip_keeps_every_value():
         ({"epochs": "many"}, "epochs: 'many' is not possible; allowed: a whole number"),
         ({"epochs": "inf"}, "epochs: 'inf' is not possible; allowed: a whole number"),
         ({"batch_size": 0}, "batch_size: 0 is not possible; allowed: >= 1"),
-        ({"batch_size": 10, "run.devices": "4"}, "batch_size: 10 is not possible; allowed: a multiple of 4 devices"),
+        ({"batch_size": 10, "run.devices": "4"}, "batch_size: 10 is not possible; allowed: a multiple of 4 (devices)"),
         ({"seed": -1}, "seed: -1 is not possible; allowed: 0..4294967295"),
         ({"seed": 2**32}, "seed: 4294967296 is not possible; allowed: 0..4294967295"),
         ({"seed": "99999999999999999999"}, "seed: 99999999999999999999 is not possible; allowed: 0..4294967295"),

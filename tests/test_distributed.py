@@ -16,6 +16,7 @@ from pathlib import Path
 import distributed_cases
 import jax
 import numpy as np
+import oracles
 import pytest
 import search_cases
 import train_cases
@@ -190,6 +191,18 @@ class TestTwo:
         for end in ends:
             said = "prdarts: error: process 1 was started differently (seed: 0 on process 0, 5 there)"
             assert end.line.startswith(said) and end.err.count("prdarts: error") == 1, end
+        assert not (tmp_path / "w").exists()
+
+    def test_processes_that_would_run_other_programs_are_refused(self, folder, tmp_path):
+        """They would pair one's all-reduce with another of the other's."""
+        oracles.require_kernels()
+        commands = together(_command("search", folder, tmp_path / "w"), 2)
+        environments = [{"PRDARTS_CPU_KERNELS": "auto"}, {"PRDARTS_CPU_KERNELS": "off"}]
+        with distributed_cases.job(commands, tmp_path / "log", devices=1, environments=environments) as job:
+            ends = job.wait()
+        assert [end.status for end in ends] == [2, 2], ends
+        said = "started differently (cpu_kernels: 'native' on process 0, 'off (PRDARTS_CPU_KERNELS)' there)"
+        assert all(said in end.line for end in ends)
         assert not (tmp_path / "w").exists()
 
     def test_a_workdir_that_the_first_refuses_ends_all(self, folder, tmp_path):
