@@ -246,8 +246,9 @@ def _strategies(words: list[str]) -> int:
 
 def _zoo(words: list[str]) -> int:
     parser = _Parser("prdarts zoo", description="The published genotypes and their costs, or the cells of one.")
-    parser.add_argument("name", metavar="NAME", nargs="?")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a published one, a file or a workdir")
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--pictures", metavar="DIR", help="draw the cells of NAME into this folder, as .svg and .png")
     args = parser.parse_args(words)
     from prdarts_jax.space import genotype
 
@@ -257,11 +258,13 @@ def _zoo(words: list[str]) -> int:
         return {data: network_counts.profile(found, data)._asdict() for data in network_counts.SCALES}
 
     if args.name is None:
+        if args.pictures:
+            raise UserError("--pictures: of which genotype? allowed: NAME and --pictures DIR")
         names = genotype.names()
         rows = [{"name": name, **costs(genotype.Genotype.named(name))} for name in names]
         print(json.dumps(rows, indent=1) if args.json else "\n".join(_zoo_table(rows)))
         return 0
-    found = genotype.Genotype.named(args.name)
+    found = genotype.Genotype.load(args.name)
     if args.json:
         print(found.to_json())
         return 0
@@ -270,11 +273,36 @@ def _zoo(words: list[str]) -> int:
         print(f"{kind}: {found.skips(kind)} skips, depth {found.depth(kind)}")
         for node, pairs in enumerate(nodes, start=genotype.CELL_INPUTS):
             print(f"  node {node} = {' + '.join(f'{op}({source})' for op, source in pairs) or '0'}")
-        print(f"  output = concat({', '.join(map(str, concat))})")
+        exists = [True] * genotype.CELL_INPUTS
+        for pairs in nodes:
+            exists.append(any(exists[source] for _, source in pairs))
+        there = [n for n in concat if exists[n]]
+        print(f"  output = concat({', '.join(map(str, there))})")
     for data, cost in costs(found).items():
         params, with_aux, macs = (f"{count / 1e6:.2f} M" for count in cost.values())
         print(f"{data}: {params} parameters ({with_aux} with the auxiliary head), {macs} multiply-adds")
+    if args.pictures:
+        for path in _pictures(found, Path(args.pictures)):
+            print(f"written: {path}")
     return 0
+
+
+def _pictures(found: Any, folder: Path) -> list[Path]:
+    """The cells of a genotype as pictures."""
+    from prdarts_jax import plots
+    from prdarts_jax.errors import RunError
+    from prdarts_jax.space import genotype
+
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in genotype.CELLS:
+            for suffix in ("svg", "png"):
+                written.append(folder / f"{kind}.{suffix}")
+                plots.save(plots.cell_diagram(found, kind), written[-1])
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror or error}") from None
+    return written
 
 
 def _zoo_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -189,7 +189,10 @@ def convert(state_dict: Mapping[str, np.ndarray], genotype: Genotype, *, stem: s
     for key in [key for key in filled if key.endswith(f".{_COUNTER}")]:
         if f"{key.removesuffix(_COUNTER)}running_mean" in filled:
             del filled[key]
-    _same_keys({source.key for source in sources}, filled)
+    unused = [key for key in filled if key.startswith(_void(plan, genotype))]
+    if unused:
+        notes.append(f"left out: {_listed(unused)}, of edges that leave a node without operations")
+    _same_keys({source.key for source in sources}, {key: a for key, a in filled.items() if key not in unused})
     flat = {source.name: _array(source, filled[source.key]) for source in sources}
     return Converted(traverse_util.unflatten_dict(flat), network, in_channels, tuple(notes))
 
@@ -283,6 +286,17 @@ def _unwrapped(source: _Source, found: Mapping[str, np.ndarray]) -> _Source:
     """Some programs wrap conv_7x1_1x7, too, in a module whose nn.Sequential is `op`."""
     wrapped = re.sub(r"(\._ops\.\d+)\.(?=\d)", r"\1.op.", source.key)
     return source._replace(key=wrapped) if source.key not in found and wrapped in found else source
+
+
+def _void(plan: NetworkPlan, genotype: Genotype) -> tuple[str, ...]:
+    """What names begin with that belong to edges which do nothing: they leave a node that does not exist."""
+    found = []
+    for i, cell in enumerate(plan.cells):
+        nodes = enumerate(genotype.cell(cell.kind)[0], CELL_INPUTS)
+        names = [f"node{n}_{k}_{op}" for n, pairs in nodes for k, (op, _) in enumerate(pairs)]
+        live = {edge.name for node in cell.nodes for edge in node}
+        found += [f"cells.{i}._ops.{at}." for at, name in enumerate(names) if name not in live]
+    return tuple(found)
 
 
 def _same_keys(wanted: set[str], found: Mapping[str, np.ndarray]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from search_cases import one_error
 
 import prdarts_jax
 from prdarts_jax import cli
@@ -435,6 +436,19 @@ def test_zoo_lists_names_and_shows_cells(capsys):
     out = capsys.readouterr().out
     assert "normal: 1 skips, depth 4" in out
     assert "node 2 = skip_connect(0) + sep_conv_3x3(1)" in out
+
+
+def test_zoo_takes_a_workdir_and_draws(capsys, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "genotype.json").write_text(Genotype.named("FairDARTS_a").to_json())
+    assert cli.main(["zoo", str(tmp_path / "w"), "--pictures", str(tmp_path / "p")]) == 0
+    out = capsys.readouterr().out
+    assert "node 3 = 0" in out and "output = concat(2, 4, 5)" in out  # node 3 has no operation: it does not exist
+    names = sorted(p.name for p in (tmp_path / "p").iterdir())
+    assert names == ["normal.png", "normal.svg", "reduce.png", "reduce.svg"]
+    assert (tmp_path / "p" / "normal.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "p" / "reduce.svg").read_text()
+    one_error(capsys, ["zoo", "--pictures", str(tmp_path / "q")], 2, "--pictures: of which genotype?")
 
 
 def test_derive_reads_the_result_or_the_last_whole_epoch(capsys, tmp_path):

@@ -322,6 +322,19 @@ def test_keys_must_be_those_of_the_network(small: dict[str, torch.Tensor]) -> No
     refused({"classifier.bias": np.full(CLASSES, np.nan, np.float32)}, "classifier.bias holds NaN")
 
 
+def test_weights_of_edges_that_leave_an_empty_node_are_left_out() -> None:
+    nodes = [[], [("sep_conv_3x3", 0), ("sep_conv_3x3", 2), ("skip_connect", 1)]]
+    genotype = Genotype(nodes, [3], nodes, [3])
+    found = arrays(program(genotype, auxiliary=False).state_dict())
+    converted = import_torch.convert(found, genotype)
+    (note,) = converted.notes
+    assert "cells.0._ops.1." in note and "of edges that leave a node without operations" in note
+    live = [key for key in found if "._ops.1." not in key and not key.endswith("num_batches_tracked")]
+    assert len(jax.tree.leaves(converted.variables)) == len(live)
+    with pytest.raises(UserError, match=r"it has besides cells\.0\._ops\.9"):
+        import_torch.convert(found | {"cells.0._ops.9.op.1.weight": np.ones(1)}, genotype)
+
+
 def test_a_wrapped_conv_7x1_1x7_is_the_same() -> None:
     plain = arrays(program(SEVEN, auxiliary=False).state_dict())
     pattern = re.compile(r"(_ops\.\d+)\.(?=\d)")
