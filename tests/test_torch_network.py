@@ -112,7 +112,12 @@ class TorchCell(nn.Module):
         super().__init__()
         self.preprocess0 = (factorized_reduce if previous_reduced else relu_conv_bn)(c_in[0], c)
         self.preprocess1 = relu_conv_bn(c_in[1], c)
-        self.genotype_nodes, self.concat = genotype.cell(kind)
+        nodes, concat = genotype.cell(kind)
+        exists, self.genotype_nodes = [True, True], []
+        for pairs in nodes:  # a node without operations does not exist, nor do edges that leave it
+            self.genotype_nodes.append([(op, j) for op, j in pairs if exists[j]])
+            exists.append(bool(self.genotype_nodes[-1]))
+        self.concat = [n for n in concat if exists[n]]
         for n, pairs in enumerate(self.genotype_nodes, start=2):
             for i, (op, source) in enumerate(pairs):
                 self.add_module(f"node{n}_{i}_{op}", make(op, c, 2 if kind == "reduce" and source < 2 else 1))
@@ -120,7 +125,8 @@ class TorchCell(nn.Module):
     def forward(self, s0: torch.Tensor, s1: torch.Tensor) -> torch.Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for n, pairs in enumerate(self.genotype_nodes, start=2):
-            states.append(sum(self.get_submodule(f"node{n}_{i}_{op}")(states[j]) for i, (op, j) in enumerate(pairs)))
+            terms = [self.get_submodule(f"node{n}_{i}_{op}")(states[j]) for i, (op, j) in enumerate(pairs)]
+            states.append(sum(terms) if terms else None)
         return torch.cat([states[n] for n in self.concat], 1)
 
 
@@ -149,8 +155,9 @@ class TorchNetwork(nn.Module):
         for i in range(cells):
             kind = "reduce" if i in self.reductions else "normal"
             c *= 2 if kind == "reduce" else 1
-            self.add_module(f"cell_{i}", TorchCell(genotype, kind, (before, last), c, previous))
-            before, last, previous = last, c * len(genotype.cell(kind)[1]), kind == "reduce"
+            cell = TorchCell(genotype, kind, (before, last), c, previous)
+            self.add_module(f"cell_{i}", cell)
+            before, last, previous = last, c * len(cell.concat), kind == "reduce"
             if i == self.reductions[1]:
                 self.auxiliary = Named(
                     lambda m, x: m.linear(
@@ -322,3 +329,21 @@ def test_three_training_steps_equal_those_of_torch() -> None:
         for tree in (statistics, params):
             for path, tensor, array in located(other, tree):
                 close(array, tensor, path, 1e-7)
+
+
+def test_equal_cells_in_float32_as_a_training_runs_them() -> None:
+    """Scanned and recomputed, with the CPU kernels where there are any; a genotype with a node that does not exist."""
+    with jax.enable_x64(True):
+        net, variables, other, images = build("FairDARTS_a", "cifar", 32, cells=8)
+        a, b = targets((images.shape[0], CLASSES))
+        low = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (variables, images, a, b))
+    (params, x, *factors), net = (low[0]["params"], *low[1:]), net.clone(dtype="float32", recompute=True)
+    (_, (out, statistics)), (gradients, _) = gradient_step(net, True)(params, x, low[0]["batch_stats"], *factors)
+    other.train()
+    expected, _ = backward(other, images, a, b)
+    close(out[0], expected[0], "logits", 1e-5)
+    close(out[1], expected[1], "auxiliary logits", 1e-5)
+    for path, tensor, gradient in located(other, gradients):
+        close(gradient, tensor.grad, path, 2e-4)
+    for path, tensor, statistic in located(other, statistics):
+        close(statistic, tensor, path, 1e-5)
