@@ -63,6 +63,18 @@ def test_nodes_and_gradients(name: str, kind: str) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-6 * scale, err_msg=jax.tree_util.keystr(path))
 
 
+def test_the_first_of_equal_pixels_is_the_maximum() -> None:
+    oracles.require_kernels()
+    space, kind = SPACES["no-pool-norm"], "reduce"
+    executed = jnp.full((space.num_edges, 1), space.ops.index("max_pool_3x3"), jnp.int32)
+    weights, s0, s1, ops, ct = cell_data(space, kind, (6, 7), np.float32)
+    args = (weights, jnp.round(s0), jnp.round(s1), ops, ct, executed)
+    full = jnp.concatenate([executed, jnp.full_like(executed, space.num_ops)], axis=1)
+    ours, theirs = sparse(space, kind)(*args), dense_reference(space, kind)(*args[:-1], full)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", CELL_TYPES)
 def test_gradients_asked_for_separately_have_the_same_bits(kind: str) -> None:
     oracles.require_kernels()

@@ -27,6 +27,8 @@ from prdarts_jax.ops.separable import Unit, pointwise_unit, separable_units
 # vectors, that leave one lane over, that are fewer than one; odd sizes; images smaller than the kernel; more images
 # than parts.
 CASES = [
+    (1, 1, 1, 6, 7, 20, 36, 3),
+    (1, 1, 1, 9, 5, 37, 65, 2),
     (3, 1, 1, 7, 6, 3, 5, 2),
     (3, 2, 1, 7, 6, 16, 16, 3),
     (3, 1, 2, 9, 4, 17, 33, 2),
