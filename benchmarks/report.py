@@ -175,7 +175,17 @@ def _growth(rows: Sequence[Row]) -> list[str]:
 def _population(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return ["Not measured yet.", ""]
-    header = ("searches", "population", "single starts", "of these the first", "memory", "memory of one", "speedup")
+    header = (
+        "searches",
+        "population",
+        "single starts",
+        "of these the first",
+        "compiling or loading",
+        "of the single ones",
+        "memory",
+        "memory of one",
+        "speedup",
+    )
     return _table(
         header,
         [
@@ -184,6 +194,8 @@ def _population(rows: Sequence[Row]) -> list[str]:
                 f"{r['seconds']:.0f} s",
                 f"{r['seconds_singles']:.0f} s",
                 f"{r['seconds_first']:.0f} s",
+                f"{r['compile_s']:.0f} s",
+                f"{r['compile_singles_s']:.0f} s",
                 f"{r['memory_gb']:.2f} GB",
                 f"{r['memory_single_gb']:.2f} GB",
                 f"{r['speedup']:.2f}",
