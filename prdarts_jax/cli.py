@@ -250,6 +250,7 @@ def _zoo(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--pictures", metavar="DIR", help="draw the cells of NAME into this folder, as .svg and .png")
     args = parser.parse_args(words)
+    from prdarts_jax.ops.primitives import PRIMITIVES
     from prdarts_jax.space import genotype
 
     def costs(found: genotype.Genotype) -> dict[str, dict[str, int]]:
@@ -265,6 +266,7 @@ def _zoo(words: list[str]) -> int:
         print(json.dumps(rows, indent=1) if args.json else "\n".join(_zoo_table(rows)))
         return 0
     found = genotype.Genotype.load(args.name)
+    pictures = _pictures(found, Path(args.pictures)) if args.pictures else []
     if args.json:
         print(found.to_json())
         return 0
@@ -278,12 +280,18 @@ def _zoo(words: list[str]) -> int:
             exists.append(any(exists[source] for _, source in pairs))
         there = [n for n in concat if exists[n]]
         print(f"  output = concat({', '.join(map(str, there))})")
-    for data, cost in costs(found).items():
+    try:
+        found.validate_ops(PRIMITIVES)
+    except UserError as error:
+        print(f"costs: unknown ({error})")
+        found_costs = {}
+    else:
+        found_costs = costs(found)
+    for data, cost in found_costs.items():
         params, with_aux, macs = (f"{count / 1e6:.2f} M" for count in cost.values())
         print(f"{data}: {params} parameters ({with_aux} with the auxiliary head), {macs} multiply-adds")
-    if args.pictures:
-        for path in _pictures(found, Path(args.pictures)):
-            print(f"written: {path}")
+    for path in pictures:
+        print(f"written: {path}")
     return 0
 
 

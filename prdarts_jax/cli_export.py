@@ -62,7 +62,9 @@ def _network(source: Path, *, ema: bool) -> Any:
     there = source.is_dir() and (source / export.NETWORK_FILE).is_file()
     if source.is_dir() and (source / "config.json").is_file():
         if there and not ema:
-            return export.load_network(source, evaluation.own_primitives(source))
+            _, about = export.load_safetensors(source / export.NETWORK_FILE)
+            own = evaluation.own_primitives(source) if about.get("own_operations") else None
+            return export.load_network(source, own)
         trained = evaluation.restore(source)
         variables = trained.ema if ema else trained.variables
         if variables is None:

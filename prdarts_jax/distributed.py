@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from prdarts_jax import config as cfg
 from prdarts_jax.checkpoint import Checkpointer, Restored
 from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.ops import native
 
 T = TypeVar("T")
 
@@ -159,7 +160,7 @@ def _program(document: Mapping[str, Any]) -> dict[str, Any]:
     kernels = platform["cpu_kernels"]
     return {
         "backend": platform["backend"],
-        "cpu_kernels": "native" if kernels.startswith("native ") else kernels,
+        f"CPU kernels, of all or ({native.SWITCH}=off) of none": "native" if kernels.startswith("native ") else "XLA",
         **{name: str(getattr(jax.config, name)) for name in _NUMERICS},
     }
 

@@ -297,8 +297,19 @@ class Restored(NamedTuple):
 
 def own_primitives(workdir: Path) -> Mapping[str, Any] | None:
     """The operations that a training took from its user's file; None without one."""
-    config, _ = _read_config(workdir)
-    return runs.user_primitives(config.network.primitives, "network.primitives", {})
+    config, head = _read_config(workdir)
+    digests: dict[str, str] = {}
+    found = runs.user_primitives(config.network.primitives, "network.primitives", digests)
+    _same_primitives(config, digests, head)
+    return found
+
+
+def _same_primitives(config: TrainConfig, digests: Mapping[str, str], head: Mapping[str, Any]) -> None:
+    name = "network.primitives"
+    if digests.get(name) != head["digests"].get(name):
+        raise UserError(
+            f"{name}: {config.network.primitives!r} is not what the training ran with; allowed: the file as it was then"
+        )
 
 
 def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> Restored:
@@ -321,7 +332,9 @@ def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> R
     genotype = Genotype.load(workdir / "genotype.json")
     names, image = tuple(head["data"]["classes"]), tuple(head["image"])
     normalization = (tuple(head["data"]["mean"]), tuple(head["data"]["std"]))
-    problem = train_inputs.make_problem(config, genotype, len(names), normalization, {}, weight_tx=weight_tx)
+    digests: dict[str, str] = {}
+    problem = train_inputs.make_problem(config, genotype, len(names), normalization, digests, weight_tx=weight_tx)
+    _same_primitives(config, digests, head)
     target = train_program.abstract_carry(problem, mesh, jax.random.key(0), image)
     with Checkpointer(workdir / "checkpoints", warn=runs.warn) as saved:
         found = saved.restore_latest(target)

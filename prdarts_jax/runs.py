@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -275,6 +276,13 @@ def document(
             "distributed": jax.distributed.is_initialized(),
         },
     }
+
+
+@functools.cache
+def warn_without_kernels(why: str) -> None:
+    """One line, once, where a computer could have the CPU kernels and has not."""
+    if not why.startswith(("native ", "off ")) and why != "no CPU":
+        warn(f"no CPU kernels ({why}): steps take twice as long or more; {native.SWITCH}=off says no more of it")
 
 
 def compared(document: Mapping[str, Any], kind: type, files: Iterable[str]) -> dict[str, Any]:

@@ -126,6 +126,7 @@ def dispatches(
     workdir, document = start.workdir, start.document
     overwrite, compared = config.run.overwrite, search_inputs.compared
     distributed.same(config, compared(document), document)
+    runs.warn_without_kernels(document["platform"]["cpu_kernels"])
 
     def check() -> dict[str, Any] | None:
         return runs.check_workdir(workdir, document, overwrite=overwrite, compared=compared)

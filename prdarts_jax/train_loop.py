@@ -216,6 +216,7 @@ def _train(
 ) -> TrainResult:
     document = train_inputs.document(config, inputs, sources)
     distributed.same(config, train_inputs.compared(document), document)
+    runs.warn_without_kernels(document["platform"]["cpu_kernels"])
 
     def begin() -> list[Any]:
         """(config.json of the training in the workdir or None, final row and report of a finished one)."""

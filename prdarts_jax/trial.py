@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from prdarts_jax import search_program, userfile
 from prdarts_jax.errors import UserError
-from prdarts_jax.ops.layers import draw
+from prdarts_jax.ops.layers import Pool, draw
 from prdarts_jax.ops.leaves import fast_leaves
 from prdarts_jax.ops.primitives import Primitive
 from prdarts_jax.search_program import Problem
@@ -77,6 +77,27 @@ def primitives(
             raise UserError(
                 f"{field}: {name!r} gives {_text(found)} for {_text(x)} at stride {stride}; allowed: {_text(allowed)}"
             )
+        if one.units is not None:
+            with userfile.errors_of({field: one}):
+                agrees = _units_agree(one, channels, stride)
+            if not agrees:
+                raise UserError(f"{field}: units and apply of {name!r} differ at stride {stride}; allowed: the same")
+
+
+def _units_agree(one: Primitive, channels: int, stride: int) -> bool:
+    """Whether the units of a primitive compute what it applies, on numbers."""
+    assert one.units is not None
+    leaves, params = fast_leaves(own_kernels=False), draw(jax.random.key(0), one.weights(channels, stride))
+    x = jax.random.normal(jax.random.key(1), (2, 7, 6, channels))
+    units = one.units(params, stride)
+    if units is None:
+        return True
+    if isinstance(units, Pool):
+        y = (leaves.max_pool if units.kind == "maximum" else leaves.avg_pool)(x, units.stride)
+    else:
+        y = leaves.separable([f"bn{i}" for i in range(len(units))], x, units) if units else x
+    found = one.apply(params, x, stride, leaves)
+    return y.shape == found.shape and bool(jax.numpy.allclose(y, found, rtol=1e-3, atol=1e-3))
 
 
 def strategy(made: Strategy, space: Space, epochs: int, *, field: str = "method.strategy") -> None:

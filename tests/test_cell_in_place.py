@@ -11,11 +11,13 @@ import oracles
 import pytest
 from cells import ALL_OPS, CHANNELS, SPACES, cell_data, dense_reference, random_slots, sparse
 
+from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
+from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.leaves import Leaves
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
 from prdarts_jax.ops.separable import Unit
-from prdarts_jax.space.cell import mixed_nodes
+from prdarts_jax.space.cell import declare_edges, mixed_nodes
 from prdarts_jax.space.spec import CELL_TYPES, Space
 
 
@@ -115,32 +117,85 @@ def test_two_cells_in_one_program_keep_apart() -> None:
     np.testing.assert_allclose(two(s0, s1), pull(from_middle)[0], rtol=2e-4, atol=1e-5)
 
 
-def test_nothing_that_changes_in_place_is_copied() -> None:
+@pytest.mark.parametrize("kind", CELL_TYPES)
+def test_no_node_is_copied(kind: str) -> None:
     """In the compiled program neither an array of all nodes nor the memory of the units is copied in or for a loop."""
     oracles.require_kernels()
-    space, kind = Space(nodes=3), "normal"
+    space = Space(nodes=3)
     weights, s0, s1, ops, ct = cell_data(space, kind, (6, 6), np.float32)
     executed = jnp.asarray(random_slots(space, kind, 2, 0))
 
-    def run(ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
+    def run(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
         values, slots = Gates({kind: ops}, {kind: executed}).slots(kind)
-        for _ in range(2):
-            nodes = mixed_nodes(weights, values, slots, s0, s1, space=space, kind=kind)
-            s0, s1 = nodes[0], nodes[1]
+        nodes = mixed_nodes(weights, values, slots, s0, s1, space=space, kind=kind)
+        if kind == "normal":
+            nodes = mixed_nodes(weights, values, slots, nodes[0], nodes[1], space=space, kind=kind)
         return jnp.vdot(nodes, ct)
 
-    text = jax.jit(jax.grad(run)).lower(ops, s0, s1).compile().as_text()
-    shapes = [f"f32[{n},2,6,6,{CHANNELS}]" for n in (2, space.nodes + 2)]  # two units; all nodes
+    text = jax.jit(jax.grad(run, argnums=(0, 1))).lower(weights, ops, s0, s1).compile().as_text()
+    side = 6 if kind == "normal" else 3
+    inputs = 2 if kind == "normal" else 0
+    shapes = [f"f32[{n},2,{side},{side},{CHANNELS}]" for n in (2, space.nodes + inputs)]  # two units; all nodes
     assert all(shape in text for shape in shapes)
     copies = [line for line in text.splitlines() if " copy(" in line and any(f"= {s}" in line for s in shapes)]
-    assert not [line for line in copies if "copy(%constant" not in line]  # zeros to begin with
+    # What comes from outside the loops, or are zeros to begin with, is copied once.
+    assert not [line for line in copies if "copy(%constant" not in line and "copy(%arg" not in line], copies
 
 
-def test_nan_reaches_the_nodes() -> None:
+@pytest.mark.parametrize("op", ["max_pool_3x3", "avg_pool_3x3", "sep_conv_3x3", "dil_conv_5x5"])
+def test_nan_reaches_the_nodes(op: str) -> None:
     oracles.require_kernels()
-    space, kind = SPACES["three-nodes"], "normal"
-    *args, ct = cell_data(space, kind, (6, 6), np.float32)
-    executed = jnp.asarray(random_slots(space, kind, 2, 0))
-    weights, s0, s1, ops = args
+    space, kind = Space(nodes=1, ops=(op, "skip_connect")), "normal"
+    weights, s0, s1, ops, ct = cell_data(space, kind, (6, 6), np.float32)
+    executed = jnp.zeros((space.num_edges, 1), jnp.int32)
     nodes, _ = sparse(space, kind)(weights, s0.at[0, 3, 3, 0].set(jnp.nan), s1, ops, ct, executed)
     assert bool(jnp.isnan(nodes).any())
+
+
+def _narrow_apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+    return leaves.separable(("a", "b"), x, _narrow(params, stride))
+
+
+def _narrow(params: Params, stride: int) -> tuple[Unit, ...]:
+    """A window, then a 1x1 unit whose factors are weights."""
+    factors = params["depthwise2"][..., 1:2, 1:2, :]
+    return Unit(params["depthwise1"], params["pointwise1"], stride), Unit(factors, params["pointwise2"])
+
+
+@pytest.mark.parametrize("kind", CELL_TYPES)
+def test_more_channels_than_a_vector_and_more_images_than_parts(kind: str) -> None:
+    """Channels that leave a vector part filled, strips that do not fill the image, 33 images."""
+    oracles.require_kernels()
+    narrow = Primitive("conv", PRIMITIVES["sep_conv_3x3"].weights, _narrow_apply, _narrow)
+    ops_ = ("max_pool_3x3", "avg_pool_3x3", "narrow", "sep_conv_5x5")
+    space = Space(nodes=1, ops=ops_, primitives=(("narrow", narrow), *PRIMITIVES.items()))
+    shape, out = (33, 17, 18, 20), (33, 9, 9, 20) if kind == "reduce" else (33, 17, 18, 20)
+    rng = np.random.default_rng(0)
+    weights = draw(jax.random.key(0), declare_edges(space, kind, 20))
+    arrays = [rng.normal(size=s) for s in (shape, shape, (space.num_edges, space.num_ops), (1, *out))]
+    executed = jnp.tile(jnp.arange(space.num_ops, dtype=jnp.int32), (space.num_edges, 1))
+    ours = sparse(space, kind)(weights, *(jnp.asarray(a, jnp.float32) for a in arrays), executed)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), weights)
+        theirs = dense_reference(space, kind)(wide, *map(jnp.asarray, arrays), executed)
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        scale = max(float(np.abs(b).max(initial=0)), 1e-3)
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+    ("units", "said"),
+    [
+        (lambda p, stride: _triple(p, 1), "strides \\[1, 1, 1\\] on edges of stride 2"),
+        (lambda p, stride: (), "strides \\[\\] on edges of stride 2"),
+        (lambda p, stride: (Unit(jnp.ones((1, 1, 4)), p["pointwise1"], stride),), "since those of 2 edges are stacked"),
+        (lambda p, stride: (Unit(p["depthwise1"][:1], p["pointwise1"], stride),), "since those of 2 edges are stacked"),
+    ],
+)
+def test_units_that_cannot_be_those_of_the_operation_are_refused(units: Any, said: str) -> None:
+    oracles.require_kernels()
+    wrong = Primitive("conv", PRIMITIVES["sep_conv_3x3"].weights, _triple_apply, units)
+    space = Space(nodes=1, ops=("wrong", "skip_connect"), primitives=(("wrong", wrong), *PRIMITIVES.items()))
+    args = cell_data(space, "reduce", (6, 6), np.float32)
+    with pytest.raises(UserError, match=said):
+        sparse(space, "reduce").lower(*args, jnp.zeros((space.num_edges, 1), jnp.int32))

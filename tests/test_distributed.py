@@ -201,7 +201,7 @@ class TestTwo:
         with distributed_cases.job(commands, tmp_path / "log", devices=1, environments=environments) as job:
             ends = job.wait()
         assert [end.status for end in ends] == [2, 2], ends
-        said = "started differently (cpu_kernels: 'native' on process 0, 'off (PRDARTS_CPU_KERNELS)' there)"
+        said = "(CPU kernels, of all or (PRDARTS_CPU_KERNELS=off) of none: 'native' on process 0, 'XLA' there)"
         assert all(said in end.line for end in ends)
         assert not (tmp_path / "w").exists()
 

@@ -59,6 +59,10 @@ def test_operations_of_the_user_come_along(name: str, tmp_path: Path, capsys: py
     alone = ["export", str(tmp_path / "net.st"), "--platforms=cpu", "--format=stablehlo", "--out"]
     one_error(capsys, [*alone, str(tmp_path / "b.hlo")], 2, f"own_operations: {name!r}", "the workdir of its training")
     assert not (tmp_path / "b.hlo").exists()
+    (tmp_path / "own.py").write_text(OWN.replace("NAME", repr(name)).replace("-3.0", "-2.0"))
+    said = "own.py' is not what the training ran with"
+    one_error(capsys, [*command, "stablehlo", "--out", str(tmp_path / "c.hlo")], 2, "network.primitives: ", said)
+    one_error(capsys, ["evaluate", str(tmp_path / "w")], 2, "network.primitives: ", said)
 
 
 def test_averaged_weights(averaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,9 @@ PRIMITIVES = {
     "forgets_stride": _primitive(lambda params, x, stride, leaves: x),
     "half": _primitive(lambda params, x, stride, leaves: x[:, ::stride, ::stride].astype(jnp.float16)),
     "nothing": _primitive(lambda params, x, stride, leaves: None),
+    "two_minds": _primitive(lambda params, x, stride, leaves: x[:, ::stride, ::stride])._replace(
+        units=lambda params, stride: ()
+    ),
 }
 """
 BOOM_LINE = 7
@@ -205,6 +208,7 @@ def test_user_code_that_fails_later_is_one_line_before_anything_is_written(npz, 
         ("raises", f"space.primitives: FILE:{BOOM_LINE}: RuntimeError: boom"),
         ("forgets_stride", "'forgets_stride' gives float32[2,8,8,8] for float32[2,8,8,8] at stride 2; allowed: "),
         ("half", "'half' gives float16[2,8,8,8] for float32[2,8,8,8] at stride 1; allowed: float32[2,8,8,8]"),
+        ("two_minds", "units and apply of 'two_minds' differ at stride 2; allowed: the same"),
         ("nothing", "'nothing' gives a NoneType for float32[2,8,8,8] at stride 1; allowed: float32[2,8,8,8]"),
     ],
 )

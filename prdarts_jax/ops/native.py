@@ -18,7 +18,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -112,11 +111,6 @@ def _library() -> tuple[ctypes.CDLL, str]:
     return ctypes.CDLL(str(target)), digest
 
 
-def _without(reason: str) -> Kernels:
-    warnings.warn(f"slow: there are no CPU kernels ({reason}); {SWITCH}=off says no more of it", stacklevel=4)
-    return Kernels(False, reason)
-
-
 @cache
 def kernels() -> Kernels:
     """Compiles and registers the kernels if this process computes on a CPU.
@@ -132,9 +126,9 @@ def kernels() -> Kernels:
     try:
         library, digest = _library()
     except subprocess.CalledProcessError as e:
-        return _without(f"the C++ compiler failed: {(e.stderr or '').strip().splitlines()[:1]}")
+        return Kernels(False, f"the C++ compiler failed: {(e.stderr or '').strip().splitlines()[:1]}")
     except (OSError, subprocess.SubprocessError) as e:
-        return _without(str(e))
+        return Kernels(False, str(e))
     for name in _KERNELS:
         capsule = jax.ffi.pycapsule(getattr(library, f"prdarts_{name}"))
         jax.ffi.register_ffi_target(f"prdarts_{name}", capsule, platform="cpu")

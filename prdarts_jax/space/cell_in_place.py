@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from prdarts_jax.errors import UserError
 from prdarts_jax.ops import native
 from prdarts_jax.ops.layers import Pool
 from prdarts_jax.ops.leaves import fast_leaves
@@ -66,7 +67,11 @@ _POOLS = ("average", "maximum")
 
 
 def _units_of(program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str, Params]) -> list[Unit] | Pool | None:
-    """The units of an operation, with stacked weights, or its pool, if the kernels compute all of it."""
+    """The units of an operation, with stacked weights, or its pool, if the kernels compute all of it.
+
+    Raises:
+      UserError: units that cannot be those of the operation; a kernel would read and write what is not theirs.
+    """
     primitive = program.space.table[op]
     if primitive.units is None or not runs(program, group)[op]:
         return None
@@ -77,10 +82,19 @@ def _units_of(program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str,
         return units if fits else None
     if units is None or (primitive.group == "pool" and program.space.pool_norm):  # normalised once more, behind them
         return None
-    for i, unit in enumerate(units):
-        height, width, channels = unit.depthwise.shape[1:]
-        fits = unit.matrix.shape[1:] == (channels, channels) and (unit.stride == 1 or i == 0)
-        if not (fits and native.compiled(height, width, unit.stride, unit.dilation)):
+    rows = len(program.space.rows(program.kind, group)[op])
+    strides = [unit.stride for unit in units]
+    if strides != [group.stride, *[1] * (len(units) - 1)] and (units or group.stride != 1):
+        raise UserError(f"units of {op!r}: strides {strides} on edges of stride {group.stride}; allowed: it, then 1")
+    for unit in units:
+        shapes = (np.shape(unit.depthwise), np.shape(unit.matrix))
+        channels = shapes[1][-1] if shapes[1] else 0
+        if len(shapes[0]) != 4 or shapes[0][::3] != (rows, channels) or shapes[1] != (rows, channels, channels):
+            raise UserError(
+                f"units of {op!r}: weights of shapes {shapes[0]} and {shapes[1]}; "
+                f"allowed: ({rows}, k, k, C) and ({rows}, C, C), since those of {rows} edges are stacked"
+            )
+        if not native.compiled(*shapes[0][1:3], unit.stride, unit.dilation):
             return None
     return list(units)
 
@@ -225,7 +239,7 @@ def reverse_group(
                 y, pull = jax.vjp(lambda p, x: apply_op(space, op, p, x, stride, leaves), params, x)
                 dp, dx = pull(ct)
                 scaled = jax.tree.map(lambda d: slot.value.astype(d.dtype) * d, dp)
-                mine = jax.tree.map(lambda all, d: all.at[slot.row].set(d), dothers[op], scaled)
+                mine = jax.tree.map(lambda all, d: all.at[slot.row].add(d), dothers[op], scaled)
                 dothers = {**dothers, op: mine}
             else:
                 y, pull = jax.vjp(lambda x: apply_op(space, op, params, x, stride, leaves), x)

@@ -171,6 +171,7 @@ ffi::Error SeparableInputGradient(ffi::ThreadPool pool, Array x, Array in_mean, 
 // --- terms of a cell -------------------------------------------------------------------------------------------------
 // What is changed in place is an argument and a result. A term whose operation is not of this form is left alone.
 
+ffi::Error not_fitting() { return ffi::Error::InvalidArgument("units that do not fit the nodes of the cell"); }
 ffi::Error not_in_place() { return ffi::Error::Internal("an array that is changed in place was copied"); }
 
 // `work` has a row for each unit of the longest chain. `sources` is empty where the nodes themselves are the sources.
@@ -191,6 +192,7 @@ ffi::Error TermForward(ffi::ThreadPool pool, Array nodes, Array work, Array sour
   }
   if (!all.has(slot.op)) return ffi::Error::Success();
   const Chain chain(all, slot, dimensions_of_row(from), weights);
+  if (!chain.fits(from, work, nodes)) return not_fitting();
   return term_forward(pool, chain, *value.typed_data(), eps, row_of(from, slot.source), work, size_of_row(nodes),
                       row_of(nodes, slot.target));
 }
@@ -217,6 +219,7 @@ ffi::Error TermBackward(ffi::ThreadPool pool, Array cts, Array work, Array ct_no
   }
   if (!all.has(slot.op)) return ffi::Error::Success();
   const Chain chain(all, slot, dimensions_of_row(sources), weights);
+  if (!chain.fits(sources, work, from)) return not_fitting();
   return term_backward<kWeights>(pool, chain, *value.typed_data(), eps, row_of(sources, slot.source), work,
                                  row_of(from, slot.target), size_of_row(cts), row_of(cts, slot.source), gradients,
                                  dvalue->typed_data());

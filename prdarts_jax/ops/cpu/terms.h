@@ -71,6 +71,16 @@ class Chain {
     }
     return g;
   }
+  // Whether its input is a row of `from`, and what it makes one of `to`, whose rows are of the size of those of `work`.
+  bool fits(const Array& from, const Array& work, const Array& to) const {
+    bool good = size_of_row(work) == size_of_row(to) && slot_.source < from.dimensions()[0] &&
+                slot_.target < to.dimensions()[0] && count_ <= work.dimensions()[0];
+    if (count_ == 0) return good && size_of_row(from) == size_of_row(to);
+    const Shape g = shape(count_ - 1);
+    good = good && g.batch * g.out_pixels() * g.channels == size_of_row(to);
+    for (int64_t u = 0; u < count_; ++u) good = good && slot_.row < depthwise(u).dimensions()[0];
+    return good;
+  }
   // Gradients lie behind the weights among the arguments, and are the results `of`.
   float* gradient(const ffi::RemainingRets& of, int64_t u, int64_t which) const {
     return row_of(**of.get<Array>(2 * (first_ + u) + which), slot_.row);
@@ -201,7 +211,7 @@ inline ffi::Error term_forward(ffi::ThreadPool& pool, const Chain& chain, float 
   return ffi::Error::Success();
 }
 
-// Adds factor * dx to `to`, writes factor times the gradients of the weights to rows of their stacks, and the gate's.
+// Adds factor * dx to `to`, factor times the gradients of the weights to rows of their stacks; writes the gate's.
 template <bool kWeights>
 ffi::Error term_backward(ffi::ThreadPool& pool, const Chain& chain, float factor, float eps, const float* x,
                          const Array& work, const float* dy, int64_t size, float* to,
@@ -216,6 +226,7 @@ ffi::Error term_backward(ffi::ThreadPool& pool, const Chain& chain, float factor
   const int64_t channels = chain.shape(0).channels;
   Buffer means(2 * channels);
   float *mean_dy = means.data(), *mean_cross = means.data() + channels;
+  std::vector<float> of_depthwise, of_pointwise(kWeights ? channels * channels : 0);
   for (int64_t u = chain.count() - 1; u >= 0; --u) {
     const Shape g = chain.shape(u);
     float* z = units.z(u);
@@ -228,14 +239,14 @@ ffi::Error term_backward(ffi::ThreadPool& pool, const Chain& chain, float factor
     }
     // The cotangent of an image of z(u - 1) takes the place of that of z(u), which has been read by then.
     const Sink dx = u ? Sink{z} : Sink{to, true, factor};
-    float* ddepthwise = kWeights ? chain.gradient(gradients, u, 0) : nullptr;
-    float* dpointwise = kWeights ? chain.gradient(gradients, u, 1) : nullptr;
+    of_depthwise.resize(kWeights ? g.taps() * channels : 0);
     error = unit_backward<kWeights>(pool, g, channels, u ? units.z(u - 1) : x, {units.mean(u - 1), units.scale(u - 1)},
-                                    chain.weights(u), dy, norm, dx, ddepthwise, dpointwise);
+                                    chain.weights(u), dy, norm, dx, of_depthwise.data(), of_pointwise.data());
     if (error.failure()) return error;
     if (kWeights) {
-      for (int64_t i = 0; i < g.taps() * channels; ++i) ddepthwise[i] *= factor;
-      for (int64_t i = 0; i < channels * channels; ++i) dpointwise[i] *= factor;
+      float *ddepthwise = chain.gradient(gradients, u, 0), *dpointwise = chain.gradient(gradients, u, 1);
+      for (int64_t i = 0; i < g.taps() * channels; ++i) ddepthwise[i] += factor * of_depthwise[i];
+      for (int64_t i = 0; i < channels * channels; ++i) dpointwise[i] += factor * of_pointwise[i];
     }
     dy = z;
   }
