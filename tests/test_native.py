@@ -177,7 +177,8 @@ print(json.dumps([*native.kernels(), digests, float(abs(parts[1]).sum())]))
 
 
 def _elsewhere(**changed: str) -> list[Any]:
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false", **changed}
+    settings = {"PRDARTS_CPU_KERNELS": "auto", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = {**os.environ, **settings, **changed}
     done = subprocess.run(
         [sys.executable, "-c", _HASHES], env=environment, capture_output=True, text=True, timeout=300, check=True
     )
@@ -205,6 +206,16 @@ def test_without_kernels_the_values_are_the_same_to_rounding(tmp_path: Path) -> 
         loaded, description, _, total = _elsewhere(**environment)
         assert (loaded, description) == (False, reason)
         assert expected is None or total == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_command_says_once_that_there_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    say = runs.warn_without_kernels.__wrapped__  # without the memory of what was said
+    for why in ("native 0123", "off (PRDARTS_CPU_KERNELS)", "no CPU"):
+        say(why)
+    assert capsys.readouterr().err == ""
+    say("no C++ compiler")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no CPU kernels (no C++ compiler): " in line and "PRDARTS_CPU_KERNELS=off" in line
 
 
 def test_a_damaged_file_is_compiled_again(tmp_path: Path) -> None:
