@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from search_cases import one_error
 
 import prdarts_jax
 from prdarts_jax import cli
 from prdarts_jax import config as cfg
 from prdarts_jax.config import SearchConfig
 from prdarts_jax.errors import RunError
-from prdarts_jax.space.genotype import Genotype, names
+from prdarts_jax.space.genotype import Genotype
 
 PRDARTS = Genotype.named("PRDARTS")
 
@@ -417,38 +416,6 @@ def test_public_names():
 
 
 # The other commands
-
-
-def test_zoo_lists_names_and_shows_cells(capsys):
-    assert cli.main(["zoo", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in rows] == names()
-    assert cli.main(["zoo"]) == 0
-    _, head, *table = capsys.readouterr().out.splitlines()
-    assert head.split() == [scale for scale in rows[0] if scale != "name"]
-    for line, row in zip(table, rows, strict=True):
-        numbers = [float(word.strip("()")) for word in line.replace("(", " ").split()[1:]]
-        exact = [count / 1e6 for scale in head.split() for count in row[scale].values()]
-        assert line.split()[0] == row["name"] and numbers == pytest.approx(exact, abs=0.0051)
-    assert cli.main(["zoo", "PRDARTS", "--json"]) == 0
-    assert Genotype.from_json(capsys.readouterr().out) == PRDARTS
-    assert cli.main(["zoo", "PRDARTS"]) == 0
-    out = capsys.readouterr().out
-    assert "normal: 1 skips, depth 4" in out
-    assert "node 2 = skip_connect(0) + sep_conv_3x3(1)" in out
-
-
-def test_zoo_takes_a_workdir_and_draws(capsys, tmp_path):
-    (tmp_path / "w").mkdir()
-    (tmp_path / "w" / "genotype.json").write_text(Genotype.named("FairDARTS_a").to_json())
-    assert cli.main(["zoo", str(tmp_path / "w"), "--pictures", str(tmp_path / "p")]) == 0
-    out = capsys.readouterr().out
-    assert "node 3 = 0" in out and "output = concat(2, 4, 5)" in out  # node 3 has no operation: it does not exist
-    names = sorted(p.name for p in (tmp_path / "p").iterdir())
-    assert names == ["normal.png", "normal.svg", "reduce.png", "reduce.svg"]
-    assert (tmp_path / "p" / "normal.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "p" / "reduce.svg").read_text()
-    one_error(capsys, ["zoo", "--pictures", str(tmp_path / "q")], 2, "--pictures: of which genotype?")
 
 
 def test_derive_reads_the_result_or_the_last_whole_epoch(capsys, tmp_path):

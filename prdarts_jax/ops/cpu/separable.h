@@ -176,15 +176,25 @@ ffi::Error unit_backward(ffi::ThreadPool& pool, const Shape& g, int64_t out, con
   const int64_t wide_out = padded(out), parts = parts_of(g.batch);
   const int64_t size_dw = g.taps() * g.wide(), size_pw = g.wide() * wide_out, size_all = size_dw + size_pw;
   Buffer partial(kWeights ? parts * size_all : 0);
+  const auto finish = [&] {
+    if (!kWeights) return;
+    Buffer total(size_all);
+    sum_parts(partial, parts, size_all, total.data());
+    drop_lanes(total, g, ddepthwise);
+    for (int64_t c = 0; c < g.channels; ++c) {
+      std::memcpy(dpointwise + c * out, total.data() + size_dw + c * wide_out, 4 * out);
+    }
+  };
+  if (!has_window(g)) {
+    pointwise_backward<kWeights>(pool, g, out, x, prologue, weights, dy, norm, dx, partial);
+    finish();
+    return ffi::Error::Success();
+  }
   Buffer taps(g.taps() * g.wide()), flipped(g.taps() * g.wide()), transposed(out * g.wide());
   lay_out(weights.depthwise, g.taps(), g.channels, false, taps.data());
   lay_out(weights.depthwise, g.taps(), g.channels, true, flipped.data());
   lay_out_matrix(weights.pointwise, g.channels, out, true, transposed.data());
   ffi::Error error = with_loops(g, [&](const Loops& loops) {
-    if (!has_window(g)) {
-      pointwise_backward<kWeights>(pool, g, out, x, prologue, weights, dy, norm, dx, partial);
-      return;
-    }
     for_parts(pool, parts, [&](int64_t part) {
       const Planes image = g.frame(scratch<kImage>(kWeights ? g.frame_size() : 0));
       const Planes gradient = g.frame(scratch<kGradient>(g.frame_size()));
@@ -221,14 +231,7 @@ ffi::Error unit_backward(ffi::ThreadPool& pool, const Shape& g, int64_t out, con
       }
     });
   });
-  if (kWeights) {
-    Buffer total(size_all);
-    sum_parts(partial, parts, size_all, total.data());
-    drop_lanes(total, g, ddepthwise);
-    for (int64_t c = 0; c < g.channels; ++c) {
-      std::memcpy(dpointwise + c * out, total.data() + size_dw + c * wide_out, 4 * out);
-    }
-  }
+  finish();
   return error;
 }
 
