@@ -1,9 +1,8 @@
-"""How a step grows: seconds, memory and compilation against batch, channels, cells, K, and gates that are exactly zero.
+"""How a step grows: seconds, memory and compilation against batch, channels, cells, K, devices, population, shut gates.
 
 One number is changed at a time from a base case; each point is a process of its own, with a cold compilation. A row a
 point: {axis, value, seconds, seconds_min, seconds_max, trace_s, compile_s, memory_gb, others}. Memory is the peak of
-the whole process and has the compiler's in it. Further axes (devices, a population of searches) are rows of AXES with
-the fields a `SearchCase` then needs.
+the whole process and has the compiler's in it. Devices are forced ones of the CPU, which share its cores.
 """
 
 from __future__ import annotations
@@ -44,9 +43,13 @@ AXES = {
         "temperature": Axis(
             "tau", (10.0, 1.0, 0.1), {"subsample": "all"}, "temperature, all operations: P(gate = 0) is 0, .08, .44"
         ),
+        "devices": Axis("devices", (1, 2, 4), {}, "forced devices that share the cores and the batch"),
+        "population": Axis("members", (1, 2, 4, 8), {}, "searches that share a compiled step (a step of each)"),
     },
     "smoke": {
         "closed": Axis("closed", (0.0, 1.0), {}, "share of the edges whose gates are exactly 0"),
+        "devices": Axis("devices", (2,), {}, "forced devices"),
+        "population": Axis("members", (2,), {}, "searches that share a compiled step"),
     },
 }
 
@@ -64,7 +67,7 @@ def rows(options: Options) -> Iterator[Row]:
 def _point(case: SearchCase, full: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         cold = Path(folder) if full else None  # at the smoke scale what is compiled already may be used
-        with Worker(Side("benchmarks.ours:search", case._asdict()), cold) as worker:
+        with Worker(Side("benchmarks.ours:search", case._asdict()), cold, case.devices) as worker:
             worker.seconds(1)
             others = Others(worker)
             seconds = [worker.seconds(3 if full else 1) for _ in range(5 if full else 2)]

@@ -23,6 +23,8 @@ class SearchCase(NamedTuple):
     tau: float = TAU
     closed: float = 0.0  # share of the edges whose gates are exactly zero
     subsample: str = "topk_gate"  # prdarts: topk_gate | all
+    devices: int = 1  # ours only: over which the batch is split
+    members: int = 1  # ours only: searches that share the compiled step; a step is then one of each
 
     @property
     def head_norm(self) -> bool:

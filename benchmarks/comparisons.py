@@ -64,13 +64,20 @@ def _compare(
 _TORCH = "benchmarks.peers.sides:"
 
 
+def _variants(options: Options) -> dict[str, dict[str, Any]]:
+    """PyTorch's settings by the name of the peer."""
+    variants: dict[str, dict[str, Any]] = {"torch-channels-last": {}, "torch-default": {"layout": "default"}}
+    if options.scale == "full":  # torch.compile takes minutes
+        variants["torch-channels-last-compiled"] = {"compiled": True}
+    return variants
+
+
 def search_step(options: Options) -> Iterator[Row]:
     """One bilevel step: PR-DARTS with two executed operations an edge, and dense first-order DARTS."""
     for name, case in cases.SEARCH[options.scale].items():
         for batch in cases.BATCHES[options.scale]:
             fields = case._replace(batch=batch)._asdict()
-            layouts = {f"torch-{layout}": layout for layout in ("channels-last", "default")}
-            peers = {peer: Side(f"{_TORCH}search", {"layout": layout, **fields}) for peer, layout in layouts.items()}
+            peers = {peer: Side(f"{_TORCH}search", {**extra, **fields}) for peer, extra in _variants(options).items()}
             # The operations drawn change from step to step, so a block of PR-DARTS has several.
             full = Plan(7, 4) if case.method == "prdarts" else Plan(5, 1)
             plan = Plan(2, 1) if options.scale == "smoke" else full
@@ -81,13 +88,7 @@ def train_step(options: Options) -> Iterator[Row]:
     """One SGD step of the derived network, with auxiliary head and drop-path."""
     for name, case in cases.TRAIN[options.scale].items():
         fields = case._asdict()
-        variants: dict[str, dict[str, Any]] = {
-            "torch-channels-last": {},
-            "torch-default": {"layout": "default"},
-        }
-        if options.scale == "full":  # torch.compile takes minutes
-            variants["torch-channels-last-compiled"] = {"compiled": True}
-        peers = {peer: Side(f"{_TORCH}train", {**extra, **fields}) for peer, extra in variants.items()}
+        peers = {peer: Side(f"{_TORCH}train", {**extra, **fields}) for peer, extra in _variants(options).items()}
         plan = Plan(2, 1) if options.scale == "smoke" else Plan(7, 3)
         yield from _compare(options, name, case.batch, Side("benchmarks.ours:train", fields), peers, plan)
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.cases import DepthwiseCase, SearchCase, TrainCase
-from prdarts_jax import bilevel, strategies
+from prdarts_jax import bilevel, parallel, strategies
 from prdarts_jax.bilevel import Batch, Batches
 from prdarts_jax.config import ArchConfig, SpaceConfig, WeightsConfig
 from prdarts_jax.space import Space
@@ -56,46 +57,58 @@ def search(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     """The bilevel step of a `SearchCase`; gates are drawn afresh in each step."""
     case = SearchCase(**fields)
     parts = search_parts(case)
+    mesh = parallel.make_mesh(jax.devices()[: case.devices])
     began = time.perf_counter()
-    state = jax.jit(lambda key: bilevel.init_state(key, **parts))(jax.random.key(0))
+    initial = jax.jit(lambda key: bilevel.init_state(key, **parts))
+    states = [initial(key) for key in jax.random.split(jax.random.key(0), case.members)]
     if case.closed:
         # So far below zero that sigmoid((noise + beta) / tau) is 0: the strategy itself then makes the gates exactly 0.
         shut = np.arange(parts["space"].num_edges) < round(case.closed * parts["space"].num_edges)
-        state = state.replace(arch={k: jnp.where(shut[:, None], -1e4 * case.tau, v) for k, v in state.arch.items()})
-    jax.block_until_ready(state)
+        states = [
+            state.replace(arch={k: jnp.where(shut[:, None], -1e4 * case.tau, v) for k, v in state.arch.items()})
+            for state in states
+        ]
+    states = jax.block_until_ready(parallel.replicate(mesh, states))
     clock = {"init_s": time.perf_counter() - began}
     pool = [_batch(i, case.batch, case.side, dtype) for i in range(POOL)]
     numbers = parts["strategy"].schedule(0, 2)
     progress = {name: np.float32(value) for name, value in (numbers | ({"tau": case.tau} if numbers else {})).items()}
-    step = bilevel.make_search_step(**parts)
+    step = bilevel.make_search_step(**parts, axis_name=parallel.axis_of(mesh))
 
     def one(state: Any, pool: Batch, i: jax.Array) -> tuple[Any, Any]:
         train, val = (jax.tree.map(lambda a, at=at: a[at % POOL], pool) for at in (i, i + 1))
         return step(state, Batches(train, val), jax.random.key(i), progress)
 
-    run, stages = _dispatched(one, state, pool)
+    run, stages = _dispatched(one, states, pool, mesh)
     return run, clock | stages
 
 
 def _dispatched(
-    step: Callable[[Any, Batch, jax.Array], tuple[Any, Any]], state: Any, pool: list[Batch]
+    step: Callable[[Any, Batch, jax.Array], tuple[Any, Any]], states: list[Any], pool: list[Batch], mesh: Mesh
 ) -> tuple[Steps, Clock]:
-    """Steps as the library runs them, several a dispatch in one loop. step: (state, batches, number) -> state."""
+    """Steps as the library runs them, several a dispatch in one loop. step: (state, batches, number) -> state.
+
+    The states take turns at the one compiled program.
+    """
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pool)
 
     def dispatch(state: Any, pool: Batch, first: jax.Array, count: jax.Array) -> Any:
         return lax.fori_loop(0, count, lambda i, state: step(state, pool, first + i)[0], state)
 
-    executable, stages = compiled(
-        jax.jit(dispatch, donate_argnums=0), state, stacked, jnp.int32(0), jnp.int32(0)
-    )
-    done = 0
+    whole, split = PartitionSpec(), PartitionSpec(None, parallel.AXIS)
+    mapped = parallel.map_over(mesh, dispatch, (whole, split, whole, whole), whole)
+    stacked = jax.device_put(stacked, NamedSharding(mesh, split)) if mesh.size > 1 else stacked
+    numbers = parallel.replicate(mesh, [jnp.int32(0), jnp.int32(0)])
+    executable, stages = compiled(jax.jit(mapped, donate_argnums=0), states[0], stacked, *numbers)
+    states, done = list(states), 0
 
     def run(count: int) -> None:
-        nonlocal state, done
-        state = executable(state, stacked, jnp.int32(done), jnp.int32(count))
+        nonlocal done
+        for i, state in enumerate(states):
+            numbers = parallel.replicate(mesh, [jnp.int32(done), jnp.int32(count)])
+            states[i] = executable(state, stacked, *numbers)
         done += count
-        jax.block_until_ready(state)
+        jax.block_until_ready(states)
 
     return run, stages
 
@@ -129,7 +142,7 @@ def train(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
         batch = jax.tree.map(lambda a: a[i % POOL], pool)
         return step(state, batch, positions, jax.random.key(i), progress)
 
-    run, stages = _dispatched(one, state, pool)
+    run, stages = _dispatched(one, [state], pool, parallel.make_mesh(jax.devices()[:1]))
     return run, clock | stages
 
 

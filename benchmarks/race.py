@@ -38,11 +38,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prdarts_jax" / "bench"
 
 
-def environment(cache: Path | None = None) -> dict[str, str]:
-    """The environment of a worker: our code first, compiled programs kept in `cache`."""
+def environment(cache: Path | None = None, devices: int = 1) -> dict[str, str]:
+    """The environment of a worker: our code first, compiled programs kept in `cache`; several devices are forced."""
+    forced: dict[str, str] = {}
+    if devices > 1:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
+        forced = {"XLA_FLAGS": flags, "PJRT_NPROC": "16"}
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
     return {
         **os.environ,
+        **forced,
         "PYTHONPATH": path,
         "JAX_COMPILATION_CACHE_DIR": str(cache or cache_folder()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -52,10 +57,11 @@ def environment(cache: Path | None = None) -> dict[str, str]:
 class Worker:
     """A process that runs one side's steps when told to."""
 
-    def __init__(self, side: Side, cache: Path | None = None) -> None:
+    def __init__(self, side: Side, cache: Path | None = None, devices: int = 1) -> None:
         command = [sys.executable, "-m", "benchmarks.worker"]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment(cache), stdin=pipe, stdout=pipe, text=True)
+        settings = environment(cache, devices)
+        self.process = subprocess.Popen(command, cwd=ROOT, env=settings, stdin=pipe, stdout=pipe, text=True)
         self.stages = self.ask({"make": side.make, "args": dict(side.args)})
 
     def __enter__(self) -> Worker:

@@ -14,9 +14,7 @@ from benchmarks.race import ROOT, environment
 def rows(options: Options) -> Iterator[Row]:
     """The rows of `bench_scaling`: on CPU with forced devices, elsewhere with those that are there."""
     devices = 2 if options.scale == "smoke" else 4
-    settings = environment()
-    force = f"--xla_force_host_platform_device_count={devices}"
-    settings |= {"PJRT_NPROC": "16", "XLA_FLAGS": f"{settings.get('XLA_FLAGS', '')} {force}".strip()}
+    settings = environment(devices=devices)
     command = [sys.executable, "-m", "benchmarks.bench_scaling", "--scale", options.scale]
     done = subprocess.run(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True, check=True)
     for line in done.stdout.splitlines():

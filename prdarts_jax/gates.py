@@ -33,7 +33,7 @@ class Gates:
     edges: dict[str, jax.Array] | None = None
     stats: dict[str, Any] = flax.struct.field(default_factory=dict)
 
-    def of_cell(self, kind: str, cell: int) -> Gates:
+    def of_cell(self, kind: str, cell: int | jax.Array) -> Gates:
         """The gates of one cell of the network: row `cell` of leaves with a leading cell axis, else all of them."""
 
         def pick(leaf: jax.Array, ndim: int) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from prdarts_jax.space.spec import Space
+from prdarts_jax.space.supernet import by_cell
 
 
 def convolution(x: jax.Array, kernel: Any, stride: Any = 1, dilation: int = 1, groups: int = 1) -> jax.Array:
@@ -115,7 +116,7 @@ def supernet(space: Space, weights: Any, gates: Mapping[str, Any], images: jax.A
     stem = weights["stem"]
     x = norm(convolution(images, stem["conv"]), {k: v for k, v in stem.items() if k != "conv"})
     before_last, last = x, x
-    for i, one in enumerate(weights["cells"]):
+    for i, one in enumerate(by_cell(weights, space)):
         kind = "reduce" if i in (space.cells // 3, 2 * space.cells // 3) else "normal"
         s0, s1 = _preprocess(one["preprocess0"], before_last), _preprocess(one["preprocess1"], last)
         nodes = cell(space, kind, one["edges"], gates[kind], s0, s1)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from prdarts_jax.ops import native
+from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
 
 
@@ -243,7 +244,7 @@ def torch_supernet(space: Space, weights: Any, gates: Mapping[str, Any], images:
     stem = weights["stem"]
     x = _norm(_conv(nchw(images), stem["conv"]), stem)
     before_last, last = x, x
-    for i, cell in enumerate(weights["cells"]):
+    for i, cell in enumerate(supernet.by_cell(weights, space)):
         kind = "reduce" if i in (space.cells // 3, 2 * space.cells // 3) else "normal"
         s0, s1 = torch_preprocess(cell["preprocess0"], before_last), torch_preprocess(cell["preprocess1"], last)
         before_last, last = last, torch.cat(torch_cell(space, kind, cell["edges"], gates[kind], s0, s1), dim=1)

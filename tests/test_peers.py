@@ -38,9 +38,13 @@ def _rows(space: Space, kind: str) -> list[tuple[str, dict[str, tuple[int, ...]]
     return [(group.name, space.rows(kind, group)) for group in space.edge_groups(kind)]
 
 
+def _pairs(network: Any, weights: Any, space: Space) -> list[tuple[Any, np.ndarray]]:
+    return search_pairs(network, weights, supernet.by_cell(weights, space), lambda kind: _rows(space, kind))
+
+
 def _network(case: SearchCase, space: Space, weights: Any) -> peer_search.SearchNetwork:
     network = peer_search.SearchNetwork(case.ops, case.cells, case.channels, head_norm=case.head_norm).double()
-    pairs = search_pairs(network, weights, lambda kind: _rows(space, kind))
+    pairs = _pairs(network, weights, space)
     assert len(pairs) == len(list(network.parameters()))  # every weight of the peer is one of ours
     load(pairs)
     return network
@@ -90,7 +94,7 @@ def test_search_network_has_our_logits_and_gradients_for_the_same_gates() -> Non
     assert float(value) == pytest.approx(other.item(), rel=1e-9)
     for kind, leaf in leaves.items():
         np.testing.assert_allclose(np.asarray(d_values[kind]), leaf.grad.numpy(), atol=1e-9)
-    for tensor, gradient in search_pairs(network, d_weights, lambda kind: _rows(space, kind)):
+    for tensor, gradient in _pairs(network, d_weights, space):
         got = np.zeros(tensor.shape) if tensor.grad is None else tensor.grad.numpy()
         np.testing.assert_allclose(got, gradient, atol=1e-8)
 
@@ -117,7 +121,7 @@ def test_darts_step_changes_weights_and_architecture_as_ours() -> None:
         for i, kind in enumerate(peer_search.KINDS):
             np.testing.assert_allclose(np.asarray(after.arch[kind]), peer.arch[i].detach().numpy(), atol=1e-8)
         moved = 0.0
-        for tensor, array in search_pairs(network, after.weights, lambda kind: _rows(parts["space"], kind)):
+        for tensor, array in _pairs(network, after.weights, parts["space"]):
             np.testing.assert_allclose(tensor.detach().numpy(), array, atol=1e-7)
         for old, new in zip(jax.tree.leaves(state.weights), jax.tree.leaves(after.weights), strict=True):
             moved = max(moved, float(jnp.abs(old - new).max()))

@@ -92,6 +92,25 @@ class SearchNetwork(nn.Module):
         return self.head(s1.mean((2, 3)))
 
 
+def compile_operations(network: SearchNetwork, images: Tensor, ops: Sequence[str]) -> None:
+    """Compiles every operation and preprocessing, once a shape, and runs each so that no later step has to.
+
+    The network as a whole is no static graph: other operations are executed in each step.
+    """
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+    for cell in network.cells:
+        layers = [cell.preprocess0, cell.preprocess1, *(op for edge in cell.edges for op in edge.values())]
+        for layer in layers:
+            if not isinstance(layer, nn.Identity):
+                layer.compile(dynamic=False)
+    gate = torch.ones((), device=images.device, requires_grad=True)
+    for one in (1.0, gate):
+        network.requires_grad_(one is not gate)
+        everything: Slots = [[(o, one) for o, name in enumerate(ops) if name != "none"] for _ in EDGES]
+        network(images, dict.fromkeys(KINDS, everything)).mean().backward()
+    network.requires_grad_(True).zero_grad(set_to_none=True)
+
+
 class PathRegularized(NamedTuple):
     """PR-DARTS' numbers: temperature, gate interval, executed operations, coefficients of the penalty."""
 
@@ -158,10 +177,13 @@ class Search:
         ops: Sequence[str],
         *,
         arch_first: bool,
+        compiled: bool = False,
         device: str = "cpu",
         autocast: torch.dtype | None = None,
     ) -> None:
         self.network, self.method, self.ops, self.arch_first = network.to(device), method, tuple(ops), arch_first
+        # A compiled backward pass has all gradients of its operation, unless some are known not to be asked for.
+        self.freezes = compiled
         self.autocast, self.device = autocast, device
         shape = (len(EDGES), len(ops))
         self.arch = [(1e-3 * torch.randn(shape, device=device)).requires_grad_() for _ in KINDS]
@@ -188,7 +210,11 @@ class Search:
         self.weight_opt.step()
 
     def arch_step(self, images: Tensor, labels: Tensor) -> None:
+        if self.freezes:
+            self.network.requires_grad_(False)
         loss = self.loss(images, labels, differentiable=True) + self.method.penalty(self.arch, self.ops)
+        if self.freezes:
+            self.network.requires_grad_(True)
         for arch, gradient in zip(self.arch, torch.autograd.grad(loss, self.arch), strict=True):
             arch.grad = gradient
         self.arch_opt.step()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DepthwiseCase, SearchCase, TrainCase
-from benchmarks.peers.search import PathRegularized, Search, SearchNetwork, Softmax
+from benchmarks.peers.search import PathRegularized, Search, SearchNetwork, Softmax, compile_operations
 from benchmarks.peers.train import DerivedNetwork, Training
 from prdarts_jax.space.genotype import Genotype
 
@@ -62,7 +62,11 @@ def _repeated(step: Callable[[int], None], device: str) -> Steps:
 
 
 def search(
-    layout: str = "channels-last", device: str = "cpu", precision: str = "float32", **fields: Any
+    layout: str = "channels-last",
+    compiled: bool = False,
+    device: str = "cpu",
+    precision: str = "float32",
+    **fields: Any,
 ) -> tuple[Steps, dict[str, float]]:
     """The bilevel step of a `SearchCase`."""
     autocast = _settings(precision)
@@ -76,10 +80,13 @@ def search(
         method,
         case.ops,
         arch_first=case.method == "darts",
+        compiled=compiled,
         device=device,
         autocast=autocast,
     )
     pool = _batches(case.batch, case.side, layout, device)
+    if compiled:
+        compile_operations(network, pool[0][0], case.ops)
     run = _repeated(lambda i: search.step(pool[i % POOL], pool[(i + 1) % POOL]), device)
     return run, {"init_s": time.perf_counter() - began}
 

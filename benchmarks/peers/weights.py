@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,20 @@ def derived_pairs(network: nn.Module, tree: Mapping[str, Any]) -> list[tuple[Ten
     return _pairs(network, tree)
 
 
-def search_pairs(network: Any, weights: Mapping[str, Any], edges: Any) -> list[tuple[Tensor, np.ndarray]]:
-    """The search network's; `edges` of a cell type gives (group, {operation: edges of its rows}) pairs."""
+def search_pairs(
+    network: Any, weights: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], edges: Any
+) -> list[tuple[Tensor, np.ndarray]]:
+    """The search network's.
+
+    Args:
+      network: the peer.
+      weights, cells: ours, and those of its cells one by one (`supernet.by_cell`).
+      edges: of a cell type gives (group, {operation: edges of its rows}) pairs.
+    """
     stem, head = weights["stem"], weights["head"]
     found = [(network.stem[0].weight, _layout(np.asarray(stem["conv"])))]
     found += [(getattr(network.stem[1], _NORM[name]), np.asarray(stem[name])) for name in ("scale", "bias")]
-    for cell, params in zip(network.cells, weights["cells"], strict=True):
+    for cell, params in zip(network.cells, cells, strict=True):
         for name in ("preprocess0", "preprocess1"):
             found += _pairs(cell.get_submodule(name), params[name])
         for group, rows in edges(cell.kind):

@@ -152,6 +152,16 @@ class Space:
             before_last, last, previous_reduced = last, self.nodes * channels, reduces
         return tuple(specs)
 
+    @cached_property
+    def runs(self) -> tuple[range, ...]:
+        """The cells of the network in runs of neighbours that are equal but for their weights.
+
+        >>> [len(run) for run in Space(cells=20).runs]
+        [1, 1, 4, 1, 1, 5, 1, 1, 5]
+        """
+        starts = [i for i, cell in enumerate(self.layout) if i == 0 or cell != self.layout[i - 1]]
+        return tuple(range(*ends) for ends in zip(starts, [*starts[1:], self.cells], strict=True))
+
     def edge_groups(self, kind: str) -> tuple[EdgeGroup, ...]:
         """The edges of a cell type by stride: in a reduction cell the edges from the two inputs have stride 2."""
         if kind == "normal":

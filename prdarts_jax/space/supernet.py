@@ -1,4 +1,8 @@
-"""The search network: stem, cells of mixed edges, head. Plain functions over a plain dict of weights."""
+"""The search network: stem, cells of mixed edges, head. Plain functions over a plain dict of weights.
+
+Neighbouring cells that are equal share an entry of the weights, stacked on a leading axis, and are run by one
+`lax.scan`: what is traced, compiled, drawn, updated and saved does not grow with their number.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.depthwise import wide_dtype
@@ -19,9 +24,10 @@ from prdarts_jax.ops.layers import (
 )
 from prdarts_jax.ops.leaves import Leaves, fast_leaves, reference_leaves
 from prdarts_jax.space.cell import declare_edges, mixed_nodes, mixed_nodes_reference
-from prdarts_jax.space.spec import CellSpec, Space
+from prdarts_jax.space.spec import Space
 
 Weights = dict[str, Any]
+Pair = tuple[jax.Array, jax.Array]  # outputs of the last two cells
 
 
 def _affine_weights(channels: int) -> dict[str, Weight]:
@@ -43,21 +49,33 @@ def _preprocess_weights(channels_in: int, channels: int, reduces: bool) -> dict[
     }
 
 
-def _cell_weights(space: Space, cell: CellSpec) -> dict[str, Any]:
-    return {
+def _cell_weights(space: Space, cells: range) -> dict[str, Any]:
+    """Of a run of equal cells; with a leading axis over them where there are several."""
+    cell = space.layout[cells[0]]
+    one = {
         "preprocess0": _preprocess_weights(cell.channels_in[0], cell.channels, cell.previous_reduced),
         "preprocess1": _preprocess_weights(cell.channels_in[1], cell.channels, False),
         "edges": declare_edges(space, cell.kind, cell.channels),
     }
+    if len(cells) == 1:
+        return one
+    return jax.tree.map(lambda w: w._replace(shape=(len(cells), *w.shape)), one, is_leaf=_is_declaration)
+
+
+def _is_declaration(node: Any) -> bool:
+    return isinstance(node, Weight)
 
 
 def declare(space: Space) -> dict[str, Any]:
-    """The weights of the search network as `Weight` declarations: {"stem": ..., "cells": [...], "head": ...}."""
+    """The weights of the search network as `Weight` declarations: {"stem": ..., "cells": [...], "head": ...}.
+
+    "cells" has an entry for each of `space.runs`, with a leading axis over its cells where there are several.
+    """
     wide = 3 * space.channels
     features = space.nodes * space.layout[-1].channels
     declared: dict[str, Any] = {
         "stem": {"conv": Weight((3, 3, space.in_channels, wide), 9 * space.in_channels), **_affine_weights(wide)},
-        "cells": [_cell_weights(space, cell) for cell in space.layout],
+        "cells": [_cell_weights(space, cells) for cells in space.runs],
         "head": {"kernel": Weight((features, space.classes), features), "bias": Weight((space.classes,), features)},
     }
     if space.head_norm:
@@ -75,7 +93,8 @@ def init(key: jax.Array, space: Space) -> Weights:
       space: the search space.
 
     Returns:
-      {"stem": ..., "cells": [...], "head": ...} of float32 arrays; the edges of a cell are stacked on a leading axis.
+      {"stem": ..., "cells": [...], "head": ...} of float32 arrays as declared by `declare`; the edges of a cell are
+      stacked on an axis, and equal neighbouring cells on another before it (`by_cell` takes them apart).
 
     >>> weights = jax.eval_shape(lambda key: init(key, Space(head_norm=False)), jax.random.key(0))
     >>> sum(leaf.size for leaf in jax.tree.leaves(weights))
@@ -84,11 +103,31 @@ def init(key: jax.Array, space: Space) -> Weights:
     return draw(key, declare(space))
 
 
+def by_cell(weights: Weights, space: Space) -> list[dict[str, Any]]:
+    """The weights of every cell of the network, in order: the entries of `weights["cells"]` without an axis over cells.
+
+    Args:
+      weights: as made by `init`, or a tree of the same structure (gradients).
+      space: the search space.
+
+    >>> space = Space(cells=11)
+    >>> weights = jax.eval_shape(lambda key: by_cell(init(key, space), space), jax.random.key(0))
+    >>> len(weights), weights[6]["preprocess0"]["pointwise"].shape
+    (11, (128, 32))
+    """
+    cells: list[dict[str, Any]] = []
+    for run, entry in zip(space.runs, weights["cells"], strict=True):
+        several = [jax.tree.map(lambda a, row=row: a[row], entry) for row in range(len(run))]
+        cells += several if len(run) > 1 else [entry]
+    return cells
+
+
 class _Mode(NamedTuple):
     """Fast (custom rules, executed operations only) or reference (plain autodiff, dense)."""
 
     leaves: Leaves
     nodes: Callable[..., jax.Array]  # (edge weights, gates of a cell, s0, s1, space, kind) -> [N,B,h,w,C]
+    scans: bool  # whether equal cells are run by a scan
 
 
 def _preprocess(params: Weights, x: jax.Array, mode: _Mode) -> jax.Array:
@@ -98,18 +137,35 @@ def _preprocess(params: Weights, x: jax.Array, mode: _Mode) -> jax.Array:
     return mode.leaves.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
 
 
+def _run(params: Weights, gates: Gates, pair: Pair, cells: range, space: Space, mode: _Mode) -> Pair:
+    """Equal cells, one after the other."""
+    kind = space.layout[cells[0]].kind
+
+    def one(pair: Pair, of: tuple[Weights, Any]) -> tuple[Pair, None]:
+        params, i = of
+        s0, s1 = (_preprocess(params[f"preprocess{n}"], x, mode) for n, x in enumerate(pair))
+        nodes = mode.nodes(params["edges"], gates.of_cell(kind, i), s0, s1, space=space, kind=kind)
+        # One transposition: the gradient of a concatenation of slices would be a sum of N padded arrays.
+        return (pair[1], jnp.moveaxis(nodes, 0, 3).reshape(*nodes.shape[1:4], -1)), None
+
+    if len(cells) == 1:
+        return one(pair, (params, cells[0]))[0]
+    return lax.scan(one, pair, (params, jnp.arange(cells.start, cells.stop)))[0]
+
+
 def _forward(
     weights: Weights, gates: Gates, images: jax.Array, space: Space, mode: _Mode
 ) -> tuple[jax.Array, dict[str, Any]]:
     stem = weights["stem"]
     x = _affine(stem, mode.leaves.norm("bn", conv(images, stem["conv"])))
-    before_last, last = x, x
-    for i, (cell, params) in enumerate(zip(space.layout, weights["cells"], strict=True)):
-        s0 = _preprocess(params["preprocess0"], before_last, mode)
-        s1 = _preprocess(params["preprocess1"], last, mode)
-        nodes = mode.nodes(params["edges"], gates.of_cell(cell.kind, i), s0, s1, space=space, kind=cell.kind)
-        # One transposition: the gradient of a concatenation of slices would be a sum of N padded arrays.
-        before_last, last = last, jnp.moveaxis(nodes, 0, 3).reshape(*nodes.shape[1:4], -1)
+    pair = x, x
+    if mode.scans:
+        for cells, params in zip(space.runs, weights["cells"], strict=True):
+            pair = _run(params, gates, pair, cells, space, mode)
+    else:
+        for i, params in enumerate(by_cell(weights, space)):
+            pair = _run(params, gates, pair, range(i, i + 1), space, mode)
+    last = pair[1]
     head = weights["head"]
     if space.head_norm:
         last = jax.nn.relu(_affine(head["norm"], mode.leaves.norm("bn", last)))
@@ -137,7 +193,7 @@ def apply(
         values, executed = gates.slots(kind)
         return mixed_nodes(edges, values, executed, s0, s1, space=space, kind=kind, axis_name=axis_name)
 
-    return _forward(weights, gates, images, space, _Mode(fast_leaves(axis_name), nodes))
+    return _forward(weights, gates, images, space, _Mode(fast_leaves(axis_name), nodes, scans=True))
 
 
 def apply_reference(
@@ -152,4 +208,4 @@ def apply_reference(
         dense = gates.dense(kind)
         return mixed_nodes_reference(edges, dense, s0, s1, space=space, kind=kind, axis_name=axis_name)
 
-    return _forward(weights, gates, images, space, _Mode(reference_leaves(axis_name), nodes))
+    return _forward(weights, gates, images, space, _Mode(reference_leaves(axis_name), nodes, scans=False))
