@@ -6,6 +6,7 @@ by one `lax.scan` over their stacked entries, so that the compiler sees five cel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +18,12 @@ from jax import lax
 
 from prdarts_jax.errors import UserError
 from prdarts_jax.network_counts import Profile, profile
-from prdarts_jax.network_layers import Layer, batch_norm, dense_preprocess, finished_norm, preprocess, widened
+from prdarts_jax.network_layers import Layer, batch_norm, dense_preprocess, preprocess, running_statistics, widened
 from prdarts_jax.network_plan import CellPlan, Edge, NetworkPlan, check_auxiliary, make_plan, wire
 from prdarts_jax.ops.layers import Weight, draw
 from prdarts_jax.ops.leaves import composed_pointwise, composed_separable, fast_leaves
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
-from prdarts_jax.ops.separable import WORTH_KEEPING, Unit, pointwise_unit, separable_units
+from prdarts_jax.ops.separable import WORTH_KEEPING, Affine, Moments, Unit, pointwise_unit, separable_units
 from prdarts_jax.space.genotype import Genotype
 
 __all__ = ["DerivedNetwork", "Profile", "drop_path", "drop_path_draws", "profile"]
@@ -89,16 +90,21 @@ def _run_layer(
         y, after[name] = batch_norm(x, params[name], statistics[name], train=train, **how._asdict())
         return y
 
+    def keep(name: str, count: int, moments: Moments) -> None:
+        after[name] = running_statistics(count, moments, statistics[name], axis_name=how.axis_name)
+
     def separable(names: Sequence[str], x: jax.Array, units: Sequence[Unit]) -> jax.Array:
-        for name, unit in zip(names, units, strict=True):  # the affine of each lies between it and the next
-            x, (moments,) = separable_units(x, [unit], **how._asdict())
-            x, after[name] = finished_norm(x, moments, params[name], statistics[name], axis_name=how.axis_name)
-        return x
+        units = [unit._replace(affine=Affine(**params[name])) for name, unit in zip(names, units, strict=True)]
+        y, moments = separable_units(x, units, **how._asdict())
+        b, h, w, _ = x.shape
+        for name, unit, found in zip(names, units, moments, strict=True):
+            h, w = -(-h // unit.stride), -(-w // unit.stride)
+            keep(name, b * h * w, found)
+        return y
 
     def pointwise(name: str, x: jax.Array, matrix: jax.Array) -> jax.Array:
-        y, after[name] = finished_norm(
-            *pointwise_unit(x, matrix, **how._asdict()), params[name], statistics[name], axis_name=how.axis_name
-        )
+        y, moments = pointwise_unit(x, matrix, Affine(**params[name]), **how._asdict())
+        keep(name, math.prod(y.shape[:3]), moments)
         return y
 
     if train:

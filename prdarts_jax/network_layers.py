@@ -266,8 +266,9 @@ def batch_norm(
     [1.1]
     """
     if train:
-        normalised = batch_norm_moments(x, axis_name, own_kernels=own_kernels)
-        return finished_norm(*normalised, affine, running, axis_name=axis_name)
+        y, moments = batch_norm_moments(x, axis_name, own_kernels=own_kernels)
+        after = running_statistics(y.shape[0] * y.shape[1] * y.shape[2], moments, running, axis_name=axis_name)
+        return _affine(_wide(y), affine).astype(y.dtype), after
     wide = _wide(x)
     inverse = lax.rsqrt(running["var"].astype(wide.dtype) + BN_EPS)
     y = (wide - per_channel(running["mean"].astype(wide.dtype))) * per_channel(inverse)
@@ -279,16 +280,12 @@ def _affine(y: jax.Array, affine: Params) -> jax.Array:
     return y * scale + bias
 
 
-def finished_norm(
-    y: jax.Array, moments: Moments, affine: Params, running: Params, *, axis_name: str | None
-) -> tuple[jax.Array, Params]:
-    """What `batch_norm` does in training once y [B,H,W,C] is normalised by (mean, biased variance)."""
-    devices = 1 if axis_name is None else lax.psum(1, axis_name)
-    n = y.shape[0] * y.shape[1] * y.shape[2] * devices
+def running_statistics(count: int, moments: Moments, running: Params, *, axis_name: str | None) -> Params:
+    """The running statistics after a batch of `count` = B H W a device with this (mean, biased variance)."""
+    n = count if axis_name is None else count * lax.psum(1, axis_name)
     batch = {"mean": moments[0], "var": moments[1] * (n / max(n - 1, 1))}
-    running = jax.tree.map(
+    return jax.tree.map(
         lambda old, new: (1 - BN_MOMENTUM) * old + BN_MOMENTUM * lax.stop_gradient(new).astype(old.dtype),
         running,
         batch,
     )
-    return _affine(_wide(y), affine).astype(y.dtype), running

@@ -18,10 +18,11 @@ import pytest
 
 from prdarts_jax import runs
 from prdarts_jax.ops import native
+from prdarts_jax.ops.depthwise import depthwise_conv_reference
 from prdarts_jax.ops.layers import batch_norm_reference, pointwise
 from prdarts_jax.ops.leaves import reference_leaves
 from prdarts_jax.ops.moments import backward_means, batch_moments, inner
-from prdarts_jax.ops.separable import Unit, pointwise_unit, separable_units
+from prdarts_jax.ops.separable import Affine, Unit, pointwise_unit, separable_units
 
 # (kernel, stride, dilation, height, width, channels in, out, batch): every compiled geometry; channels that fill
 # vectors, that leave one lane over, that are fewer than one; odd sizes; images smaller than the kernel; more images
@@ -235,3 +236,32 @@ def test_other_kernels_are_a_reason_for_other_last_bits() -> None:
 @pytest.mark.parametrize("window", [(3, 5, 1, 1), (9, 9, 1, 1), (3, 3, 3, 1), (7, 7, 1, 2), (1, 1, 2, 1)])
 def test_other_geometries_are_left_to_xla(window: tuple[int, int, int, int]) -> None:
     assert not native.compiled(*window)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["kernels", "composed"])
+def test_an_affine_of_units_in_a_row_and_its_gradients(own: bool) -> None:
+    """Against plain autodiff of the layers in float64; one gamma is zero."""
+    if own:
+        oracles.require_kernels()
+    rng = np.random.default_rng(4)
+    sizes = ((3, 6, 5, 4), (3, 3, 4), (4, 4), (4,), (4,), (3, 3, 4), (4, 7), (7,), (7,), (3, 3, 3, 7))
+    *given, ct = (rng.normal(size=size) for size in sizes)
+    given[3][1] = 0.0
+
+    def ours(x: jax.Array, *w: jax.Array) -> jax.Array:
+        units = [Unit(*w[:2], stride=2, affine=Affine(*w[2:4])), Unit(*w[4:6], affine=Affine(*w[6:]))]
+        return separable_units(x, units, own_kernels=own)[0]
+
+    def theirs(x: jax.Array, *w: jax.Array) -> jax.Array:
+        for (depthwise, matrix, scale, bias), stride in ((w[:4], 2), (w[4:], 1)):
+            convolved = depthwise_conv_reference(jax.nn.relu(x), depthwise, stride=stride)
+            y = batch_norm_reference(pointwise(convolved, matrix))
+            x = y * scale.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)
+        return x
+
+    y, pull = jax.vjp(ours, *(jnp.asarray(a, jnp.float32) for a in given))
+    with jax.enable_x64(True):
+        z, through = jax.vjp(theirs, *map(jnp.asarray, given))
+        expected = z, *through(jnp.asarray(ct))
+    for a, b in zip((y, *pull(jnp.asarray(ct, jnp.float32))), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=5e-4, atol=5e-5 * float(np.abs(b).max()))

@@ -146,7 +146,7 @@ def test_recomputed_cells_keep_less() -> None:
         compiled = jax.jit(jax.grad(loss), compiler_options=FAST).lower(variables["params"]).compile()
         return int(compiled.memory_analysis().temp_size_in_bytes)
 
-    assert kept(net.clone(recompute=True)) < 0.8 * kept(net)
+    assert kept(net.clone(recompute=True)) < 0.9 * kept(net)
 
 
 # Drop-path

@@ -2,6 +2,8 @@
 
     z = P (D * relu(x)),   m, v = mean and variance of z over the batch,   y = (z - m) / sqrt(v + eps)
 
+and gamma y + beta where a unit has an affine.
+
 On a CPU each direction is one kernel (`native`), beside two means of a batch normalisation's rule; elsewhere, and where
 a kernel cannot serve, it is composed of the leaf layers. Units in a row hand on z, m and 1/sigma: what lies between two
 of them is normalised when the next one reads it. What a kernel computes is differentiated as its composition is, so
@@ -30,6 +32,13 @@ WORTH_KEEPING = "pointwise_unit"
 Moments = tuple[jax.Array, jax.Array]  # mean, biased variance, [D] each
 
 
+class Affine(NamedTuple):
+    """gamma y + beta, [D] each."""
+
+    scale: jax.Array
+    bias: jax.Array
+
+
 class Unit(NamedTuple):
     """The weights of a unit, and its static window."""
 
@@ -37,6 +46,7 @@ class Unit(NamedTuple):
     matrix: jax.Array  # [C,D]
     stride: int = 1
     dilation: int = 1
+    affine: Affine | None = None  # after its normalisation
 
 
 class _Static(NamedTuple):
@@ -56,7 +66,7 @@ class _Input(NamedTuple):
     scale: jax.Array
 
 
-_Weights = tuple[tuple[jax.Array, jax.Array], ...]  # (depthwise, matrix) of each unit
+_Weights = tuple[tuple[jax.Array, jax.Array, Affine | None], ...]  # (depthwise, matrix, affine) of each unit
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -101,6 +111,7 @@ class _Residuals(NamedTuple):
     given: _Input
     depthwise: jax.Array
     matrix: jax.Array
+    affine: Affine | None
     out: _Input  # stands for y
 
 
@@ -123,13 +134,32 @@ def _native_gradients(*arrays: jax.Array, unit: _Static, weights: bool) -> list[
     return native.call(name, shapes, *arrays, stride=unit.stride, dilation=unit.dilation)
 
 
-def _backward(kept: _Residuals, dy: jax.Array, unit: _Static, weights: bool) -> list[jax.Array]:
-    """[cotangent of what the input stands for], and [d depthwise, d matrix] if `weights`."""
+def _backward(
+    kept: _Residuals, dy: jax.Array, unit: _Static, weights: bool
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Affine | None]]:
+    """(cotangent of what the input stands for, those of the weights; zeros of them unless `weights`).
+
+    dz = gamma (dy - mean(dy) - y mean(dy y)) / sigma, through the convolutions. Gamma is put into the matrix, so that
+    the two means of a normalisation are the gradients of beta and gamma as well: one pass over dy, not three.
+    """
+    own, affine, matrix = unit.own_kernels, kept.affine, kept.matrix
+    means = backward_means(dy, *kept.out, own_kernels=own)
+    d_affine = None
+    if affine is not None:
+        count = dy.shape[0] * dy.shape[1] * dy.shape[2]
+        d_affine = Affine((count * means[1]).astype(affine.scale.dtype), (count * means[0]).astype(affine.bias.dtype))
+        matrix = matrix * affine.scale.astype(matrix.dtype)[None]
+    means = means if unit.axis_name is None else lax.pmean(means, unit.axis_name)
     run: Callable[..., list[jax.Array]] = partial(_composed_gradients, unit=unit, weights=weights)
-    if _compiled(unit, kept.depthwise, kept.matrix, *kept.given, *kept.out, dy):
+    if _compiled(unit, kept.depthwise, matrix, *kept.given, *kept.out, dy):
         run = native.lowered(partial(_native_gradients, unit=unit, weights=weights), run)
-    means = backward_means(dy, *kept.out, axis_name=unit.axis_name, own_kernels=unit.own_kernels)
-    return run(*kept.given, kept.depthwise, kept.matrix, dy, *kept.out, *means)
+    dx, *found = run(*kept.given, kept.depthwise, matrix, dy, *kept.out, *means)
+    if not weights:
+        return dx, jax.tree.map(jnp.zeros_like, (kept.depthwise, kept.matrix, affine))
+    d_depthwise, d_matrix = found
+    if affine is not None:
+        d_matrix = d_matrix * affine.scale.astype(d_matrix.dtype)[None]
+    return dx, (d_depthwise.astype(kept.depthwise.dtype), d_matrix.astype(kept.matrix.dtype), d_affine)
 
 
 # --- units in a row ---------------------------------------------------------------------------------------------------
@@ -143,18 +173,28 @@ def _units(x: jax.Array, weights: _Weights, statics: tuple[_Static, ...]) -> tup
 def _run(
     x: jax.Array, weights: _Weights, statics: tuple[_Static, ...]
 ) -> tuple[tuple[jax.Array, list[Moments]], list[_Residuals]]:
-    wide = wide_dtype(x)
-    given = _Input(x, jnp.zeros(x.shape[3:], wide), jnp.ones(x.shape[3:], wide))
+    given = _itself(x)
     moments, kept = [], []
-    for (depthwise, matrix), unit in zip(weights, statics, strict=True):
+    for (depthwise, matrix, affine), unit in zip(weights, statics, strict=True):
         z, *found = _forward(given, depthwise, matrix, unit)
         if depthwise.shape[:2] == (1, 1):
             z, *found = (checkpoint_name(a, WORTH_KEEPING) for a in (z, *found))
         mean, variance, scale = over_devices(found, unit.axis_name)
         moments.append((mean, variance))
-        kept.append(_Residuals(given, depthwise, matrix, _Input(z, mean, scale)))
-        given = kept[-1].out
+        kept.append(_Residuals(given, depthwise, matrix, affine, _Input(z, mean, scale)))
+        given = kept[-1].out if affine is None else _itself(_affine(kept[-1].out, affine, x.dtype))
     return (normalised(*given).astype(x.dtype), moments), kept
+
+
+def _itself(x: jax.Array) -> _Input:
+    wide = wide_dtype(x)
+    return _Input(x, jnp.zeros(x.shape[3:], wide), jnp.ones(x.shape[3:], wide))
+
+
+def _affine(out: _Input, affine: Affine, dtype: Any) -> jax.Array:
+    y = normalised(*out)
+    scale, bias = (per_channel(a.astype(y.dtype)) for a in affine)
+    return (y * scale + bias).astype(dtype)
 
 
 @jax.tree_util.register_static
@@ -165,24 +205,27 @@ class _Wanted(NamedTuple):
 
 
 def _units_fwd(x: Any, weights: Any, statics: tuple[_Static, ...]) -> tuple[Any, tuple[_Wanted, list[_Residuals]]]:
-    wanted = _Wanted(any(a.perturbed for pair in weights for a in pair))
-    out, kept = _run(x.value, tuple((d.value, m.value) for d, m in weights), statics)
+    wanted = _Wanted(any(a.perturbed for a in jax.tree.leaves(weights, is_leaf=_is_primal)))
+    out, kept = _run(x.value, jax.tree.map(lambda a: a.value, weights, is_leaf=_is_primal), statics)
     return out, (wanted, kept)
+
+
+def _is_primal(a: Any) -> bool:
+    return hasattr(a, "perturbed")
 
 
 def _units_bwd(
     statics: tuple[_Static, ...], residuals: tuple[_Wanted, list[_Residuals]], cts: Any
 ) -> tuple[jax.Array, _Weights]:
-    """dz = (dy - mean(dy) - y mean(dy y)) / sigma, through the convolutions. The moments have no cotangent."""
+    """The moments have no cotangent."""
     wanted, kept = residuals
     ct = cts[0]
     if isinstance(ct, jax.custom_derivatives.SymbolicZero):
         ct = jnp.zeros(ct.shape, ct.dtype)
-    gradients: list[tuple[jax.Array, jax.Array]] = []
+    gradients = []
     for one, unit in zip(reversed(kept), reversed(statics), strict=True):
-        ct, *mine = _backward(one, ct, unit, wanted.weights)
-        pair = mine if wanted.weights else [jnp.zeros_like(one.depthwise), jnp.zeros_like(one.matrix)]
-        gradients.append((pair[0].astype(one.depthwise.dtype), pair[1].astype(one.matrix.dtype)))
+        ct, mine = _backward(one, ct, unit, wanted.weights)
+        gradients.append(mine)
     return ct, tuple(reversed(gradients))
 
 
@@ -192,9 +235,9 @@ _units.defvjp(_units_fwd, _units_bwd, symbolic_zeros=True)
 def separable_units(
     x: jax.Array, units: Sequence[Unit], *, axis_name: str | None = None, own_kernels: bool = True
 ) -> tuple[jax.Array, list[Moments]]:
-    """Units in a row, each: ReLU, depthwise convolution, 1x1 convolution, batch normalisation without affine.
+    """Units in a row, each: ReLU, depthwise convolution, 1x1 convolution, batch normalisation, gamma and beta if any.
 
-    y = (z - mean) / sqrt(variance + 1e-5), z[b,i,j,d] = sum_c matrix[c,d] (depthwise * relu(x))[b,i,j,c].
+    y = gamma (z - mean) / sqrt(variance + 1e-5) + beta, z[b,i,j,d] = sum_c matrix[c,d] (depthwise * relu(x))[b,i,j,c].
 
     Args:
       x: [B,H,W,C].
@@ -212,18 +255,24 @@ def separable_units(
     ((2, 4, 4, 2), True, True)
     """
     statics = tuple(_Static(unit.stride, unit.dilation, axis_name, own_kernels) for unit in units)
-    y, moments = _units(x, tuple((unit.depthwise, unit.matrix) for unit in units), statics)
+    y, moments = _units(x, tuple((unit.depthwise, unit.matrix, unit.affine) for unit in units), statics)
     return y, jax.tree.map(lax.stop_gradient, moments)
 
 
 def pointwise_unit(
-    x: jax.Array, matrix: jax.Array, *, axis_name: str | None = None, own_kernels: bool = True
+    x: jax.Array,
+    matrix: jax.Array,
+    affine: Affine | None = None,
+    *,
+    axis_name: str | None = None,
+    own_kernels: bool = True,
 ) -> tuple[jax.Array, Moments]:
-    """A unit without a depthwise convolution: ReLU, 1x1 convolution, batch normalisation without affine.
+    """A unit without a depthwise convolution: ReLU, 1x1 convolution, batch normalisation, gamma and beta if any.
 
     >>> pointwise_unit(jnp.ones((2, 4, 4, 3)), jnp.ones((3, 5)))[0].shape
     (2, 4, 4, 5)
     """
     ones = jnp.ones((1, 1, x.shape[3]), matrix.dtype)  # XLA drops a multiplication by one
-    y, (moments,) = separable_units(x, [Unit(ones, matrix)], axis_name=axis_name, own_kernels=own_kernels)
+    unit = Unit(ones, matrix, affine=affine)
+    y, (moments,) = separable_units(x, [unit], axis_name=axis_name, own_kernels=own_kernels)
     return y, moments
