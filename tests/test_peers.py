@@ -128,6 +128,32 @@ def test_darts_step_changes_weights_and_architecture_as_ours() -> None:
         assert moved > 1e-3  # the step is not so small that any two would agree
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_compiled_operations_have_the_eager_ones_gradients() -> None:
+    """Of both steps: the weights' with plain gates, the architecture's with the weights frozen."""
+    torch.manual_seed(0)
+    eager = peer_search.SearchNetwork(FEW, 3, 4, head_norm=True)
+    compiled = peer_search.SearchNetwork(FEW, 3, 4, head_norm=True)
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([1, 0, 2, 3])
+    peer_search.compile_operations(compiled, x, FEW)
+    compiled.load_state_dict(eager.state_dict())  # after the compilation, which moves the running statistics
+    sides = [
+        peer_search.Search(network, peer_search.Softmax(), FEW, arch_first=True, compiled=network is compiled)
+        for network in (eager, compiled)
+    ]
+    for a, b in zip(sides[0].arch, sides[1].arch, strict=True):
+        b.data.copy_(a.data)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for side in sides:
+        side.step((x, y), (x.flip(0), y.flip(0)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # no step had to compile
+    for one, other in (sides[0].arch, sides[1].arch), (sides[0].weights, sides[1].weights):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_allclose(a.grad.numpy(), b.grad.numpy(), rtol=1e-4, atol=1e-6)
+
+
 def test_penalty_and_gates_of_the_peer() -> None:
     """The penalty equals ours; the distribution of the gates has our share of exact zeros and mean (Theorem 3)."""
     parts = ours.search_parts(SearchCase())
