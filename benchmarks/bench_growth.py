@@ -70,7 +70,7 @@ def _point(case: SearchCase, full: bool) -> dict[str, float]:
         with Worker(Side("benchmarks.ours:search", case._asdict()), cold, case.devices) as worker:
             worker.seconds(1)
             others = Others(worker)
-            seconds = [worker.seconds(3 if full else 1) for _ in range(5 if full else 2)]
+            seconds = [worker.seconds(6 if full else 1) for _ in range(5 if full else 2)]
             share, stages = others.share(), worker.stages
             return {
                 "seconds": round(statistics.median(seconds), 5),
@@ -84,23 +84,29 @@ def _point(case: SearchCase, full: bool) -> dict[str, float]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Step time, compilation and memory against each axis, one column an axis, each relative to its first point."""
+    """Step time, compilation and memory against each axis, an axis a column; bars span the blocks."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     axes = [name for name in AXES["full"] if any(row["axis"] == name for row in rows)]
-    measures = {"seconds": "step, s", "compile_s": "compilation, s", "memory_gb": "peak memory, GB"}
+    measures = {"seconds": "step, s", "trace_s": "tracing, s", "compile_s": "compilation, s", "memory_gb": "peak, GB"}
     with plt.rc_context({"svg.hashsalt": "growth", "font.size": 8}):
-        figure, grid = plt.subplots(len(measures), len(axes), figsize=(2.3 * len(axes), 5.5), squeeze=False)
+        figure, grid = plt.subplots(len(measures), len(axes), figsize=(2.3 * len(axes), 6.5), squeeze=False)
         for column, name in enumerate(axes):
             points = sorted((row for row in rows if row["axis"] == name), key=lambda row: row["value"])
             for line, (measure, label) in enumerate(measures.items()):
                 panel = grid[line][column]
-                panel.plot([p["value"] for p in points], [p[measure] for p in points], "o-", ms=3, lw=1)
-                panel.set_ylim(bottom=0)
-                if name == "temperature":
+                values, found = [p["value"] for p in points], [p[measure] for p in points]
+                panel.plot(values, found, "o-", ms=3, lw=1)
+                if measure == "seconds":
+                    panel.vlines(values, [p["seconds_min"] for p in points], [p["seconds_max"] for p in points], lw=1)
+                top = max([*found, *(p["seconds_max"] for p in points if measure == "seconds")])
+                panel.set_ylim(0, 1.15 * top)
+                if name != "temperature":
+                    panel.set_xlim(left=0)
+                else:
                     panel.set_xscale("log")
                 if line == len(measures) - 1:
                     panel.set_xlabel(name)

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -141,26 +141,39 @@ class Others:
         return round(max(0.0, (self._foreign() - self.start[1]) / seconds), 3)
 
 
-def race(ours: Worker, peer: Worker, plan: Plan) -> dict[str, float]:
+class Blocks(NamedTuple):
+    """What two processes took, and their peak memory."""
+
+    pairs: list[tuple[float, float, float]]  # share of the others, seconds of ours, of the peer
+    memory: tuple[float, float]  # GB
+
+
+def measure(ours: Worker, peer: Worker, plan: Plan) -> Blocks:
     """Blocks of steps of both, in turn; each block meets its neighbour. The first block of each does not count.
 
     A pair during which other processes took more than QUIET of the cores is run again while the plan's patience
     lasts; then the quietest count. What is kept does not depend on how long anything took.
     """
-    pairs: list[tuple[float, float, float]] = []  # (share of the others, seconds of ours, of the peer)
+    pairs: list[tuple[float, float, float]] = []
     ours.seconds(plan.steps), peer.seconds(plan.steps)
     while sum(pair[0] <= QUIET for pair in pairs) < plan.pairs and len(pairs) < plan.patience * plan.pairs:
         others = Others(ours, peer)
         mine, theirs = ours.seconds(plan.steps), peer.seconds(plan.steps)
         pairs.append((others.share(), mine, theirs))
     quietest = sorted(pairs, key=lambda pair: max(pair[0], QUIET))[: plan.pairs]
-    memory = ours.memory(), peer.memory()
+    return Blocks(quietest, (ours.memory(), peer.memory()))
+
+
+def summary(found: Sequence[Blocks]) -> dict[str, float]:
+    """The numbers of a row from the blocks of one or several pairs of processes."""
+    pairs = [pair for blocks in found for pair in blocks.pairs]
+    mine, theirs = (max(blocks.memory[side] for blocks in found) for side in (0, 1))
     return {
-        **compare([mine for _, mine, _ in quietest], [theirs for _, _, theirs in quietest]),
-        "memory_ratio": round(memory[0] / memory[1], 3),
-        "memory_ours_gb": round(memory[0], 2),
-        "memory_peer_gb": round(memory[1], 2),
-        "others": max(share for share, _, _ in quietest),
+        **compare([mine for _, mine, _ in pairs], [theirs for _, _, theirs in pairs]),
+        "memory_ratio": round(mine / theirs, 3),
+        "memory_ours_gb": round(mine, 2),
+        "memory_peer_gb": round(theirs, 2),
+        "others": max(share for share, _, _ in pairs),
     }
 
 

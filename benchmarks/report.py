@@ -75,6 +75,10 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> list[str]:
     return [*found, *(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines), ""]
 
 
+def _commit(row: Row) -> str:
+    return f"{row['commit']}{' (busy)' if row.get('others', 0.0) > BUSY else ''}"
+
+
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
@@ -88,7 +92,8 @@ def _targets(rows: Rows) -> list[str]:
         for row in concerned:
             where = f"`{row['case']}`, batch {row['batch']}"
             verdict = "reached" if target.reached(row) else "**not reached**"
-            lines.append((target.says, where, target.aim, f"{row[target.field]:g}{target.unit}", verdict))
+            spread = f" ({row['speedup_min']:.2f} to {row['speedup_max']:.2f})" if target.field == "speedup" else ""
+            lines.append((target.says, where, target.aim, f"{row[target.field]:g}{target.unit}{spread}", verdict))
     return _table(("target", "case", "aim", "measured", ""), lines)
 
 
@@ -104,14 +109,17 @@ def _comparison(rows: Sequence[Row]) -> list[str]:
             _seconds(row["seconds_ours"]),
             _seconds(row["seconds_peer"]),
             f"{row['memory_ratio']:.2f} ({row['memory_ours_gb']:.2f} / {row['memory_peer_gb']:.2f} GB)",
-            f"{row['commit']}{' (busy)' if row['others'] > BUSY else ''}",
+            _commit(row),
         )
         for row in rows
     ]
     return _table(("case", "batch", "peer", "speedup", "ours", "peer's", "memory, ours / peer's", "commit"), lines)
 
 
-_STAGES = ("python_s", "import_s", "prepare_s", "init_s", "trace_s", "compile_s", "first_step_s", "total_s")
+_STAGES = tuple(
+    f"{name}_s"
+    for name in ["python", "import", "kernels", "prepare", "init", "trace", "compile", "first_step", "total"]
+)
 
 
 def _startup(rows: Sequence[Row]) -> list[str]:
@@ -139,6 +147,7 @@ def _overhead(rows: Sequence[Row]) -> list[str]:
         "once an epoch",
         "overhead",
         "full epoch",
+        "commit",
     )
     return _table(
         header,
@@ -152,6 +161,7 @@ def _overhead(rows: Sequence[Row]) -> list[str]:
                 _seconds(r["once_an_epoch_s"]),
                 f"{r['overhead']:.1%} ({r['steps']} steps)",
                 f"{r['overhead_full']:.1%}",
+                _commit(r),
             )
             for r in rows
         ],
@@ -166,9 +176,10 @@ def _growth(rows: Sequence[Row]) -> list[str]:
         says = bench_growth.AXES["full"][row["axis"]].says
         spread = f"{_seconds(row['seconds'])} ({_seconds(row['seconds_min'])} to {_seconds(row['seconds_max'])})"
         compiling = f"{row['trace_s']:.1f} + {row['compile_s']:.1f} s"
-        lines.append((says, row["value"], spread, compiling, f"{row['memory_gb']:.2f} GB"))
+        memory = f"{row['memory_gb']:.2f} GB"
+        lines.append((says, row["value"], spread, compiling, memory, _commit(row)))
     picture = ["![Step time, compilation and memory against each axis](pictures/growth.svg)", ""]
-    header = ("what is changed", "value", "a step", "tracing + cold compilation", "peak memory")
+    header = ("what is changed", "value", "a step", "tracing + cold compilation", "peak memory", "commit")
     return [*picture, *_table(header, lines)]
 
 
@@ -185,6 +196,7 @@ def _population(rows: Sequence[Row]) -> list[str]:
         "memory",
         "memory of one",
         "speedup",
+        "commit",
     )
     return _table(
         header,
@@ -199,6 +211,7 @@ def _population(rows: Sequence[Row]) -> list[str]:
                 f"{r['memory_gb']:.2f} GB",
                 f"{r['memory_single_gb']:.2f} GB",
                 f"{r['speedup']:.2f}",
+                _commit(r),
             )
             for r in rows
         ],
@@ -209,11 +222,12 @@ def _scaling(rows: Sequence[Row]) -> list[str]:
     timed = [row for row in rows if row["kind"] == "time"]
     if not timed:
         return ["Not measured yet.", ""]
-    header = ("case", "devices", "batch", "a step", "efficiency")
+    header = ("case", "devices", "batch", "a step", "efficiency", "commit")
     lines = []
     for r in timed:
         spread = f"{_seconds(r['seconds'])} ({_seconds(r['seconds_min'])} to {_seconds(r['seconds_max'])})"
-        lines.append((f"`{r['case']}`", r["devices"], f"{r['batch']} ({r['mode']})", spread, f"{r['efficiency']:.2f}"))
+        batch, efficiency = f"{r['batch']} ({r['mode']})", f"{r['efficiency']:.2f}"
+        lines.append((f"`{r['case']}`", r["devices"], batch, spread, efficiency, _commit(r)))
     return _table(header, lines)
 
 
@@ -274,7 +288,7 @@ def page(rows: Rows, notes: str) -> str:
         *_comparison(rows["depthwise"]),
         "## From the start of the process to the first step",
         "",
-        "Seconds of each stage on images in memory. Cold: nothing compiled before; warm: the same again.",
+        "Seconds of each stage on images in memory. Cold: nothing compiled before, not even our kernels; warm: again.",
         "",
         *_startup(rows["startup"]),
         "## What an epoch takes beside its steps",

@@ -42,7 +42,9 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 def _start(given: dict[str, object], cache: Path | None) -> dict[str, float]:
+    """`cache`: of compiled programs, and of our kernels too."""
+    settings = environment(cache) | ({} if cache is None else {"XDG_CACHE_HOME": str(cache)})
     words = json.dumps({**given, "began": time.time()})
     command = [sys.executable, "-m", "benchmarks.startup_worker", words]
-    done = subprocess.run(command, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

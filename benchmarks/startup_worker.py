@@ -34,9 +34,12 @@ def main() -> None:
         train_loop,
         train_program,
     )
+    from prdarts_jax.ops import native
 
     del search_loop, train_loop  # what a run imports, too
     lap("import_s")
+    native.kernels()
+    lap("kernels_s")
 
     from prdarts_jax.data.sources import from_arrays
     from prdarts_jax.dispatch import Images

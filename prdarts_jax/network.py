@@ -94,8 +94,7 @@ def _run_layer(
         after[name] = running_statistics(count, moments, statistics[name], axis_name=how.axis_name)
 
     def separable(names: Sequence[str], x: jax.Array, units: Sequence[Unit]) -> jax.Array:
-        units = [unit._replace(affine=Affine(**params[name])) for name, unit in zip(names, units, strict=True)]
-        y, moments = separable_units(x, units, **how._asdict())
+        y, moments = separable_units(x, units, [Affine(**params[name]) for name in names], **how._asdict())
         b, h, w, _ = x.shape
         for name, unit, found in zip(names, units, moments, strict=True):
             h, w = -(-h // unit.stride), -(-w // unit.stride)

@@ -58,8 +58,8 @@ def test_page_says_what_was_reached_and_what_was_not() -> None:
     assert report.page(empty, "").count("| not measured yet |") == len(report.TARGETS)
     slow = {**ROW, "batch": 64, "speedup": 1.9, "others": 0.2}
     text = report.page({**empty, "search_step": [ROW, slow]}, "A reason.")
-    assert "| PR-DARTS step, speedup | `prdarts-8`, batch 32 | at least 2 | 2.5 | reached |" in text
-    assert "| PR-DARTS step, speedup | `prdarts-8`, batch 64 | at least 2 | 1.9 | **not reached** |" in text
+    assert "| PR-DARTS step, speedup | `prdarts-8`, batch 32 | at least 2 | 2.5 (2.00 to 3.00) | reached |" in text
+    assert "`prdarts-8`, batch 64 | at least 2 | 1.9 (2.00 to 3.00) | **not reached** |" in text
     assert (
         "| PR-DARTS step, memory against PyTorch's | `prdarts-8`, batch 32 | at most 1 | 1.2 | **not reached** |"
         in text
@@ -95,9 +95,39 @@ def test_busy_pairs_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = iter([0.5, 0.0, 0.01])
     monkeypatch.setattr(race.Others, "share", lambda self: next(shares))
     ours, peer = _Scripted([9.0, 1.0, 1.0, 1.0]), _Scripted([9.0, 50.0, 2.0, 4.0])
-    found = race.race(ours, peer, race.Plan(2, 1, patience=3))
+    found = race.summary([race.measure(ours, peer, race.Plan(2, 1, patience=3))])
     assert (found["speedup_min"], found["speedup_max"], found["others"]) == (2.0, 4.0, 0.01)
     assert next(ours.blocks, None) is None
+
+
+def test_the_blocks_of_several_starts_are_one_row() -> None:
+    """A library whose speed differs from start to start is not judged by one of them."""
+    slow, fast = race.Blocks([(0.0, 1.0, 4.0)], (2.0, 1.0)), race.Blocks([(0.1, 1.0, 1.0), (0.0, 1.0, 2.0)], (1.0, 4.0))
+    found = race.summary([slow, fast])
+    assert (found["speedup"], found["speedup_min"], found["speedup_max"]) == (2.0, 1.0, 4.0)
+    assert (found["memory_ratio"], found["others"]) == (0.5, 0.1)
+
+
+def test_a_peer_that_dies_costs_its_own_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Side(race.Worker):
+        def __init__(self, side: race.Side) -> None:
+            if side.make == "dies":
+                raise RuntimeError("the worker ended with status 9")
+            self.stages = {}
+
+        def __exit__(self, *args: object) -> None:
+            pass
+
+    monkeypatch.setattr(comparisons, "Worker", Side)
+    monkeypatch.setattr(comparisons, "measure", lambda *args: race.Blocks([(0.0, 1.0, 2.0)], (1.0, 2.0)))
+    said: list[str] = []
+    sides = {"a": race.Side("dies", {}), "b": race.Side("lives", {})}
+    args = "prdarts-8", 32, race.Side("lives", {}), sides, race.Plan(1, 1)
+    found = list(comparisons._compare(comparisons.Options("full", note=said.append), *args))
+    assert [(row["peer"], row["speedup"]) for row in found] == [("b", 2.0)]
+    assert said == ["prdarts-8, batch 32, a: the worker ended with status 9"]
+    with pytest.raises(RuntimeError):  # in the checks it is a failure
+        list(comparisons._compare(comparisons.Options("smoke"), *args))
 
 
 def test_a_worker_answers_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +158,9 @@ def test_smoke_rows_stay_out_of_the_results(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_growth_is_drawn_from_its_rows(tmp_path: Path) -> None:
+    stages = {"seconds": 1.0, "seconds_min": 0.5, "seconds_max": 1.5, "trace_s": 0.1, "compile_s": 2.0}
     points = [
-        {"axis": axis, "value": value, "seconds": 1.0, "compile_s": 2.0, "memory_gb": 1.0}
+        {"axis": axis, "value": value, "memory_gb": 1.0, **stages}
         for axis in ("batch", "temperature")
         for value in (1.0, 2.0)
     ]

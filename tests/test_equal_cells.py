@@ -21,6 +21,7 @@ from prdarts_jax.space.spec import CELL_TYPES, Space
 
 OPS = ("skip_connect", "dil_conv_3x3", "max_pool_3x3", "none")
 DEEP = Space(nodes=2, cells=12, channels=2, classes=3, in_channels=1, ops=OPS)  # runs of two cells in all three stages
+STEM = Space(nodes=3, cells=6, channels=2, classes=3, in_channels=1, ops=OPS[:2])  # the first two are equal
 
 
 def _images(batch: int = 4) -> np.ndarray:
@@ -34,11 +35,11 @@ def _gates(space: Space, *leading: int) -> Gates:
     return Gates(ops, executed)
 
 
-def _gradients(apply: Any, weights: Any, gates: Gates, images: jax.Array) -> tuple[Any, Any]:
+def _gradients(apply: Any, weights: Any, gates: Gates, images: jax.Array, space: Space = DEEP) -> tuple[Any, Any]:
     """(value, gradients of the weights and of the gates)."""
 
     def loss(weights: Any, ops: Any) -> jax.Array:
-        logits, aux = apply(weights, gates.replace(ops=ops), images, space=DEEP)
+        logits, aux = apply(weights, gates.replace(ops=ops), images, space=space)
         return jnp.sum(jnp.sin(logits)) + jnp.sum(jnp.sin(aux["features"]))
 
     return oracles.quick_jit(jax.value_and_grad(loss, (0, 1)))(weights, gates.ops)
@@ -79,6 +80,18 @@ def test_scanned_cells_against_plain_autodiff_one_by_one(leading: tuple[int, ...
         for kind, gradient in ours[1][1].items():
             moved = np.any(np.asarray(gradient) != 0, axis=(1, 2))
             assert moved.tolist() == [cell.kind == kind for cell in DEEP.layout]
+
+
+def test_a_run_may_begin_at_the_stem() -> None:
+    """There the carry of the scan depends on no architecture, and gradients of weights leave it for the stem."""
+    assert [len(run) for run in STEM.runs] == [2, 1, 1, 1, 1]
+    with jax.enable_x64(True):
+        weights = oracles.float64(supernet.init(jax.random.key(0), STEM))
+        gates, images = _gates(STEM), jnp.asarray(_images())
+        applies = supernet.apply, supernet.apply_reference
+        ours, theirs = (_gradients(apply, weights, gates, images, STEM) for apply in applies)
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9, err_msg=jax.tree_util.keystr(path))
 
 
 def test_in_place_kernels_in_a_scan_over_cells() -> None:

@@ -249,8 +249,8 @@ def test_an_affine_of_units_in_a_row_and_its_gradients(own: bool) -> None:
     given[3][1] = 0.0
 
     def ours(x: jax.Array, *w: jax.Array) -> jax.Array:
-        units = [Unit(*w[:2], stride=2, affine=Affine(*w[2:4])), Unit(*w[4:6], affine=Affine(*w[6:]))]
-        return separable_units(x, units, own_kernels=own)[0]
+        units, affines = [Unit(*w[:2], stride=2), Unit(*w[4:6])], [Affine(*w[2:4]), Affine(*w[6:])]
+        return separable_units(x, units, affines, own_kernels=own)[0]
 
     def theirs(x: jax.Array, *w: jax.Array) -> jax.Array:
         for (depthwise, matrix, scale, bias), stride in ((w[:4], 2), (w[4:], 1)):

@@ -1,7 +1,7 @@
 """Kernels in C++ for the CPU, compiled where they run and called through XLA's foreign function interface.
 
 XLA:CPU has no fast depthwise convolution, computes a kernel gradient without vectors, and a separable convolution with
-its batch statistics in a dozen passes over memory. `cpu/kernels.cc` does each in one or two. It is compiled on first
+its batch statistics in a dozen passes over memory. `cpu/kernels.cc` does each in one or two. They are compiled on first
 use, for the processor at hand, and kept in the user's cache folder. Without a C++ compiler, or with the environment
 variable PRDARTS_CPU_KERNELS=off, everything is computed by XLA: the same values to rounding, more slowly.
 
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +47,9 @@ _KERNELS = (
     "add_to_row",
     "unwritten",
 )
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-std=c++17", "-fPIC", "-pthread")
+# Of each file, beginning with what takes longest: all are compiled at the same time. Calls are decoded fast enough.
+_OPTIMISED = {"kernels.cc": "-O3", "bindings.cc": "-O1", "loops.cc": "-O3"}
 _DILATIONS = {1: (1,), 3: (1, 2), 5: (1, 2), 7: (1,)}  # of each kernel size
 _SECONDS = 300  # of a compiler that hangs
 
@@ -76,7 +79,7 @@ def _digest(compiler: str) -> str:
     """Of everything that the compiled file depends on."""
     asked = [compiler, "--version"]
     version = subprocess.run(asked, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
-    parts = [_processor(), version, jax.__version__, *_FLAGS]
+    parts = [_processor(), version, jax.__version__, *_FLAGS, *_OPTIMISED.values()]
     texts = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cc")]
     return hashlib.sha256("\0".join([*parts, *texts]).encode()).hexdigest()[:16]
 
@@ -89,10 +92,21 @@ def _compile(compiler: str, target: Path) -> None:
     """Compiles beside the target and moves it there: another process may be doing the same."""
     include = ["-isystem", jax.ffi.include_dir()]
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
-        command = [compiler, *_FLAGS, native, *include, str(_SOURCES / "kernels.cc"), "-o", str(built)]
+
+    def run(*words: str) -> None:
+        command = [compiler, *_FLAGS, native, *include, *words]
         subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
+
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor() as threads:
+        objects = {name: str(Path(folder) / f"{name}.o") for name in _OPTIMISED}
+        jobs = [
+            threads.submit(run, "-c", level, str(_SOURCES / name), "-o", objects[name])
+            for name, level in _OPTIMISED.items()
+        ]
+        for job in jobs:
+            job.result()
+        built = Path(folder) / target.name
+        run("-shared", *objects.values(), "-o", str(built))
         os.replace(built, target)
 
 

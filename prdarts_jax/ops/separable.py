@@ -2,7 +2,7 @@
 
     z = P (D * relu(x)),   m, v = mean and variance of z over the batch,   y = (z - m) / sqrt(v + eps)
 
-and gamma y + beta where a unit has an affine.
+and gamma y + beta where a unit is given an affine.
 
 On a CPU each direction is one kernel (`native`), beside two means of a batch normalisation's rule; elsewhere, and where
 a kernel cannot serve, it is composed of the leaf layers. Units in a row hand on z, m and 1/sigma: what lies between two
@@ -46,7 +46,6 @@ class Unit(NamedTuple):
     matrix: jax.Array  # [C,D]
     stride: int = 1
     dilation: int = 1
-    affine: Affine | None = None  # after its normalisation
 
 
 class _Static(NamedTuple):
@@ -233,7 +232,12 @@ _units.defvjp(_units_fwd, _units_bwd, symbolic_zeros=True)
 
 
 def separable_units(
-    x: jax.Array, units: Sequence[Unit], *, axis_name: str | None = None, own_kernels: bool = True
+    x: jax.Array,
+    units: Sequence[Unit],
+    affines: Sequence[Affine] | None = None,
+    *,
+    axis_name: str | None = None,
+    own_kernels: bool = True,
 ) -> tuple[jax.Array, list[Moments]]:
     """Units in a row, each: ReLU, depthwise convolution, 1x1 convolution, batch normalisation, gamma and beta if any.
 
@@ -242,6 +246,7 @@ def separable_units(
     Args:
       x: [B,H,W,C].
       units: at least one; the output of each is the input of the next.
+      affines: gamma and beta after the normalisation of each unit; none: gamma = 1, beta = 0.
       axis_name: mapped axis over which the batch is split, for the statistics; or None.
       own_kernels: whether kernels of ours may be used on CPU. A program that leaves this process cannot have them.
 
@@ -255,7 +260,9 @@ def separable_units(
     ((2, 4, 4, 2), True, True)
     """
     statics = tuple(_Static(unit.stride, unit.dilation, axis_name, own_kernels) for unit in units)
-    y, moments = _units(x, tuple((unit.depthwise, unit.matrix, unit.affine) for unit in units), statics)
+    given = [None] * len(units) if affines is None else affines
+    weights = tuple((unit.depthwise, unit.matrix, affine) for unit, affine in zip(units, given, strict=True))
+    y, moments = _units(x, weights, statics)
     return y, jax.tree.map(lax.stop_gradient, moments)
 
 
@@ -273,6 +280,6 @@ def pointwise_unit(
     (2, 4, 4, 5)
     """
     ones = jnp.ones((1, 1, x.shape[3]), matrix.dtype)  # XLA drops a multiplication by one
-    unit = Unit(ones, matrix, affine=affine)
-    y, (moments,) = separable_units(x, [unit], axis_name=axis_name, own_kernels=own_kernels)
+    affines = None if affine is None else [affine]
+    y, (moments,) = separable_units(x, [Unit(ones, matrix)], affines, axis_name=axis_name, own_kernels=own_kernels)
     return y, moments

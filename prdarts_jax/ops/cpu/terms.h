@@ -5,14 +5,11 @@
 
 #include <cmath>
 
+#include "kernels.h"
 #include "pools.h"
 #include "separable.h"
 
 namespace prdarts {
-
-using Array = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Buffer<ffi::S32>;
-using Span = ffi::Span<const int64_t>;
 
 // The units of each operation in turn: how many (-1: the operation is not of this form), and their geometry.
 struct Operations {
