@@ -1,27 +1,30 @@
 """Everything about a GPU in one unattended run of less than nine minutes: `make bench-gpu`.
 
-    python -m benchmarks.bench_gpu [--platform gpu|cpu] [--scale full|smoke] [--budget SECONDS] [--out DIR]
+    python -m benchmarks.bench_gpu [--platform gpu|cpu] [--scale full|smoke] [--budget SECONDS] [--out DIR] [--anew]
 
 Needs jax with its GPU plugin, flax, optax, chex and orbax-checkpoint; the peers run where torch sees the GPU. The
 sections come in the order of their worth; each is a process with a limit, so one that fails or hangs costs its own
-numbers only, and one for which too little time is left is left out with a line. The exit status is 1 if a lowering
-computes something else than the CPU.
+numbers only, and one for which too little time is left is left out with a line. With --out, the same command goes on
+with what is missing: a section that is in the file, whole and of the same commit and GPU, is not run again. The exit
+status is 1 if a lowering computes something else than the CPU, or if that could not be found out.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import rows as kept
 from benchmarks.cases import FEW, SearchCase, TrainCase
+from benchmarks.gpu_sections import PRECISIONS
 from benchmarks.race import ROOT, environment, has_torch
 
 Row = dict[str, Any]
@@ -39,13 +42,19 @@ class Section(NamedTuple):
     limit: float  # seconds after which it is ended
     xla_flags: str = ""
 
+    @property
+    def mark(self) -> str:
+        """What tells it from other sections and from itself with other arguments."""
+        words = json.dumps([self.name, self.given, self.xla_flags], sort_keys=True)
+        return f"{self.name} {hashlib.sha256(words.encode()).hexdigest()[:8]}"
+
 
 def _full() -> list[Section]:
     paper = SearchCase(cells=8, batch=128)
     case, few = paper._asdict(), {"steps": 20}
     derived = TrainCase(batch=96)._asdict()
     shapes = [[3, 1, 1], [5, 1, 1], [3, 2, 1], [5, 2, 2], [3, 1, 2]]
-    timed = {"scale": "full", "batch": 128, "steps": 50, "precisions": ["tf32", "bfloat16"]}
+    timed = {"scale": "full", "batch": 128, "steps": 200, "precisions": list(PRECISIONS), "megabytes": 1024}
 
     def graphs(kinds: str, label: str) -> Section:
         given = {"case": case, "lowering": "library", "precision": "tf32", "label": f", {label}", **few}
@@ -56,7 +65,8 @@ def _full() -> list[Section]:
 
     def torch(kind: str, precision: str, **options: Any) -> Section:
         given = {"kind": kind, "precision": precision, "options": options, "platform": "gpu", "steps": 10}
-        return Section("peer", {**given, "case": case if kind == "search" else derived}, 30, 150 if options else 60)
+        least, limit = (60, 240) if options else (30, 60)  # a compilation of the peer takes minutes
+        return Section("peer", {**given, "case": case if kind == "search" else derived}, least, limit)
 
     return [
         Section("bandwidth", {"megabytes": 1024, "steps": 20}, 15, 40),
@@ -80,6 +90,9 @@ def _full() -> list[Section]:
         Section("train", {"case": derived, "precision": "bfloat16", **few}, 45, 100),
         torch("train", "bfloat16"),
         torch("train", "tf32", compiled=True),
+        torch("search", "tf32", compiled=True),
+        step("shifts", "float32"),
+        step("diagonal", "float32"),
         graphs(NO_GRAPHS, "no graphs"),
         Section(
             "search", {**dict(step("library", "tf32").given), "case": paper._replace(executed=8)._asdict()}, 45, 120
@@ -91,25 +104,35 @@ def _full() -> list[Section]:
 def _smoke(platform: str) -> list[Section]:
     """Each kind of section once, without haste: a loaded machine is no failure."""
     case, steps = _TINY._asdict(), {"steps": 1}
+    derived = TrainCase(cells=3, channels=4, batch=4)._asdict()
     given: list[tuple[str, dict[str, Any]]] = [
         ("bandwidth", {"megabytes": 4, "steps": 2}),
         ("correctness", {"side": 8, "channels": 4, "shapes": [[3, 2, 1]]}),
         ("step-correctness", {"case": case}),
-        ("depthwise", {"scale": "smoke", "batch": 2, "precisions": ["tf32", "bfloat16"], **steps}),
+        ("depthwise", {"scale": "smoke", "batch": 2, "precisions": ["tf32"], "megabytes": 4, **steps}),
         ("search", {"case": case, "lowering": "shifts", "precision": "bfloat16", **steps}),
+        ("train", {"case": derived, "precision": "bfloat16", **steps}),
         ("epochs", {"case": case, "precision": "tf32", "steps": 4, "project": True}),
         ("peer", {"kind": "search", "precision": "bfloat16", "platform": platform, "case": case, **steps}),
+        ("peer", {"kind": "train", "precision": "bfloat16", "platform": platform, "case": derived, **steps}),
     ]
     return [Section(name, one, 1, 900) for name, one in given]
 
 
-def rows(platform: str, scale: str, budget: float, note: Callable[[str], None]) -> Iterator[Row]:
-    """Every number of every section that there is time for."""
+def rows(
+    platform: str, scale: str, budget: float, note: Callable[[str], None], done: Container[str] = ()
+) -> Iterator[Row]:
+    """Every number of every section that there is time for, but of those that are `done`.
+
+    After those of a section comes a row {what: "section " and its mark, value: its seconds}, with `failure` if any.
+    """
     began = time.monotonic()
     for section in _smoke(platform) if scale == "smoke" else _full():
         says = f"{section.name} {json.dumps(section.given.get('precision', ''))}".strip()
         left = budget - (time.monotonic() - began)
-        if section.name == "peer" and not has_torch():
+        if section.mark in done:
+            note(f"{says}: is there already")
+        elif section.name == "peer" and not has_torch():
             note(f"{says}: left out, torch is not installed")
         elif left < section.least:
             note(f"{says}: left out, {left:.0f} s of {budget:.0f} s are left and it needs {section.least:.0f} s")
@@ -124,6 +147,7 @@ def _run(section: Section, platform: str, limit: float, note: Callable[[str], No
     if section.xla_flags:
         settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {section.xla_flags}".strip()
     command = [sys.executable, "-m", "benchmarks.gpu_sections", section.name, json.dumps(section.given)]
+    began = time.monotonic()
     try:
         done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=limit)
         said, failure = done.stdout, done.returncode and f"status {done.returncode}: {done.stderr.strip()[-300:]}"
@@ -132,18 +156,38 @@ def _run(section: Section, platform: str, limit: float, note: Callable[[str], No
         failure = f"ended after {limit:.0f} s"
     for line in said.splitlines():
         if line.startswith("{") and line.endswith("}"):
-            yield json.loads(line)
+            row = json.loads(line)
+            if "failure" in row:
+                note(f"{section.name}, {row['what']}: {row['failure']}")
+                failure = failure or "some of its numbers are missing"
+            yield row
+    end: Row = {"section": section.name, "what": f"section {section.mark}", "unit": "s"}
     if failure:
         note(f"{section.name} {section.given.get('precision', '')}: {failure}")
-        yield {"section": section.name, "what": "failed", "value": None, "unit": "", "device": "", "failure": failure}
+        end["failure"] = failure
+    yield {**end, "value": round(time.monotonic() - began, 1)}
 
 
-def has_gpu() -> bool:
-    """Whether jax sees a GPU; asked in a process of its own, which gives it back."""
-    ask = "import jax; print(jax.devices()[0].platform)"
+def gpu_name() -> str | None:
+    """The kind of GPU that jax sees, asked in a process of its own, which gives it back; None without one."""
+    ask = "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind)"
     settings = {**environment(), "JAX_PLATFORMS": "cuda,cpu"}
-    done = subprocess.run([sys.executable, "-c", ask], env=settings, capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() in ("gpu", "cuda")
+    command = [sys.executable, "-c", ask]
+    try:
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    except subprocess.TimeoutExpired:  # a driver that hangs
+        return None
+    platform, _, name = done.stdout.strip().partition(" ")
+    return name if platform in ("gpu", "cuda") else None
+
+
+def finished(rows: Sequence[Row]) -> set[str]:
+    """The marks of the sections that these rows have whole."""
+    return {
+        row["what"].removeprefix("section ")
+        for row in rows
+        if row["what"].startswith("section ") and "failure" not in row
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", choices=("smoke", "full"), default="full")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all sections together")
     parser.add_argument("--out", type=Path, help="folder of gpu.jsonl, where rows replace older ones")
+    parser.add_argument("--anew", action="store_true", help="measure again what --out has already")
     args = parser.parse_args(argv)
     if args.out and args.scale == "smoke" and args.out.resolve() == kept.RESULTS:
         parser.error("--out: rows of the smoke scale measure nothing and stay out of benchmarks/results")
@@ -159,18 +204,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     def note(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    if args.platform == "gpu" and not has_gpu():
-        note("jax sees no GPU: nothing is measured (--platform cpu --scale smoke shows that everything runs)")
+    began = time.monotonic()
+    device = gpu_name() if args.platform == "gpu" else "cpu"
+    if device is None:
+        note(f"the jax of {sys.executable} sees no GPU: nothing is measured. PYTHON_GPU=... of make takes another")
+        note("Python; --platform cpu --scale smoke shows that everything runs")
         return 1
-    facts, wrong, device = kept.facts(), [], ""
-    for row in rows(args.platform, args.scale, args.budget, note):
-        device = row.pop("device") or device  # torch's processes do not ask jax
-        row |= {**facts, "device": device}
+    path, facts = args.out / "gpu.jsonl" if args.out else None, kept.facts()
+    same = [r for r in kept.read(path) if (r["commit"], r["device"]) == (facts["commit"], device)] if path else []
+    old: list[Row] = [] if args.anew else same
+    wrong = [row["what"] for row in old if row.get("ok") is False]
+    left = args.budget - (time.monotonic() - began)
+    for row in rows(args.platform, args.scale, left, note, finished(old)):
+        row = {**facts, **row, "device": device}
         print(json.dumps(row), flush=True)
-        if row.get("ok") is False:
+        if row.get("ok") is False or ("failure" in row and row["section"].endswith("correctness")):
             wrong.append(row["what"])
-        if args.out and "failure" not in row:
-            kept.keep(args.out / "gpu.jsonl", [row])
+        if path and (row["what"].startswith("section ") or "failure" not in row):
+            kept.keep(path, [row])
     for what in wrong:
         note(f"wrong: {what}")
     return int(bool(wrong))

@@ -146,8 +146,14 @@ def train(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     return run, clock | stages
 
 
-def depthwise(layer: str = "ours", dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
-    """Forward and both gradients of our depthwise convolution, or ("flax") of flax.linen's nn.Conv."""
+def depthwise(
+    layer: str = "ours", dtype: str = "float32", loop: bool = False, **fields: Any
+) -> tuple[Steps, Clock]:
+    """Forward and both gradients of our depthwise convolution, or ("flax") of flax.linen's nn.Conv.
+
+    `loop`: steps run in one program, each on the results of the one before; a GPU takes less for one of them than to
+    be told of it. Else a program a step: in a loop XLA:CPU has a slow form of flax's convolution.
+    """
     from prdarts_jax.ops.depthwise import depthwise_conv
 
     case = DepthwiseCase(**fields)
@@ -179,7 +185,21 @@ def depthwise(layer: str = "ours", dtype: str = "float32", **fields: Any) -> tup
         y, pull = jax.vjp(forward, x, kernel)
         return y, pull(ct)
 
-    # A program a step: in a loop XLA:CPU has a slow form of flax's convolution, and computes once what is the same.
+    if loop:
+        if case.stride != 1:
+            raise ValueError(f"stride: {case.stride} is not possible in a loop; allowed: 1")
+        kernel /= jnp.abs(kernel).sum((0, 1))  # no frequency grows from step to step
+
+        def chain(x: jax.Array, kernel: jax.Array, ct: jax.Array, count: jax.Array) -> Any:
+            def one(_: jax.Array, carry: Any) -> Any:
+                y, (dx, dk) = both(carry[0], kernel, carry[2])
+                return y, dk, dx
+
+            return lax.fori_loop(0, count, one, (x, kernel, ct))
+
+        many, stages = compiled(jax.jit(chain), x, kernel, ct, jnp.int32(1))
+        return lambda count: jax.block_until_ready(many(x, kernel, ct, jnp.int32(count))), stages
+
     step, stages = compiled(jax.jit(both), x, kernel, ct)
 
     def run(count: int) -> None:

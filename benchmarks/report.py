@@ -233,13 +233,14 @@ def _scaling(rows: Sequence[Row]) -> list[str]:
 
 def _gpu(rows: Sequence[Row]) -> list[str]:
     if not rows:
-        return ["Not measured yet: `make bench-gpu` runs unattended on a machine with one.", ""]
+        return ["Not measured yet: `make bench-gpu` runs unattended on a machine with one; again, it goes on.", ""]
     lines = [
         (r["device"], r["section"], r["what"], f"{r['value']:.4g} {r['unit']}")
         for r in rows
-        if r.get("value") is not None
+        if r.get("value") is not None and not r["what"].startswith("section ")
     ]
-    return _table(("device", "section", "what", "measured"), lines)
+    failed = [f"- {r['what']}: {r['failure']}" for r in rows if "failure" in r]
+    return [*_table(("device", "section", "what", "measured"), lines), *failed, ""]
 
 
 def _machines(rows: Rows) -> list[str]:

@@ -148,9 +148,13 @@ def make_step(
     return step
 
 
-def _initial(problem: Problem, image: tuple[int, ...]) -> Callable[[jax.Array], Carry]:
-    step = make_step(problem)
+def _metrics(problem: Problem) -> tuple[str, ...]:
+    """What a step reports. Tracing one to ask it would take as long as tracing the program."""
+    auxiliary = ("train_auxiliary_loss",) if problem.network.auxiliary else ()
+    return ("train_loss", "train_accuracy", "gradient_norm/weights", *auxiliary)
 
+
+def _initial(problem: Problem, image: tuple[int, ...]) -> Callable[[jax.Array], Carry]:
     def program(key: jax.Array) -> Carry:
         images = jnp.zeros((2, *image), problem.network.dtype)
         made = problem.network.init(key, images)
@@ -158,10 +162,7 @@ def _initial(problem: Problem, image: tuple[int, ...]) -> Callable[[jax.Array], 
         # Of its own memory: the state is donated, and a buffer can be donated only once.
         ema = jax.tree.map(jnp.copy, variables) if problem.ema else None
         state = TrainState(jnp.zeros((), jnp.int32), variables, problem.tx.init(variables.params), ema)
-        batch, zero = Batch(images, jnp.zeros((2,), jnp.int32)), jnp.zeros((), jnp.float32)
-        progress = {"learning_rate": zero, "drop_path": zero}
-        _, metrics = jax.eval_shape(step, state, batch, jnp.arange(2), key, progress)
-        return Carry(state, {name: jnp.zeros((), jnp.float32) for name in metrics})
+        return Carry(state, {name: jnp.zeros((), jnp.float32) for name in _metrics(problem)})
 
     return program
 

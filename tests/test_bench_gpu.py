@@ -74,17 +74,84 @@ def test_the_whole_run_names_only_sections_that_exist_and_stays_under_nine_minut
 def test_a_section_that_dies_or_hangs_costs_its_own_numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     dies = bench_gpu.Section("no-such-section", {}, 0, 60)
-    assert [row["what"] for row in bench_gpu._run(dies, "cpu", 60, said.append)] == ["failed"]
+    (end,) = bench_gpu._run(dies, "cpu", 60, said.append)
+    assert end["what"] == f"section {dies.mark}" and end["failure"].startswith("status 1: ")
     hangs = bench_gpu.Section("bandwidth", {"megabytes": 1, "steps": 1}, 0, 1)
     found = list(bench_gpu._run(hangs, "cpu", 0.05, said.append))
     assert found[-1]["failure"] == "ended after 0 s" and "KeyError" in said[0]
 
 
 def test_a_wrong_number_is_the_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"section": "correctness", "what": "error, shifts", "value": 1.0, "unit": "", "device": "x", "ok": False}
+    row = {"section": "correctness", "what": "error, shifts", "value": 1.0, "unit": "", "ok": False}
     monkeypatch.setattr(bench_gpu, "rows", lambda *args: iter([dict(row)]))
     assert bench_gpu.main(["--platform", "cpu", "--scale", "smoke"]) == 1
     assert "wrong: error, shifts" in capsys.readouterr().err
+    dead = {"section": "step-correctness", "what": "section x", "value": 1.0, "unit": "s", "failure": "status 1"}
+    monkeypatch.setattr(bench_gpu, "rows", lambda *args: iter([dict(dead)]))
+    assert bench_gpu.main(["--platform", "cpu", "--scale", "smoke"]) == 1
+    monkeypatch.setattr(bench_gpu, "rows", lambda *args: iter([{**dead, "section": "peer"}]))
+    assert bench_gpu.main(["--platform", "cpu", "--scale", "smoke"]) == 0
+
+
+def test_nan_is_an_error_wherever_it_stands() -> None:
+    fine, nan = np.array([1.0, 2.0]), np.array([1.0, np.nan])
+    for found in ([fine, nan], [nan, fine]):
+        assert gpu_sections.error_of(found, [fine, fine]) == np.inf
+    row = gpu_sections._judged("error", lambda: gpu_sections.error_of([nan], [fine]), 1e-2)
+    assert row["ok"] is False and json.loads(json.dumps(row, allow_nan=False))["value"] is None
+
+
+def test_a_lowering_that_crashes_costs_its_own_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crashes(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setitem(LOWERINGS, "shifts", LOWERINGS["shifts"]._replace(kernel_gradient=crashes))
+    found = list(gpu_sections.correctness({"side": 5, "channels": 2, "shapes": [[3, 1, 1]]}))
+    assert len(found) == 3 * (1 + len(LOWERINGS))
+    for row in found:
+        crashed = ", shifts, " in row["what"]
+        assert row["ok"] is not crashed and row.get("failure", "") == ("RuntimeError: RESOURCE_EXHAUSTED" * crashed)
+    timed = {"scale": "smoke", "batch": 2, "precisions": ["float32"], "steps": 1, "megabytes": 1}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a user runs it
+        names = {row["what"].split(", ")[2]: row.get("failure", "") for row in gpu_sections.depthwise(timed)}
+    assert names == {LIBRARY: "", "shifts": "RuntimeError: RESOURCE_EXHAUSTED", "grouped": "", "diagonal": ""}
+
+
+def test_the_same_command_goes_on_with_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = [bench_gpu.Section(name, {"of": name}, 0, 60) for name in ("whole", "failed")]
+    monkeypatch.setattr(bench_gpu, "_smoke", lambda platform: sections)
+    ran: list[str] = []
+
+    def run(section: bench_gpu.Section, *rest: Any) -> Any:
+        ran.append(section.name)
+        yield {"section": section.name, "what": f"speed of {section.name}", "value": 1.0, "unit": ""}
+        failure = {"failure": "ended after 60 s"} if ran == ["whole", "failed"] else {}
+        yield {"section": section.name, "what": f"section {section.mark}", "value": 2.0, "unit": "s", **failure}
+
+    monkeypatch.setattr(bench_gpu, "_run", run)
+    command = ["--platform", "cpu", "--scale", "smoke", "--out", str(tmp_path)]
+    for expected in (["whole", "failed"], ["failed"], []):
+        ran.clear()
+        assert bench_gpu.main(command) == 0 and ran == expected
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and not any("failure" in row for row in rows)
+    ran.clear()
+    assert bench_gpu.main([*command, "--anew"]) == 0 and ran == ["whole", "failed"]
+
+
+def test_no_two_sections_of_the_whole_run_are_the_same_measurement() -> None:
+    """A row replaces the one of the same name, so names have to tell sections apart."""
+    sections = bench_gpu._full()
+    assert len({section.mark for section in sections}) == len(sections)
+    executed = [section.given["case"]["executed"] for section in sections if section.name == "search"]
+    assert set(executed) == {2, 8}
+    timed = {"lowering": LIBRARY, "precision": "float32", "steps": 1}
+    names = []
+    for k in (1, 2):
+        case = {**bench_gpu._TINY._asdict(), "executed": k}
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            names.append({row["what"] for row in gpu_sections.search({**timed, "case": case})})
+    assert not names[0] & names[1]
 
 
 def test_nothing_else_has_to_be_installed() -> None:
