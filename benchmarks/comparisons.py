@@ -85,7 +85,7 @@ def search_step(options: Options) -> Iterator[Row]:
             fields = case._replace(batch=batch)._asdict()
             peers = {peer: Side(f"{_TORCH}search", {**extra, **fields}) for peer, extra in _variants(options).items()}
             # The operations drawn change from step to step, so a block of PR-DARTS has several.
-            full = Plan(7, 8) if case.method == "prdarts" else Plan(5, 2)
+            full = Plan(7, 8) if case.method == "prdarts" else Plan(15, 1)
             plan = Plan(2, 1) if options.scale == "smoke" else full
             yield from _compare(options, name, batch, Side("benchmarks.ours:search", fields), peers, plan)
 
