@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bench_gpu, gpu_sections
+from benchmarks import bench_gpu, gpu_sections, ours
 from benchmarks.lowerings import LIBRARY, LOWERINGS, using
 from prdarts_jax.ops import depthwise
 from prdarts_jax.ops.depthwise import depthwise_conv, depthwise_conv_reference
@@ -115,6 +115,30 @@ def test_a_lowering_that_crashes_costs_its_own_rows_only(monkeypatch: pytest.Mon
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a user runs it
         names = {row["what"].split(", ")[2]: row.get("failure", "") for row in gpu_sections.depthwise(timed)}
     assert names == {LIBRARY: "", "shifts": "RuntimeError: RESOURCE_EXHAUSTED", "grouped": "", "diagonal": ""}
+
+
+def test_the_loop_that_is_timed_computes_each_step_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and both gradients are in it: a result that nothing needs would be left out by the compiler."""
+    seen: list[Any] = []
+    real = ours.compiled
+
+    def compiled(program: Any, *args: Any) -> Any:
+        seen.extend(args)
+        return real(program, *args)
+
+    monkeypatch.setattr(ours, "compiled", compiled)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        run, _ = ours.depthwise(loop=True, side=5, channels=2, kernel=3, batch=2)
+        found: Any = run(2)
+        with pytest.raises(ValueError, match="stride: 2 is not possible in a loop; allowed: 1"):
+            ours.depthwise(loop=True, side=5, channels=2, kernel=3, batch=2, stride=2)
+    x, kernel, ct = seen[:3]
+    for _ in range(2):
+        y, pull = jax.vjp(depthwise_conv_reference, x, kernel)
+        dx, dk = pull(ct)
+        x, ct = y, dx
+    for a, b in zip(found, (y, dk, dx), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5)
 
 
 def test_the_same_command_goes_on_with_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,10 @@ def test_a_peer_that_dies_costs_its_own_row_only(monkeypatch: pytest.MonkeyPatch
     found = list(comparisons._compare(comparisons.Options("full", note=said.append), *args))
     assert [(row["peer"], row["speedup"]) for row in found] == [("b", 2.0)]
     assert said == ["prdarts-8, batch 32, a: the worker ended with status 9"]
+    blocks = iter([(0.0, 1.0, 2.0), (0.0, 1.0, 4.0), (0.0, 1.0, 9.0)])
+    monkeypatch.setattr(comparisons, "measure", lambda *args: race.Blocks([next(blocks)], (1.0, 2.0)))
+    (row,) = comparisons._compare(comparisons.Options("full", peers=("b",)), *args, starts=3)  # of all starts
+    assert (row["speedup"], row["speedup_min"], row["speedup_max"]) == (4.0, 2.0, 9.0)
     with pytest.raises(RuntimeError):  # in the checks it is a failure
         list(comparisons._compare(comparisons.Options("smoke"), *args))
 
