@@ -148,8 +148,8 @@ def make_step(
     return step
 
 
-def _metrics(problem: Problem) -> tuple[str, ...]:
-    """What a step reports. Tracing one to ask it would take as long as tracing the program."""
+def metric_names(problem: Problem) -> tuple[str, ...]:
+    """What a step of `make_step` reports. Tracing one to learn it takes most of the time of an initialisation."""
     auxiliary = ("train_auxiliary_loss",) if problem.network.auxiliary else ()
     return ("train_loss", "train_accuracy", "gradient_norm/weights", *auxiliary)
 
@@ -162,7 +162,7 @@ def _initial(problem: Problem, image: tuple[int, ...]) -> Callable[[jax.Array], 
         # Of its own memory: the state is donated, and a buffer can be donated only once.
         ema = jax.tree.map(jnp.copy, variables) if problem.ema else None
         state = TrainState(jnp.zeros((), jnp.int32), variables, problem.tx.init(variables.params), ema)
-        return Carry(state, {name: jnp.zeros((), jnp.float32) for name in _metrics(problem)})
+        return Carry(state, {name: jnp.zeros((), jnp.float32) for name in metric_names(problem)})
 
     return program
 

@@ -132,6 +132,7 @@ def test_the_loss_is_both_heads_with_smoothed_targets(smoothing):
     assert float(found["gradient_norm/weights"]) == pytest.approx(np.linalg.norm(both), rel=1e-5)
     assert float(after.variables.batch_stats["seen"]) == 0.25  # the rate is an argument, not a constant of the program
     assert int(after.step) == 1
+    assert set(found) == set(train_program.metric_names(problem))
 
 
 def test_without_an_auxiliary_head_or_drop_path():
@@ -139,7 +140,7 @@ def test_without_an_auxiliary_head_or_drop_path():
     state, batch = _start(problem)
     progress = {"learning_rate": jnp.float32(1.0), "drop_path": jnp.float32(0.25)}
     after, found = train_program.make_step(problem)(state, batch, jnp.arange(6), jax.random.key(0), progress)
-    assert "train_auxiliary_loss" not in found
+    assert "train_auxiliary_loss" not in found and set(found) == set(train_program.metric_names(problem))
     assert float(after.variables.batch_stats["seen"]) == 0
     np.testing.assert_array_equal(after.variables.params["side"], state.variables.params["side"])
 
