@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from prdarts_jax import cli, metrics, plots, presets, report, search_inputs, search_loop, search_program
+from prdarts_jax import cli, metrics, plots, presets, report, search_inputs, search_loop, search_program, sweep
 from prdarts_jax import config as cfg
 from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.config import SearchConfig
@@ -78,6 +78,10 @@ def search(workdir: Path, *, given: Mapping[str, Any] | None = None, **flags: An
 def final_state(workdir: Path) -> Carry:
     """The newest checkpoint, restored and verified."""
     config_ = cfg.from_dict(SearchConfig, json.loads((workdir / "config.json").read_text())["config"])
+    if config_.method.strategy == config().method.strategy:
+        # The numbers that members of a population differ in change no shape: all have one target, traced once.
+        numbers = [path for path in sweep.sweepable(config_).values() if path != "seed"]
+        config_ = cfg.replace(config_, {path: cfg.get(config(), path) for path in numbers})
     inputs = search_inputs.prepare(config_, data=digits())
     progress = inputs.problem.strategy.schedule(0, 1) | {"weight_learning_rate": 0.0, "arch_learning_rate": 0.0}
     target = search_program.abstract_carry(
@@ -135,22 +139,23 @@ def one_error(capsys: pytest.CaptureFixture[str], command: list[str], status: in
 # Sharing
 
 
+_FILES = ("data.source", "space.primitives", "weights.transform", "arch.transform")
+
+
 def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
     known: dict[str, Any] = {}
 
     @functools.wraps(prepare)
     def remembered(config: SearchConfig, **given: Any) -> Any:
-        if any(value is not None for name, value in given.items() if name != "data"):
-            return prepare(config, **given)
-        files = (config.space.primitives, config.weights.transform, config.arch.transform)
-        if any(files) or ":" in config.method.strategy:
-            return prepare(config, **given)
+        """What is prepared is real; a problem that computes the same as an earlier one is that one."""
+        inputs = prepare(config, **given)
+        if given.get("like") is not None or any("uncomparable" in digest for digest in inputs.digests.values()):
+            return inputs
         computed = {k: v for k, v in cfg.computed(config).items() if k not in ("seed", "epochs", "evaluate_every")}
-        data = given.get("data")
-        key = json.dumps([computed, config.run.devices, config.run.data_dir, data.digest if data else None])
-        if key not in known:
-            known[key] = prepare(config, **given)
-        return known[key]
+        # Where data and the user's files lie is not computed, which function of a file it is, is.
+        computed |= {k: computed[k].rpartition(":")[2] for k in (*_FILES[1:], "method.strategy")}
+        key = json.dumps([{**computed, "data.source": ""}, config.run.devices, inputs.digests])
+        return inputs._replace(problem=known.setdefault(key, inputs.problem))
 
     return remembered
 

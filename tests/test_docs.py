@@ -65,12 +65,16 @@ def _named(dotted: str) -> Any:
 
 
 def _search(*args: Any, **kwargs: Any) -> search_loop.SearchResult:
-    """`prdarts_jax.search` up to the first step: arguments bound, data loaded, everything checked, nothing written."""
+    """`prdarts_jax.search` up to the first step: arguments bound, data loaded, everything checked, nothing written.
+
+    What is checked by tracing is traced in a small space: the user's own transformation does not depend on its size.
+    """
     bound = inspect.signature(search_loop_search).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
     objects = {name: given[name] for name in ("weight_tx", "arch_tx", "strategy", "data")}
-    inputs = search_inputs.prepare(given["config"], **objects)
+    small = cfg.replace(given["config"], {"space.cells": 3, "space.nodes": 1, "space.channels": 4})
+    inputs = search_inputs.prepare(small, **objects)
     search_inputs.document(given["config"], inputs, given["sources"])
     return search_loop.SearchResult("finished", Genotype.named("PRDARTS"), Path(given["workdir"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -17,7 +18,16 @@ import pytest
 import search_cases
 from search_cases import EPOCH_STEPS, assert_same, one_error, outcome, search, snapshot, words
 
-from prdarts_jax import cli, population, population_program, report, report_data, report_sweep, search_loop
+from prdarts_jax import (
+    cli,
+    population,
+    population_program,
+    report,
+    report_data,
+    report_sweep,
+    search_loop,
+)
+from prdarts_jax import sweep as sweeps
 from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.errors import UserError
 from prdarts_jax.space.genotype import Genotype
@@ -53,7 +63,7 @@ def populate(workdir, sweep=SWEEP, *, given=None, **flags):
 
 def single(folder, **flags):
     """The outcome of an ordinary search, computed once for all tests."""
-    workdir = folder / "single" / ",".join(["search", *(f"{name}={value}" for name, value in sorted(flags.items()))])
+    workdir = folder / "single" / hashlib.sha256(repr(sorted(flags.items())).encode()).hexdigest()
     if not workdir.exists():
         assert search(workdir, **flags).status == "finished"
     return outcome(workdir)
@@ -68,17 +78,24 @@ def singles(folder, **flags):
     }
 
 
+PROGRAMS = ("initial", "dispatch", "evaluation")
+
+
 @pytest.fixture
 def compilations(monkeypatch):
-    """The compiled programs of the populations of a test, by what they are."""
+    """What the populations of a test compile beyond what their first member, alone, has compiled before."""
     seen, shared = [], population.Shared
 
+    def sizes(one):
+        return {kind: getattr(one.programs, kind)._cache_size() for kind in PROGRAMS}
+
     def spying(inputs):
-        seen.append(shared(inputs))
-        return seen[-1]
+        one = shared(inputs)
+        seen.append((one, sizes(one)))
+        return one
 
     monkeypatch.setattr(population, "Shared", spying)
-    return lambda kind: [getattr(one.programs, kind)._cache_size() for one in seen]
+    return lambda: [{kind: size - before[kind] for kind, size in sizes(one).items()} for one, before in seen]
 
 
 @pytest.fixture
@@ -102,42 +119,42 @@ def test_each_member_is_its_single_search(folder, finished):
     assert all(leaves[i] != leaves[j] for i in range(4) for j in range(i))
 
 
-@pytest.mark.parametrize(
-    "sweep",
-    [
-        {"weights.weight_decay": [5e-4, 0.5], "weights.momentum": [0.9, 0.0]},
-        {"weights.learning_rate": [0.025, 0.2], "weights.learning_rate_min": [0.001, 0.1]},
-        {"arch.learning_rate": [3e-4, 0.1], "arch.weight_decay": [1e-3, 1.0]},
-        {"tau_max": [10.0, 2.0], "tau_min": [0.1, 1.0]},
-        {"gate_dropout": [0.0, 0.9], "lambda2": [0.005, 1.0]},
-        {"lambda3": [0.005, 2.0]},
-    ],
-    ids=lambda sweep: "+".join(sweep),
-)
-def test_every_number_that_can_be_swept(folder, tmp_path, compilations, sweep):
+NUMBERS = {
+    "weights.learning_rate": [0.025, 0.2],
+    "weights.learning_rate_min": [0.001, 0.1],
+    "weights.weight_decay": [5e-4, 0.5],
+    "weights.momentum": [0.9, 0.0],
+    "arch.learning_rate": [3e-4, 0.1],
+    "arch.weight_decay": [1e-3, 1.0],
+    "tau_max": [10.0, 2.0],
+    "tau_min": [0.1, 1.0],
+    "lambda1": [0.01, 5.0],
+    "lambda2": [0.005, 1.0],
+    "lambda3": [0.005, 2.0],
+    "gate_dropout": [0.0, 0.5],
+}
+
+
+def test_every_number_that_can_be_swept(folder, tmp_path, compilations, monkeypatch):
     """The last member shares the first one's programs and has none of its numbers."""
-    epochs = 2
-    result = populate(tmp_path / "w", sweep, epochs=epochs, evaluate_every=1)
+    assert {"seed", *NUMBERS} == set(sweeps.sweepable(search_cases.config()))
+    members = sweeps.members
+
+    def ends(config, numbers, *rest):
+        """The first and the last of the product, which are thousands."""
+        both = ({name: [values[i]] for name, values in numbers.items()} for i in (0, -1))
+        return tuple(member for one in both for member in members(config, one, *rest))
+
+    monkeypatch.setattr(sweeps, "members", ends)
+    flags = {name if "." in name else f"method.options.{name}": values[-1] for name, values in NUMBERS.items()}
+    other = {path.replace(".", "__"): value for path, value in flags.items()}
+    expected = [single(folder, epochs=2, evaluate_every=1, **numbers) for numbers in ({}, other)]
+    result = populate(tmp_path / "w", NUMBERS, epochs=2, evaluate_every=1)
     assert result.status == "finished"
-    assert len(result.members) == 2 ** len(sweep)
-    options = {name if "." in name else f"method.options.{name}": values[-1] for name, values in sweep.items()}
-    flags = {path.replace(".", "__"): value for path, value in options.items()}
-    last = tmp_path / "w" / [*result.members][-1]
-    assert_same(outcome(last), single(folder, epochs=epochs, evaluate_every=1, **flags))
-    assert outcome(last)["leaves"] != outcome(tmp_path / "w" / next(iter(result.members)))["leaves"]
-    for kind in ("initial", "dispatch", "evaluation"):
-        assert compilations(kind) == [1], kind
-
-
-def test_one_compilation_serves_all_members(tmp_path, compilations, monkeypatch):
-    from prdarts_jax import search_program
-
-    for name in ("make_dispatch", "make_evaluation", "_initial"):  # programs of its own, not those of other tests
-        monkeypatch.setattr(search_program, name, getattr(search_program, name).__wrapped__)
-    populate(tmp_path / "w", epochs=1, evaluate_every=1)
-    assert len([p for p in (tmp_path / "w").iterdir() if p.is_dir()]) == 4
-    for kind in ("initial", "dispatch", "evaluation"):
-        assert compilations(kind) == [1], kind
+    assert compilations() == [dict.fromkeys(PROGRAMS, 0)]
+    assert len(result.members) == 2
+    for name, want in zip(result.members, expected, strict=True):
+        assert_same(outcome(tmp_path / "w" / name), want)
 
 
 def test_members_are_ordinary_workdirs(finished, npz, capsys, tmp_path):
@@ -186,13 +203,13 @@ def test_stopped_after_every_dispatch(folder, tmp_path):
     statuses = []
     sweep = {"seed": [0, 1]}
     while "finished" not in statuses:
-        statuses.append(populate(tmp_path / "w", sweep, run__time_limit=MOMENT, epochs=2).status)
+        statuses.append(populate(tmp_path / "w", sweep, run__time_limit=MOMENT, epochs=1).status)
         assert len(statuses) < 20
-    dispatches = 2 * 3  # of a member
+    dispatches = 3  # of a member
     # A member that has computed its last dispatch writes its results; the next one is left to the next start.
     assert statuses == ["time-limit"] * (2 * dispatches - 1) + ["finished"]
     for seed in (0, 1):
-        assert_same(outcome(tmp_path / "w" / f"seed={seed}"), single(folder, seed=seed, epochs=2))
+        assert_same(outcome(tmp_path / "w" / f"seed={seed}"), single(folder, seed=seed, epochs=1))
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -223,10 +240,13 @@ def test_a_signal_saves_and_says_how_to_go_on(folder, npz, tmp_path, monkeypatch
         assert_same(outcome(tmp_path / "w" / f"seed={seed}"), single(folder, seed=seed))
 
 
-def test_killed_and_started_again(folder, npz, tmp_path):
-    """kill -9 of a real process at a random moment after the second member has begun, then the same command again."""
+def test_killed_and_started_again(folder, npz, tmp_path, monkeypatch):
+    """kill -9 of a real process at a random moment after the second member has begun, then the same command again.
+
+    The one that goes on shares the programs of the other tests; test_resume.py goes on in a new process.
+    """
     workdir, log = tmp_path / "w", tmp_path / "log"
-    command = [sys.executable, "-m", "prdarts_jax", *words(workdir, npz, epochs=6), "--population=3"]
+    command = [sys.executable, "-m", "prdarts_jax", *words(workdir, npz), "--population=3"]
     with log.open("ab") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream)
     while not (workdir / "seed=1" / "config.json").exists():
@@ -239,18 +259,22 @@ def test_killed_and_started_again(folder, npz, tmp_path):
     assert not (workdir / "report.html").exists()
 
     where = f"killed {delay:.3f} s after the second member began"
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0, f"{where}: {again.stderr}"
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "report", lambda workdirs: REPORT(workdirs) if workdirs == [workdir] else None)
+        assert cli.main(command[3:]) == 0, where
     assert (workdir / "report.html").is_file()
     for seed in range(3):
-        found, expected = outcome(workdir / f"seed={seed}"), single(folder, seed=seed, epochs=6)
+        found, expected = outcome(workdir / f"seed={seed}"), single(folder, seed=seed)
         for part in expected:
             assert found[part] == expected[part], f"{where}: seed {seed}: {part}"
 
 
 def test_a_failing_member_is_named_and_the_others_go_on(folder, npz, tmp_path, capsys):
-    command = [*words(tmp_path / "w", npz), "--sweep", "weights.learning_rate=1e30,0.025"]
+    # The last is the first one as a float32, so that both are one search, which has been traced.
+    rates = (0.025, 1e30, 0.025 + 1e-12)
+    command = [*words(tmp_path / "w", npz), "--sweep", f"weights.learning_rate={','.join(map(str, rates))}"]
     name = "weights.learning_rate=1e+30"
+    expected, rate = single(folder), "progress/weight_learning_rate"
     for _ in range(2):  # again: it fails again, and what is finished stays
         capsys.readouterr()
         assert cli.main(command) == 1
@@ -260,7 +284,13 @@ def test_a_failing_member_is_named_and_the_others_go_on(folder, npz, tmp_path, c
         )
         assert last.startswith(f"prdarts: error: population: {name} failed: ") and "at step " in last
         assert not (tmp_path / "w" / name / "genotype.json").exists()
-        assert_same(outcome(tmp_path / "w" / "weights.learning_rate=0.025"), single(folder))
+        for other in (rates[0], rates[-1]):
+            found = outcome(tmp_path / "w" / f"weights.learning_rate={other}")
+            for mine, want in zip(found["rows"], expected["rows"], strict=True):
+                if rate in want:
+                    assert mine[rate] == pytest.approx(want[rate])
+                    mine[rate] = want[rate]
+            assert_same(found, expected)
 
 
 def test_a_member_in_use_is_named_and_the_others_go_on(folder, tmp_path, capsys):
@@ -332,13 +362,37 @@ def test_members_of_another_population_are_refused(finished):
 
 
 @pytest.fixture
-def side_by_side(folder):
+def side_by_side(folder, mapped):
     if jax.device_count() < 2:
         pytest.skip(f"{jax.device_count()} devices of 2")
     workdir = folder / "side-by-side"
     if not workdir.exists():
         assert populate(workdir, run__devices="2", epochs=2, evaluate_every=2).status == "finished"
     return workdir
+
+
+@pytest.fixture(scope="module")
+def mapped():
+    """The program of two devices, which the tests of this file share, and its text."""
+    original, known = population_program._mapped, {}
+
+    def remembered(problem, mesh, kinds):
+        key = (problem, mesh)
+        if key not in known:
+            program, texts = original(problem, mesh, kinds), []
+
+            def call(*arguments):
+                if not texts:
+                    texts.append(program.lower(*arguments).as_text())
+                return program(*arguments)
+
+            known[key] = call
+            call.program, call.texts = program, texts
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(population_program, "_mapped", remembered)
+        yield known
 
 
 @pytest.mark.multidevice
@@ -378,35 +432,16 @@ def test_stopped_side_by_side(side_by_side, tmp_path, capsys):
 
 
 @pytest.mark.multidevice
-def test_three_members_on_two_devices_have_one_program_without_collectives(tmp_path, monkeypatch):
-    made, original = [], population_program.SideBySide
-
-    class Spy(original):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
-
-    monkeypatch.setattr(population, "SideBySide", Spy)
-    texts, mapped = [], population_program._mapped
-
-    def spying(*args):
-        program = mapped(*args)
-
-        def call(*arguments):
-            if not texts:
-                texts.append(program.lower(*arguments).as_text())
-            return program(*arguments)
-
-        call.program = program
-        return call
-
-    monkeypatch.setattr(population_program, "_mapped", spying)
+def test_three_members_on_two_devices_have_one_program_without_collectives(mapped, tmp_path):
     result = populate(tmp_path / "w", {"seed": [0, 1, 2]}, run__devices="2", epochs=1)
     assert result.status == "finished"
-    assert len(made[0].devices) == 2
-    assert made[0].program.program._cache_size() == 1
-    assert "func.func public @main" in texts[0]
-    assert not [word for word in ("all_reduce", "all_gather", "collective", "all_to_all") if word in texts[0]]
+    ((_, mesh),) = mapped
+    assert mesh.devices.shape == (2,)
+    (call,) = mapped.values()
+    assert call.program._cache_size() == 1
+    (text,) = call.texts
+    assert "func.func public @main" in text
+    assert not [word for word in ("all_reduce", "all_gather", "collective", "all_to_all") if word in text]
 
 
 # The report

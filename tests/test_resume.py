@@ -80,7 +80,7 @@ def test_stopped_after_every_dispatch(finished, tmp_path, capsys):
     assert "bit for bit" in said
 
 
-@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 10])
 def test_the_length_of_a_dispatch_changes_no_bit(finished, tmp_path, steps):
     assert search(tmp_path / "w", run__steps_per_dispatch=steps).status == "finished"
     assert_same(outcome(tmp_path / "w"), outcome(finished))

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 import search_cases
-from search_cases import EPOCH_STEPS, FLAGS, assert_same, digits, final_state, one_error, outcome, rows, search, words
+from search_cases import EPOCH_STEPS, FLAGS, assert_same, digits, final_state, one_error, outcome, rows, words
 
 import prdarts_jax
-from prdarts_jax import cli, presets, search_inputs, userfile
+from prdarts_jax import cli, population, presets, search_inputs, userfile
 from prdarts_jax.errors import UserError
 from prdarts_jax.space.genotype import Genotype
 
@@ -219,16 +219,19 @@ def _path_convolutions(workdir: Path) -> float:
 
 @pytest.fixture
 def penalised(folder, quick):
-    """A search with other coefficients, tau from 1; both are numbers of the same compiled program."""
+    """A search with other coefficients, tau from 1: members of a population, which compiles once."""
+    workdir = folder / "w"
+    sweep = {"lambda1": [0.01, 10.0], "lambda3": [0.0, 1.0]}
 
-    def run(**options: float) -> Path:
-        workdir = folder / ("-".join(options) or "base")
+    def run(*, lambda1: float = 0.01, lambda3: float = 0.0) -> Path:
         if not workdir.exists():
-            values = {"tau_max": 1.0, "lambda1": 0.01, "lambda3": 0.0, **options}
-            flags = {f"method__options__{name}": value for name, value in values.items()}
-            assert search(workdir, epochs=6, arch__learning_rate=0.02, **flags).status == "finished"
-        assert rows(workdir, "epoch")[-1]["progress/tau"] == pytest.approx(0.1)
-        return workdir
+            options = {"tau_max": 1.0, "lambda1": 0.01, "lambda3": 0.0}
+            flags = {f"method__options__{name}": value for name, value in options.items()}
+            config = search_cases.config(epochs=6, arch__learning_rate=0.02, **flags)
+            assert population.search_population(config, workdir, sweep, data=digits()).status == "finished"
+        member = workdir / f"lambda1={lambda1},lambda3={lambda3}"
+        assert rows(member, "epoch")[-1]["progress/tau"] == pytest.approx(0.1)
+        return member
 
     return run
 
