@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import quick_jit
 
 from prdarts_jax.errors import UserError
 from prdarts_jax.network import DerivedNetwork, drop_path, drop_path_draws
@@ -31,26 +33,48 @@ def made(net: DerivedNetwork, images: jax.Array, seed: int = 0) -> Any:
     return jax.jit(net.init, compiler_options=FAST)(jax.random.key(seed), images)
 
 
+def drawn(net: DerivedNetwork, images: jax.Array) -> Any:
+    """Variables of the shapes of `net.init`, which is traced only: for programs whose values are compared."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), images)
+
+    def weights(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        fan_in = max(np.prod(leaf.shape[:-1]), 1)
+        return jnp.asarray(rng.uniform(-1, 1, leaf.shape) / np.sqrt(fan_in) + (leaf.ndim == 1), leaf.dtype)
+
+    return {
+        "params": jax.tree.map(weights, shapes["params"]),
+        "batch_stats": jax.tree.map(
+            lambda s: jnp.asarray(rng.uniform(0.5, 1.5, s.shape), s.dtype), shapes["batch_stats"]
+        ),
+    }
+
+
+def shapes_of(net: DerivedNetwork, images: jax.Array) -> Any:
+    """((logits, auxiliary logits), variables) of `net`, traced and not compiled."""
+    return jax.eval_shape(net.init_with_output, jax.random.key(0), images)
+
+
 def pictures(*shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(7), shape)
 
 
 def test_flax_users_find_what_they_expect() -> None:
-    net = DerivedNetwork(SKIPS, channels=4, cells=4, classes=3, auxiliary=True)
+    net = DerivedNetwork(SKIPS, channels=4, cells=3, classes=3, auxiliary=True)
     images = pictures(2, 32, 32, 3)
-    variables = made(net, images)
+    variables = jax.eval_shape(net.init, jax.random.key(0), images)
     assert set(variables) == {"params", "batch_stats"}
-    cells = {f"cell_{i}" for i in range(4)}
+    cells = {f"cell_{i}" for i in range(3)}
     assert set(variables["params"]) == cells | {"stem", "classifier", "auxiliary"}
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
-    logits, auxiliary = net.apply(variables, images)
+    logits, auxiliary = jax.eval_shape(net.apply, variables, images)
     assert logits.shape == auxiliary.shape == (2, 3)
     table = net.tabulate(jax.random.key(0), images)
     count = sum(leaf.size for leaf in jax.tree.leaves(variables))
-    assert f"{count:,}" in table and "cell_3" in table
-    assert net.clone(auxiliary=False).apply(variables, images)[1] is None
+    assert f"{count:,}" in table and "cell_2" in table
+    assert jax.eval_shape(net.clone(auxiliary=False).apply, variables, images)[1] is None
     with pytest.raises(Exception, match="batch_stats"):
-        net.apply(variables, images, train=True)  # nobody asked for the statistics
+        jax.eval_shape(partial(net.apply, train=True), variables, images)  # nobody asked for the statistics
 
 
 def test_weights_are_drawn_by_fan_in_and_differ_between_cells() -> None:
@@ -73,10 +97,9 @@ def test_nodes_without_operations_do_not_exist() -> None:
         *("preprocess0", "preprocess1"),
         *("node2_0_skip_connect", "node2_1_dil_conv_3x3", "node4_0_avg_pool_3x3"),
     ]
-    images = pictures(2, 8, 8, 3)
-    variables = made(net, images)
+    (logits, _), variables = shapes_of(net, pictures(2, 8, 8, 3))
     assert variables["params"]["cell_1"]["preprocess1"]["pointwise"].shape == (8, 8)
-    assert net.apply(variables, images)[0].shape == (2, 10)
+    assert logits.shape == (2, 10)
 
 
 def test_a_cell_computes_its_sum_of_operations() -> None:
@@ -99,54 +122,57 @@ def test_a_cell_computes_its_sum_of_operations() -> None:
     np.testing.assert_allclose(net.apply(variables, images)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+class Step(NamedTuple):
+    """A training step of eight cells, and the statistics it started from."""
+
+    compiled: Any
+    result: Any  # logits, statistics afterwards, gradients
+    before: Any
+
+
+@cache
+def step_of(stem: str, *, scan_cells: bool = True, recompute: bool = False) -> Step:
+    """Compiled once, for all the tests that look at it."""
+    net = DerivedNetwork(MIXED, channels=4, cells=8, stem=stem)
+    assert [end - first for first, end in net.plan().runs] == [2, 1, 2, 1, 2]
+    images = pictures(8, 18, 18, 3) if stem == "cifar" else pictures(3, 72, 72, 3)
+    variables = drawn(net, images)
+    net = net.clone(scan_cells=scan_cells, recompute=recompute)
+
+    def loss(params: Any, statistics: Any, images: jax.Array) -> Any:
+        out, new = net.apply(
+            {"params": params, "batch_stats": statistics},
+            images,
+            train=True,
+            drop_path=jnp.float32(0.4),
+            rngs={"drop_path": jax.random.key(5)},
+            mutable=["batch_stats"],
+        )
+        return jnp.sum(out[0] ** 2), (out[0], new["batch_stats"])
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+    compiled = step.lower(variables["params"], variables["batch_stats"], images).compile()
+    (_, aux), gradients = compiled(variables["params"], variables["batch_stats"], images)
+    return Step(compiled, (*aux, gradients), variables["batch_stats"])
+
+
 @pytest.mark.parametrize(("stem", "recompute"), [("cifar", False), ("cifar", True), ("imagenet", True)])
 def test_scanned_cells_give_the_numbers_of_single_cells(stem: str, recompute: bool) -> None:
     """Also where the concats of the two cells differ, after a stem and after a reduction of an odd size."""
-    net = DerivedNetwork(MIXED, channels=4, cells=8, stem=stem)
-    size = 18 if stem == "cifar" else 72
-    images = pictures(3, size, size, 3)
-    assert [end - first for first, end in net.plan().runs] == [2, 1, 2, 1, 2]
-    variables = made(net, images)
-
-    def run(net: DerivedNetwork) -> Any:
-        def loss(params: Any) -> Any:
-            out, new = net.apply(
-                {**variables, "params": params},
-                images,
-                train=True,
-                drop_path=jnp.float32(0.4),
-                rngs={"drop_path": jax.random.key(5)},
-                mutable=["batch_stats"],
-            )
-            return jnp.sum(out[0] ** 2), (out[0], new)
-
-        step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
-        (_, aux), gradients = step(variables["params"])
-        return *aux, gradients
-
-    scanned, single = run(net.clone(recompute=recompute)), run(net.clone(scan_cells=False))
-    assert jax.tree.structure(scanned) == jax.tree.structure(single)
-    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(single), strict=True):
+    scanned, single = step_of(stem, recompute=recompute), step_of(stem, scan_cells=False)
+    assert jax.tree.structure(scanned.result) == jax.tree.structure(single.result)
+    for a, b in zip(jax.tree.leaves(scanned.result), jax.tree.leaves(single.result), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * (1e-2 + float(jnp.abs(b).max())))
-    before = variables["batch_stats"]
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), scanned[1]["batch_stats"], before)
+    moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), scanned.result[1], scanned.before)
     assert min(jax.tree.leaves(moved)) > 0  # every cell's statistics, scanned or not
 
 
 def test_recomputed_cells_keep_less() -> None:
-    net = DerivedNetwork(MIXED, channels=4, cells=8)
-    images = pictures(8, 16, 16, 3)
-    variables = made(net, images)
-
-    def kept(net: DerivedNetwork) -> int:
-        def loss(params: Any) -> Any:
-            out, _ = net.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
-            return jnp.sum(out[0] ** 2)
-
-        compiled = jax.jit(jax.grad(loss), compiler_options=FAST).lower(variables["params"]).compile()
-        return int(compiled.memory_analysis().temp_size_in_bytes)
-
-    assert kept(net.clone(recompute=True)) < 0.9 * kept(net)
+    kept = {
+        recompute: step_of("cifar", recompute=recompute).compiled.memory_analysis().temp_size_in_bytes
+        for recompute in (False, True)
+    }
+    assert kept[True] < 0.9 * kept[False]
 
 
 # Drop-path
@@ -177,26 +203,31 @@ def test_drop_path_spares_identities_and_needs_no_second_compilation() -> None:
     assert [cell.drops for cell in plan.cells] == [0, 2, 2]  # at stride 2 a skip is a FactorizedReduce
     net = DerivedNetwork(SKIPS, channels=4, cells=3)
     images = pictures(4, 8, 8, 3)
-    variables = made(net, images)
+    variables = drawn(net, images)
     traces = 0
 
-    @jax.jit
-    def run(rate: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
+    @quick_jit
+    def training(variables: Any, rate: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
         nonlocal traces
         traces += 1
         options = {"rngs": {"drop_path": key}, "mutable": ["batch_stats"]}
         return net.apply(variables, images, train=True, drop_path=rate, positions=positions, **options)[0][0]
 
-    plain = net.apply(variables, images, train=True, mutable=["batch_stats"])[0][0]
+    @quick_jit
+    def without(variables: Any, rate: jax.Array) -> Any:
+        """Of a training without drop-path; of an evaluation with a rate and without one."""
+        plain = net.apply(variables, images, train=True, mutable=["batch_stats"])[0][0]
+        return plain, net.apply(variables, images, drop_path=rate)[0], net.apply(variables, images)[0]
+
+    run = partial(training, variables)
+    plain, rated, evaluated = without(variables, jnp.float32(0.6))
     key, positions = jax.random.key(1), jnp.arange(4)
     np.testing.assert_allclose(run(jnp.float32(0), key, positions), plain, rtol=1e-4, atol=1e-5)
     dropped = run(jnp.float32(0.6), key, positions)
     assert float(jnp.abs(dropped - plain).max()) > 1e-3
     assert float(jnp.abs(run(jnp.float32(0.6), key, positions + 4) - dropped).max()) > 1e-3
     assert traces == 1
-    np.testing.assert_array_equal(
-        net.apply(variables, images, drop_path=jnp.float32(0.6))[0], net.apply(variables, images)[0]
-    )
+    np.testing.assert_array_equal(rated, evaluated)
 
 
 # Batch normalisation
@@ -220,41 +251,45 @@ def test_batch_norm_is_that_of_flax_but_for_the_unbiased_running_variance() -> N
         out, _ = flax_norm.apply({**state, "params": params}, x, use_running_average=False, mutable=["batch_stats"])
         return jnp.sum(jnp.sin(out))
 
-    for a, b in zip(*(jax.tree.leaves(jax.grad(f, (0, 1))(x, params)) for f in (ours, theirs)), strict=True):
+    @quick_jit
+    def run(x: jax.Array, params: Any) -> Any:
+        gradients = [jax.grad(f, (0, 1))(x, params) for f in (ours, theirs)]
+        training = batch_norm(x, params, running, train=True)
+        flax_training = flax_norm.apply(state, x, use_running_average=False, mutable=["batch_stats"])
+        evaluation = batch_norm(x, params, running, train=False)[0], flax_norm.apply(state, x, use_running_average=True)
+        return gradients, training, flax_training, evaluation
+
+    gradients, (y, after), (expected, new), evaluation = run(x, params)
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
-    y, after = batch_norm(x, params, running, train=True)
-    expected, new = flax_norm.apply(state, x, use_running_average=False, mutable=["batch_stats"])
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(after["mean"], new["batch_stats"]["mean"], rtol=1e-5)
     unbiased = np.var(np.asarray(x), axis=(0, 1, 2), ddof=1)
     np.testing.assert_allclose(after["var"], 0.9 * np.asarray(running["var"]) + 0.1 * unbiased, rtol=1e-5)
-    np.testing.assert_allclose(
-        batch_norm(x, params, running, train=False)[0],
-        flax_norm.apply(state, x, use_running_average=True),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    np.testing.assert_allclose(*evaluation, rtol=1e-4, atol=1e-5)
 
 
 def test_batch_norm_over_a_mapped_axis_is_that_of_the_whole_batch() -> None:
     x = pictures(8, 3, 3, 4) * jnp.linspace(0.5, 3, 8).reshape(-1, 1, 1, 1)
     params, running = affine(4)
 
-    def split(x: jax.Array) -> Any:
-        parts = x.reshape(4, 2, 3, 3, 4)
-        run = jax.vmap(lambda p: batch_norm(p, params, running, train=True, axis_name="data"), axis_name="data")
-        y, after = run(parts)
-        return y.reshape(x.shape), jax.tree.map(lambda leaf: leaf[0], after)
+    def loss(x: jax.Array, axis_name: str | None) -> Any:
+        y, after = batch_norm(x, params, running, train=True, axis_name=axis_name)
+        return jnp.sum(jnp.cos(y)), (y, after)
 
-    whole = batch_norm(x, params, running, train=True)
-    for a, b in zip(jax.tree.leaves(split(x)), jax.tree.leaves(whole), strict=True):
+    @quick_jit
+    def run(x: jax.Array) -> Any:
+        """(gradient, output, statistics) of the batch in four parts, and of the whole."""
+        step = jax.grad(loss, has_aux=True)
+        dx, (y, after) = jax.vmap(lambda p: step(p, "data"), axis_name="data")(x.reshape(4, 2, 3, 3, 4))
+        of_parts = dx.reshape(x.shape), y.reshape(x.shape), jax.tree.map(lambda leaf: leaf[0], after)
+        dx, (y, after) = step(x, None)
+        return of_parts, (dx, y, after)
+
+    (dx, *split), (whole_dx, *whole) = run(x)
+    for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-    def loss(x: jax.Array, axis_name: str | None) -> jax.Array:
-        return jnp.sum(jnp.cos(batch_norm(x, params, running, train=True, axis_name=axis_name)[0]))
-
-    parts = jax.vmap(lambda p: jax.grad(loss)(p, "data"), axis_name="data")(x.reshape(4, 2, 3, 3, 4))
-    np.testing.assert_allclose(parts.reshape(x.shape), jax.grad(loss)(x, None), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(dx, whole_dx, rtol=1e-3, atol=1e-5)
 
 
 # Options and errors
@@ -263,10 +298,17 @@ def test_batch_norm_over_a_mapped_axis_is_that_of_the_whole_batch() -> None:
 def test_bfloat16_keeps_float32_parameters_statistics_and_logits() -> None:
     net = DerivedNetwork(MIXED, channels=4, cells=3)
     images = pictures(2, 8, 8, 3)
-    variables = made(net, images)
-    (logits, _), new = net.clone(dtype=jnp.bfloat16).apply(variables, images, train=True, mutable=["batch_stats"])
+
+    @quick_jit
+    def run(variables: Any) -> Any:
+        half, full = (
+            each.apply(variables, images, train=True, mutable=["batch_stats"])
+            for each in (net.clone(dtype=jnp.bfloat16), net)
+        )
+        return half, full[0][0]
+
+    ((logits, _), new), full = run(drawn(net, images))
     assert {leaf.dtype for leaf in jax.tree.leaves((logits, new))} == {jnp.dtype(jnp.float32)}
-    full = net.apply(variables, images, train=True, mutable=["batch_stats"])[0][0]
     error = float(jnp.abs(logits - full).max())
     assert 0 < error < 0.2 * float(jnp.abs(full).max())
 
@@ -279,8 +321,8 @@ def test_a_users_primitive_works_in_the_derived_network() -> None:
     genotype = Genotype([[("double", 0)]], [2], [[("double", 0)]], [2])
     table = (*PRIMITIVES.items(), ("double", double))
     net = DerivedNetwork(genotype, channels=4, cells=3, primitives=table)
-    images = pictures(1, 8, 8, 3)
-    assert net.apply(made(net, images), images)[0].shape == (1, 10)
+    (logits, _), _ = quick_jit(net.init_with_output)(jax.random.key(0), pictures(1, 8, 8, 3))
+    assert logits.shape == (1, 10)
 
 
 @pytest.mark.parametrize(
@@ -318,5 +360,5 @@ def test_what_does_not_fit_is_one_error_line(changes: Any, shape: tuple[int, ...
 @pytest.mark.parametrize(("stem", "pixels"), [("cifar", 29), ("cifar", 40), ("imagenet", 193), ("imagenet", 256)])
 def test_the_auxiliary_head_fits_what_the_error_line_allows(stem: str, pixels: int) -> None:
     net = DerivedNetwork(SKIPS, channels=4, cells=3, stem=stem, auxiliary=True)
-    shapes = jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((1, pixels, pixels, 3)))
-    assert shapes[0][1].shape == (1, 10)
+    (_, auxiliary), _ = shapes_of(net, jnp.zeros((1, pixels, pixels, 3)))
+    assert auxiliary.shape == (1, 10)
