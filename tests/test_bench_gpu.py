@@ -163,19 +163,26 @@ def test_the_same_command_goes_on_with_what_is_missing(tmp_path: Path, monkeypat
     assert bench_gpu.main([*command, "--anew"]) == 0 and ran == ["whole", "failed"]
 
 
-def test_no_two_sections_of_the_whole_run_are_the_same_measurement() -> None:
+def test_no_two_sections_of_the_whole_run_are_the_same_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row replaces the one of the same name, so names have to tell sections apart."""
     sections = bench_gpu._full()
     assert len({section.mark for section in sections}) == len(sections)
     executed = [section.given["case"]["executed"] for section in sections if section.name == "search"]
     assert set(executed) == {2, 8}
     timed = {"lowering": LIBRARY, "precision": "float32", "steps": 1}
-    names = []
+    names, real, made = [], ours.search, []
+
+    def once(**fields: Any) -> Any:
+        """The second program would be compiled for its name alone."""
+        made.append(fields)
+        return real(**fields) if len(made) == 1 else (lambda steps: None, {"compile_s": 1.0})
+
+    monkeypatch.setattr(ours, "search", once)
     for k in (1, 2):
         case = {**bench_gpu._TINY._asdict(), "executed": k}
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             names.append({row["what"] for row in gpu_sections.search({**timed, "case": case})})
-    assert not names[0] & names[1]
+    assert [fields["executed"] for fields in made] == [1, 2] and not names[0] & names[1]
 
 
 def test_nothing_else_has_to_be_installed() -> None:

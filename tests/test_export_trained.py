@@ -47,7 +47,7 @@ def test_operations_of_the_user_come_along(name: str, tmp_path: Path, capsys: py
     npz = train_cases.write_npz(tmp_path / "digits.npz")
     flags = {"network__primitives": str(tmp_path / "own.py"), "epochs": 1, "ema": 0.0}
     words = train_cases.words(tmp_path / "w", npz, **flags)
-    mine = Genotype([[("sep_conv_3x3", 0), ("skip_connect", 1)]], [2], [[(name, 0), ("sep_conv_3x3", 1)]], [2])
+    mine = Genotype([[("sep_conv_3x3", 0), ("skip_connect", 1)]], [2], [[(name, 0), ("skip_connect", 1)]], [2])
     (tmp_path / "genotype.json").write_text(mine.to_json())
     assert cli.main(words) == 0
     command = ["export", str(tmp_path / "w"), "--platforms=cpu", "--format"]

@@ -268,7 +268,7 @@ def test_a_transformation_of_the_user(tmp_path):
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("devices", ["2", "4"])
+@pytest.mark.parametrize("devices", [pytest.param("2", marks=pytest.mark.slow), "4"])
 def test_several_devices_compute_the_same(devices, finished, tmp_path):
     if jax.device_count() < 4:
         pytest.skip(f"{jax.device_count()} devices of 4")
@@ -392,7 +392,7 @@ def test_a_missing_data_set_is_not_fetched(tmp_path, monkeypatch, capsys, preset
     assert os.listdir(tmp_path) == []
 
 
-def test_nan_stops_the_run(npz, tmp_path, capsys):
+def test_nan_stops_the_run(npz, tmp_path, capsys, monkeypatch):
     """At the first step whose metrics see it; the checkpoint before it is whole."""
     (tmp_path / "mine.py").write_text(
         "import jax.numpy as jnp, optax\n"
@@ -403,10 +403,19 @@ def test_nan_stops_the_run(npz, tmp_path, capsys):
     )
     workdir = tmp_path / "w"
     command = [*words(workdir, npz), f"--weight-tx={tmp_path}/mine.py:late"]
+    made, prepare = [], train_inputs.prepare
+
+    def once(*args, **given):
+        """The second start has the program of the first, which is not traced again."""
+        made.append(made[0] if made else prepare(*args, **given))
+        return made[0]
+
+    monkeypatch.setattr(train_inputs, "prepare", once)
     one_error(capsys, command, 1, f"is nan at step {EPOCH_STEPS + 3}", "earlier checkpoints are kept")
     assert int(np.asarray(rows(workdir, "step")[-1]["step"])) == EPOCH_STEPS + 2
     assert sorted(os.listdir(workdir / "checkpoints")) == [str(EPOCH_STEPS)]
     one_error(capsys, command, 1, f"is nan at step {EPOCH_STEPS + 3}")  # it resumes, and says the same
+    assert len(made) == 2
 
 
 # --- the preset -------------------------------------------------------------------------------------------------------

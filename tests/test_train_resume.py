@@ -73,7 +73,7 @@ def test_stopped_after_every_dispatch(finished, tmp_path, capsys):
     assert f"resuming at step 3 of {TOTAL} (epoch 0); the result is that of an uninterrupted training bit" in said
 
 
-@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 10])
 def test_the_length_of_a_dispatch_changes_no_bit(finished, tmp_path, steps):
     assert train(tmp_path / "w", run__steps_per_dispatch=steps).status == "finished"
     assert_same(outcome(tmp_path / "w"), outcome(finished))
@@ -106,7 +106,7 @@ def test_a_signal_saves_and_says_how_to_go_on(finished, npz, tmp_path, monkeypat
     assert_same(outcome(tmp_path / "w"), outcome(finished))
 
 
-def test_killed_and_started_again(npz, tmp_path):
+def test_killed_and_started_again(npz, tmp_path, capsys):
     """kill -9 of a real process at a random moment after the first checkpoint, then the same command again."""
     epochs = 10
     command, log = words(tmp_path / "w", npz, epochs=epochs), tmp_path / "log"
@@ -121,9 +121,10 @@ def test_killed_and_started_again(npz, tmp_path):
     assert process.wait() in (-signal.SIGKILL, 0), log.read_text()
 
     where = f"killed {delay:.3f} s after the first checkpoint"
-    again = subprocess.run([sys.executable, "-m", "prdarts_jax", *command], capture_output=True, text=True)
-    assert again.returncode == 0, f"{where}: {again.stderr}"
-    assert "resuming at step " in again.stdout or "finished already" in again.stdout, where
+    capsys.readouterr()
+    assert cli.main(command) == 0, f"{where}: {capsys.readouterr().err}"
+    said = capsys.readouterr().out
+    assert "resuming at step " in said or "finished already" in said, where
     assert train(tmp_path / "whole", epochs=epochs).status == "finished"
     found, expected = outcome(tmp_path / "w"), outcome(tmp_path / "whole")
     for part in expected:

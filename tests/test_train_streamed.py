@@ -87,7 +87,7 @@ def test_stopped_after_every_dispatch(streamed, tmp_path):
     assert_same(outcome(tmp_path / "w"), outcome(streamed))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_ended_and_started_again_with_other_workers(streamed, tmp_path, capsys, number):
     """A real process with a worker, ended in the middle of an epoch; it goes on without workers."""
     npz = train_cases.write_npz(tmp_path / "digits.npz")
@@ -128,7 +128,7 @@ def _colours(count):
         yield pixels.astype(np.uint8), i % 3
 
 
-@pytest.mark.parametrize("preset", ["imagenet", "released-imagenet"])
+@pytest.mark.parametrize("preset", ["imagenet", pytest.param("released-imagenet", marks=pytest.mark.slow)])
 def test_imagenet_from_end_to_end(preset, tmp_path, capsys):
     if preset == "imagenet":
         for split, count in (("train", 24), ("val", 7)):

@@ -27,7 +27,7 @@ IMAGES, TEST, BATCH, EPOCHS = 112, 37, 16, 3
 EPOCH_STEPS = IMAGES // BATCH  # 7, a prime: dispatches of 3 leave a remainder
 TOTAL = EPOCHS * EPOCH_STEPS
 GENOTYPE = Genotype(
-    [[("sep_conv_3x3", 0), ("skip_connect", 1)]], [2], [[("max_pool_3x3", 0), ("sep_conv_3x3", 1)]], [2]
+    [[("sep_conv_3x3", 0), ("skip_connect", 1)]], [2], [[("max_pool_3x3", 0), ("avg_pool_3x3", 1)]], [2]
 )
 FLAGS: Mapping[str, Any] = {
     "data.source": "digits",
