@@ -159,6 +159,47 @@ def test_the_average_is_the_sum_of_its_closed_form():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.ema, expected)
 
 
+def test_every_step_draws_with_keys_of_its_own(monkeypatch):
+    """For augmentation and for drop-path; they are those of the step, wherever its dispatch began."""
+    seen, make_step = set(), train_program.make_step
+
+    def note(key):
+        jax.debug.callback(lambda data: seen.add(data.tobytes()), jax.random.key_data(key))
+
+    def spying_step(*arguments):
+        step = make_step(*arguments)
+
+        def spying(state, batch, positions, key, progress):
+            note(key)
+            return step(state, batch, positions, key, progress)
+
+        return spying
+
+    def spying_load(key, images, positions, **_):
+        note(key)
+        return images.astype(jnp.float32)
+
+    monkeypatch.setattr(train_program, "make_step", spying_step)
+    monkeypatch.setattr(train_program, "load_images", spying_load)
+    problem = _problem(optax.sgd(1.0))
+    program = train_program.make_dispatch(problem, parallel.make_mesh(jax.devices()[:1]))
+    data = train_program.Images(np.zeros((6, 2, 2, 3), np.uint8), np.zeros(6, np.int32))
+    progress = {"learning_rate": np.float32(1.0), "drop_path": np.float32(0.25)}
+    order, positions = np.zeros((4, 6), np.int32), np.arange(6, dtype=np.int32)
+
+    def keys(first, count):
+        seen.clear()
+        state = dataclasses.replace(_start(problem)[0], step=jnp.int32(first))
+        carry = train_program.Carry(state, {"train_loss": jnp.zeros(())})
+        jax.block_until_ready(program(carry, count, True, order, positions, jax.random.key(0), progress, data))
+        jax.effects_barrier()
+        return set(seen)
+
+    whole = keys(0, 4)
+    assert len(whole) == 2 * 4  # no draw shares a key with another
+    assert keys(0, 1) | keys(1, 3) == whole
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_the_optimizer_is_torchs(nesterov):
