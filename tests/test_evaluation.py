@@ -167,6 +167,11 @@ def test_calibration_error_of_known_cases():
     assert evaluation.calibration_error(np.array([0.19, 0.2]), np.array([True, False])) == pytest.approx(0.305)
 
 
+def test_five_classes_are_the_top_five():
+    found = evaluation.figures(np.ones(7), np.arange(7), np.ones(7), np.arange(7), 7)  # image k: k classes ahead
+    assert (found.accuracy, found.top5) == (1 / 7, 5 / 7)
+
+
 def test_a_class_without_images_has_no_accuracy():
     found = evaluation.figures(np.ones(2), np.array([0, 6]), np.ones(2), np.array([0, 0]), 3)
     assert found.class_images == (2, 0, 0)

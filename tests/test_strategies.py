@@ -210,6 +210,16 @@ def test_derivation_by_brute_force(score: str, distinct: bool, space: Space) -> 
             assert [set(pairs) for pairs in cell] == _brute_force(arch[kind], space, kind, score, distinct)
 
 
+@pytest.mark.parametrize("distinct", [True, False])
+def test_equal_scores_keep_the_order_of_edges_and_operations(distinct: bool) -> None:
+    """Whatever a machine makes of them, equal scores give one genotype."""
+    space = Space(nodes=2, ops=("none", "skip_connect", "sep_conv_3x3"))
+    genotype = prdarts(space=space, distinct_inputs=distinct).derive({k: np.zeros((5, 3)) for k in CELL_TYPES})
+    first = ("skip_connect", 0)
+    second = ("skip_connect", 1) if distinct else ("sep_conv_3x3", 0)
+    assert genotype.normal == genotype.reduce == ((first, second), (first, second))
+
+
 def test_scores_of_the_two_kinds_differ() -> None:
     """Edge 0 has the larger beta, but its softmax is shared with another large one."""
     space = Space(nodes=1, ops=("none", "skip_connect", "sep_conv_3x3"))
