@@ -9,10 +9,11 @@ JOBS ?= 2
 # Versions of what the pinned packages need in turn. `make setup CONSTRAINTS=` lets pip choose them.
 CONSTRAINTS ?= -c constraints.txt
 
-.PHONY: help setup search test test-slow lint doctest bench bench-full bench-gpu clean
+.PHONY: help setup search test test-slow mutate lint doctest bench bench-full bench-gpu clean
 
 help:
-	@echo "make setup | search [ARGS='--seed 1'] | test | test-slow | lint | doctest | bench | bench-full | bench-gpu | clean"
+	@echo "make setup | search [ARGS='--seed 1'] | test | test-slow | mutate [ARGS=kernel] | lint | doctest"
+	@echo "     bench | bench-full | bench-gpu | clean"
 
 setup: $(STAMP)
 
@@ -33,6 +34,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Whether the quick tests notice slips: a hundred, one after the other (ARGS: parts of their names, or --list).
+mutate: $(STAMP)
+	$(BIN)/python tests/mutate.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,794 @@
+"""Slips that a careless change could make, and the tests that must notice each of them: what `mutate.py` tries."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One slip: in `file`, the text `old` (which is there exactly once) becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]  # node ids of the quick suite, of which at least one must fail
+
+
+_GATES, _PENALTY = "prdarts_jax/gates.py", "prdarts_jax/regularizers.py"
+_PRDARTS, _BASE = "prdarts_jax/strategies/prdarts.py", "prdarts_jax/strategies/base.py"
+_CELL, _IN_PLACE = "prdarts_jax/space/cell.py", "prdarts_jax/space/cell_in_place.py"
+_CPU = "prdarts_jax/ops/cpu"
+_LAYERS, _DEPTHWISE = "prdarts_jax/ops/layers.py", "prdarts_jax/ops/depthwise.py"
+_BILEVEL, _DISPATCH = "prdarts_jax/bilevel.py", "prdarts_jax/dispatch.py"
+_SEARCH, _TRAIN = "prdarts_jax/search_program.py", "prdarts_jax/train_program.py"
+_BATCHES, _AUGMENT = "prdarts_jax/data/batches.py", "prdarts_jax/data/augment.py"
+_CHECKPOINT, _CONFIG, _SWEEP = "prdarts_jax/checkpoint.py", "prdarts_jax/config.py", "prdarts_jax/sweep.py"
+_GENOTYPE, _COUNTS = "prdarts_jax/space/genotype.py", "prdarts_jax/network_counts.py"
+_NETWORK, _NETWORK_LAYERS = "prdarts_jax/network.py", "prdarts_jax/network_layers.py"
+_SCHEDULES, _EVALUATION = "prdarts_jax/schedules.py", "prdarts_jax/evaluation.py"
+
+_GATE_SLIPS = (
+    Mutation(
+        "gate: sign of beta in the sigmoid",
+        _GATES,
+        "jnp.log1p(-u) + beta",
+        "jnp.log1p(-u) - beta",
+        ("tests/test_gates.py::test_theorem_3_by_monte_carlo",),
+    ),
+    Mutation(
+        "gate: temperature left out of the sample",
+        _GATES,
+        "jnp.log1p(-u) + beta) / tau)",
+        "jnp.log1p(-u) + beta))",
+        ("tests/test_gates.py::test_distribution_of_the_gates",),
+    ),
+    Mutation(
+        "gate: temperature left out of the probability",
+        _GATES,
+        "beta - tau * math.log(-a / b)",
+        "beta - math.log(-a / b)",
+        ("tests/test_gates.py::test_theorem_3_by_monte_carlo",),
+    ),
+    Mutation(
+        "gate: not clipped at 1",
+        _GATES,
+        "jnp.clip(x, 0.0, 1.0)",
+        "jnp.maximum(x, 0.0)",
+        ("tests/test_gates.py::test_distribution_of_the_gates",),
+    ),
+    Mutation(
+        "gate: a gradient at the ends of the interval",
+        _GATES,
+        "(x > 0) & (x < 1)",
+        "(x >= 0) & (x <= 1)",
+        ("tests/test_gates.py::test_gradient_at_the_ends_of_the_interval_is_zero",),
+    ),
+    Mutation(
+        "gate: straight-through without a gradient",
+        _GATES,
+        "return g + lax.stop_gradient(1.0 - g)",
+        "return lax.stop_gradient(g + (1.0 - g))",
+        ("tests/test_gates.py::test_straight_through_is_one_forward_and_the_identity_backward",),
+    ),
+    Mutation(
+        "gate: ties to the first operation",
+        _GATES,
+        "ties = jax.random.uniform(key, scores.shape)",
+        "ties = jnp.zeros(scores.shape)",
+        ("tests/test_gates.py::test_ties_are_broken_uniformly",),
+    ),
+    Mutation(
+        "prdarts: both cell types draw the same noise",
+        _PRDARTS,
+        "jax.random.split(jax.random.fold_in(key, i))",
+        "jax.random.split(key)",
+        ("tests/test_strategies.py::test_cell_types_draw_different_noise",),
+    ),
+    Mutation(
+        "prdarts: gate dropout favours what it drops",
+        _PRDARTS,
+        "g - dropped.astype(g.dtype)",
+        "g + dropped.astype(g.dtype)",
+        ("tests/test_gates.py::test_gate_dropout_changes_the_choice_with_its_probability",),
+    ),
+    Mutation(
+        "prdarts: temperature ends one epoch late",
+        _PRDARTS,
+        "fraction = epoch / max(epochs - 1, 1)",
+        "fraction = epoch / epochs",
+        ("tests/test_strategies.py::test_temperature_is_linear_from_the_first_to_the_last_epoch",),
+    ),
+)
+
+_PENALTY_SLIPS = (
+    Mutation(
+        "penalty: a mean over operations that the edge may not use",
+        _PENALTY,
+        "jnp.sum(jnp.where(counted, probabilities, 0.0)) / jnp.maximum(number, 1.0)",
+        "jnp.sum(jnp.where(counted, probabilities, 0.0)) / counted.size",
+        ("tests/test_regularizers.py::test_terms_equal_loops",),
+    ),
+    Mutation(
+        "penalty: a path that is a sum of its edges",
+        _PENALTY,
+        "jnp.prod(jnp.where(present, factor, 1.0))",
+        "jnp.sum(jnp.where(present, factor, 0.0))",
+        ("tests/test_regularizers.py::test_terms_equal_loops",),
+    ),
+    Mutation(
+        "penalty: sign of the path term",
+        _PRDARTS,
+        '"path": -progress["lambda3"] * path / 2',
+        '"path": progress["lambda3"] * path / 2',
+        ("tests/test_regularizers.py::test_penalty_of_the_presets_by_hand",),
+    ),
+    Mutation(
+        "penalty: a term left out of the total",
+        _PRDARTS,
+        'return terms["skip"] + terms["nonskip"] + terms["path"], terms',
+        'return terms["skip"] + terms["path"], terms',
+        ("tests/test_regularizers.py::test_penalty_of_the_presets_by_hand",),
+    ),
+    Mutation(
+        "penalty: the coefficients of two terms exchanged",
+        _PRDARTS,
+        '"skip": progress["lambda1"] * group(skips)',
+        '"skip": progress["lambda2"] * group(skips)',
+        ("tests/test_regularizers.py::test_penalty_of_the_presets_by_hand",),
+    ),
+    Mutation(
+        "penalty: the hinge turned round",
+        _PRDARTS,
+        "jnp.maximum(mean - hinge, 0.0)",
+        "jnp.maximum(hinge - mean, 0.0)",
+        ("tests/test_regularizers.py::test_hinge_stops_the_pull_below_its_level",),
+    ),
+)
+
+_CELL_SLIPS = (
+    Mutation(
+        "cell: gradients of weights without the gate",
+        _CELL,
+        "flat = slot.value.astype(flat.dtype) * jnp.pad(",
+        "flat = jnp.pad(",
+        ("tests/test_cell.py::test_small_spaces",),
+    ),
+    Mutation(
+        "cell: gradients of inputs without the gate",
+        _CELL,
+        "return total + slot.value.astype(dx.dtype) * dx, flat, dvalue",
+        "return total + dx, flat, dvalue",
+        ("tests/test_cell.py::test_small_spaces",),
+    ),
+    Mutation(
+        "cell: gradient of the gate times the gate",
+        _CELL,
+        "dvalue = inner(ct, y).astype(value_dtype)",
+        "dvalue = (slot.value * inner(ct, y)).astype(value_dtype)",
+        ("tests/test_cell.py::test_small_spaces",),
+    ),
+    Mutation(
+        "cell: backward in the order of the nodes",
+        _CELL,
+        "gathering = _gathering(slots.source, reverse=True)",
+        "gathering = _gathering(slots.source, reverse=False)",
+        ("tests/test_cell.py::test_small_spaces",),
+    ),
+    Mutation(
+        "cell: backward through the groups in the order of the forward pass",
+        _CELL,
+        "for group in reversed(space.edge_groups(kind)):",
+        "for group in space.edge_groups(kind):",
+        ("tests/test_cell.py::test_small_spaces",),
+    ),
+    Mutation(
+        "cell: rows of weights taken for edges",
+        _CELL,
+        "rows = np.asarray([group.edges.index(e) for e in members])",
+        "rows = np.arange(len(members))",
+        ("tests/test_cell.py::test_small_spaces",),
+    ),
+    Mutation(
+        "slots: sources of a reduction cell not shifted",
+        "prdarts_jax/space/slots.py",
+        "source if group.stride == 2 else source - 2, target - 2",
+        "source if group.stride == 2 else source - 1, target - 2",
+        ("tests/test_cell.py::test_small_spaces",),
+    ),
+    Mutation(
+        "cell in place: backward from the first term",
+        _IN_PLACE,
+        "lax.scan(term, carry, scanned, reverse=True)",
+        "lax.scan(term, carry, scanned)",
+        ("tests/test_cell_in_place.py::test_nodes_and_gradients",),
+    ),
+    Mutation(
+        "cell in place: gradients of other weights without the gate",
+        _IN_PLACE,
+        "scaled = jax.tree.map(lambda d: slot.value.astype(d.dtype) * d, dp)",
+        "scaled = dp",
+        ("tests/test_cell_in_place.py::test_nodes_and_gradients",),
+    ),
+    Mutation(
+        "cell in place: a cotangent added to the target",
+        _IN_PLACE,
+        "return _add(cts, dx, slot.source, slot.value), dvalue, dothers",
+        "return _add(cts, dx, slot.target, slot.value), dvalue, dothers",
+        ("tests/test_cell_in_place.py::test_nodes_and_gradients",),
+    ),
+)
+
+_KERNEL_SLIPS = (
+    Mutation(
+        "kernel: dilation of the columns left out",
+        f"{_CPU}/loops.cc",
+        "load(line + (D * q + S * t) * kLanes)",
+        "load(line + (q + S * t) * kLanes)",
+        ("tests/test_native.py::test_a_separable_unit_and_its_gradients",),
+    ),
+    Mutation(
+        "kernel: rows of the kernel gradient shifted by one",
+        f"{_CPU}/loops.cc",
+        "lines[p] = image.at(c / kLanes, S * i + D * (first + p), 0);",
+        "lines[p] = image.at(c / kLanes, S * i + D * p, 0);",
+        ("tests/test_native.py::test_a_separable_unit_and_its_gradients",),
+    ),
+    Mutation(
+        "kernel: variance between images left out",
+        f"{_CPU}/statistics.h",
+        "(within / pixels + between) / batch",
+        "(within / pixels) / batch",
+        ("tests/test_native.py::test_a_pointwise_unit_and_the_sums",),
+    ),
+    Mutation(
+        "kernel: mean of dy y without 1/sigma",
+        f"{_CPU}/statistics.h",
+        "second * s, n);",
+        "second, n);",
+        ("tests/test_native.py::test_a_pointwise_unit_and_the_sums",),
+    ),
+    Mutation(
+        "kernel: a normalisation's gradient keeps its mean",
+        f"{_CPU}/separable.h",
+        "(load(dy + i * channels + c, n) - offset - centred * slope)",
+        "(load(dy + i * channels + c, n) - centred * slope)",
+        ("tests/test_native.py::test_a_separable_unit_and_its_gradients",),
+    ),
+    Mutation(
+        "kernel: input gradient with the kernel not flipped",
+        f"{_CPU}/depthwise.h",
+        "(flip ? taps - 1 - t : t)",
+        "t",
+        ("tests/test_native.py::test_a_separable_unit_and_its_gradients",),
+    ),
+    Mutation(
+        "kernel: a ReLU cut at 0 instead of at the mean",
+        f"{_CPU}/images.h",
+        "where_above(load(x + at + c, n), load(bound + c, n), v)",
+        "where_above(load(x + at + c, n), Vec{}, v)",
+        ("tests/test_native.py::test_units_in_a_row_and_their_gradients",),
+    ),
+    Mutation(
+        "kernel: an input gradient without the gate",
+        f"{_CPU}/images.h",
+        "load(data + i, n) + factor * v",
+        "load(data + i, n) + v",
+        ("tests/test_cell_in_place.py::test_nodes_and_gradients",),
+    ),
+    Mutation(
+        "kernel: a matrix gradient without the gate",
+        f"{_CPU}/terms.h",
+        "dpointwise[i] += factor * of_pointwise[i]",
+        "dpointwise[i] += of_pointwise[i]",
+        ("tests/test_cell_in_place.py::test_nodes_and_gradients",),
+    ),
+    Mutation(
+        "kernel: gradient of a gate that is a mean",
+        f"{_CPU}/terms.h",
+        "*dvalue = static_cast<float>(total * g.batch * g.out_pixels());",
+        "*dvalue = static_cast<float>(total * g.out_pixels());",
+        ("tests/test_cell_in_place.py::test_nodes_and_gradients",),
+    ),
+    Mutation(
+        "kernel: the last of equal pixels is the maximum",
+        f"{_CPU}/pools.h",
+        "const auto better = w > best;",
+        "const auto better = w >= best;",
+        ("tests/test_cell_in_place.py::test_the_first_of_equal_pixels_is_the_maximum",),
+    ),
+    Mutation(
+        "kernel: a pool counts pixels of the padding",
+        f"{_CPU}/pools.h",
+        "std::min(centre + 1, size - 1)",
+        "std::min(centre + 1, size)",
+        ("tests/test_cell_in_place.py::test_nodes_and_gradients",),
+    ),
+    Mutation(
+        "kernel: the last image of a part left out",
+        f"{_CPU}/threads.h",
+        "(part + 1) * batch / parts}",
+        "(part + 1) * (batch - 1) / parts}",
+        ("tests/test_native.py::test_a_pointwise_unit_and_the_sums",),
+    ),
+)
+
+_LAYER_SLIPS = (
+    Mutation(
+        "batch norm: one of the two means left out of the rule",
+        _LAYERS,
+        "- per_channel(mean) - wide * per_channel(cross))",
+        "- per_channel(mean))",
+        ("tests/test_layers.py::test_rules_to_second_order",),
+    ),
+    Mutation(
+        "batch norm: variance between devices left out",
+        "prdarts_jax/ops/moments.py",
+        "lax.pmean((mean, variance + mean * mean), axis_name)\n"
+        "        variance = jnp.maximum(square - mean * mean, 0.0)",
+        "lax.pmean((mean, variance), axis_name)\n        variance = square",
+        ("tests/test_layers.py::test_batch_norm_over_a_mapped_axis_is_that_of_the_whole_batch",),
+    ),
+    Mutation(
+        "batch norm: means of the rule not taken over the devices",
+        "prdarts_jax/ops/moments.py",
+        "return means if axis_name is None else lax.pmean(means, axis_name)",
+        "return means",
+        ("tests/test_layers.py::test_batch_norm_over_a_mapped_axis_is_that_of_the_whole_batch",),
+    ),
+    Mutation(
+        "unit: gradient of the matrix without gamma",
+        "prdarts_jax/ops/separable.py",
+        "d_matrix = d_matrix * affine.scale.astype(d_matrix.dtype)[None]",
+        "d_matrix = d_matrix * jnp.ones_like(affine.scale)[None]",
+        ("tests/test_native.py::test_an_affine_of_units_in_a_row_and_its_gradients",),
+    ),
+    Mutation(
+        "max pool: gradient to the wrong parity",
+        _LAYERS,
+        "slice(int(tap == 0), size + int(tap == 0))",
+        "slice(int(tap == 2), size + int(tap == 2))",
+        ("tests/test_layers.py::test_max_pool_sends_the_whole_cotangent_to_the_first_maximum",),
+    ),
+    Mutation(
+        "max pool: the last maximum gets the gradient",
+        _LAYERS,
+        "better = part > best",
+        "better = part >= best",
+        ("tests/test_layers.py::test_max_pool_sends_the_whole_cotangent_to_the_first_maximum",),
+    ),
+    Mutation(
+        "average pool: the divisor counts the padding",
+        _LAYERS,
+        "return np.minimum(centre + 1, n - 1) - np.maximum(centre - 1, 0) + 1",
+        "return np.full(centre.shape, 3)",
+        ("tests/test_layers.py::test_pooling_by_loops",),
+    ),
+    Mutation(
+        "factorized reduce: the second half not shifted",
+        _LAYERS,
+        "pointwise(x[:, 1::2, 1::2], second)",
+        "pointwise(x[:, ::2, ::2], second)",
+        ("tests/test_layers.py::test_factorized_reduce_by_its_definition",),
+    ),
+    Mutation(
+        "weights: drawn within 1/fan_in",
+        _LAYERS,
+        "/ math.sqrt(w.fan_in)).reshape",
+        "/ w.fan_in).reshape",
+        ("tests/test_layers.py::test_drawn_weights_are_uniform_within_their_bound",),
+    ),
+    Mutation(
+        "depthwise: padding without the dilation",
+        _DEPTHWISE,
+        "return self.dilation * (self.height - 1) // 2, self.dilation * (self.width - 1) // 2",
+        "return (self.height - 1) // 2, (self.width - 1) // 2",
+        ("tests/test_depthwise.py::test_definition_by_loops",),
+    ),
+    Mutation(
+        "depthwise: input gradient with the kernel not flipped",
+        _DEPTHWISE,
+        "flipped = kernel[window.height - 1 - p, window.width - 1 - q]",
+        "flipped = kernel[p, q]",
+        ("tests/test_depthwise.py::test_first_and_second_derivatives",),
+    ),
+)
+
+_STEP_SLIPS = (
+    Mutation(
+        "step: the other group first",
+        _BILEVEL,
+        'if strategy.traits.order == "weights_first"',
+        'if strategy.traits.order != "weights_first"',
+        ("tests/test_bilevel.py::test_the_second_group_sees_the_first_one_moved",),
+    ),
+    Mutation(
+        "step: one key for both halves",
+        _BILEVEL,
+        "arch_step(state, batches.val, arch_key, progress)",
+        "arch_step(state, batches.val, weight_key, progress)",
+        ("tests/test_bilevel.py::test_the_two_half_steps_draw_gates_from_different_keys",),
+    ),
+    Mutation(
+        "step: keys of the two halves exchanged",
+        _BILEVEL,
+        "weight_key, arch_key = jax.random.split(key)\n        first",
+        "arch_key, weight_key = jax.random.split(key)\n        first",
+        ("tests/test_bilevel.py::test_the_second_group_sees_the_first_one_moved",),
+    ),
+    Mutation(
+        "step: the penalty does not move the architecture",
+        _BILEVEL,
+        "grads = jax.tree.map(jnp.add, grads, pull)",
+        "grads = jax.tree.map(lambda g, _: g, grads, pull)",
+        ("tests/test_bilevel.py::test_the_second_group_sees_the_first_one_moved",),
+    ),
+    Mutation(
+        "step: weights trained on the validation batch",
+        _BILEVEL,
+        "weight_step(state, batches.train, weight_key, progress)",
+        "weight_step(state, batches.val, weight_key, progress)",
+        ("tests/test_bilevel.py::test_the_second_group_sees_the_first_one_moved",),
+    ),
+    Mutation(
+        "step: gradients of the weights not averaged over the devices",
+        _BILEVEL,
+        "(state.weights, gates, batch)\n        loss, acc, grads = mean_over(axis_name, (loss, acc, grads))",
+        "(state.weights, gates, batch)\n        loss, acc = mean_over(axis_name, (loss, acc))",
+        ("tests/test_bilevel.py::test_four_devices_take_the_step_of_one",),
+    ),
+    Mutation(
+        "optimizer: weight decay after the momentum",
+        _BILEVEL,
+        "optax.add_decayed_weights(weight_decay),\n"
+        "            optax.sgd(learning_rate, momentum=momentum, nesterov=config.nesterov),",
+        "optax.trace(momentum, config.nesterov),\n"
+        "            optax.add_decayed_weights(weight_decay),\n"
+        "            optax.scale_by_learning_rate(learning_rate),",
+        ("tests/test_bilevel.py::test_two_steps_by_hand",),
+    ),
+    Mutation(
+        "optimizer: decoupled weight decay of the architecture",
+        _BILEVEL,
+        "optax.add_decayed_weights(weight_decay),\n"
+        "            optax.adam(learning_rate, b1=config.beta1, b2=config.beta2, eps=config.eps),",
+        "optax.adamw(learning_rate, config.beta1, config.beta2, config.eps, weight_decay=weight_decay),",
+        ("tests/test_bilevel.py::test_two_steps_by_hand",),
+    ),
+    Mutation(
+        "dispatch: sums of an epoch go on in the next",
+        _DISPATCH,
+        "sums = {name: jnp.where(fresh, 0.0, value) for name, value in sums.items()}",
+        "sums = dict(sums)",
+        ("tests/test_search_program.py::test_an_epoch_is_the_mean_of_its_steps",),
+    ),
+    Mutation(
+        "search: every step has the same key",
+        _SEARCH,
+        "jax.random.fold_in(jax.random.fold_in(key, state.step), purpose)",
+        "jax.random.fold_in(key, purpose)",
+        ("tests/test_search_augmentation.py::test_crop_flip_and_cutout_reach_both_halves_with_draws_of_their_own",),
+    ),
+    Mutation(
+        "search: one key for all purposes of a step",
+        _SEARCH,
+        "jax.random.fold_in(jax.random.fold_in(key, state.step), purpose)",
+        "jax.random.fold_in(key, state.step)",
+        ("tests/test_search_augmentation.py::test_crop_flip_and_cutout_reach_both_halves_with_draws_of_their_own",),
+    ),
+    Mutation(
+        "search: an evaluation counts what fills the last batch",
+        _SEARCH,
+        "jnp.sum(jnp.where(counted, v, 0.0))",
+        "jnp.sum(v)",
+        ("tests/test_search_program.py::test_an_evaluation_counts_every_image_once",),
+    ),
+    Mutation(
+        "training: every step has the same key",
+        _TRAIN,
+        "jax.random.fold_in(jax.random.fold_in(key, state.step), purpose)",
+        "jax.random.fold_in(key, purpose)",
+        ("tests/test_train.py::test_every_step_draws_with_keys_of_its_own",),
+    ),
+    Mutation(
+        "training: one key for augmentation and drop-path",
+        _TRAIN,
+        "keys[_DROP_PATH], progress)",
+        "keys[_AUGMENT], progress)",
+        ("tests/test_train.py::test_every_step_draws_with_keys_of_its_own",),
+    ),
+    Mutation(
+        "training: weight of the auxiliary head left out",
+        _TRAIN,
+        "loss + problem.auxiliary_weight * metrics",
+        "loss + metrics",
+        ("tests/test_train.py::test_the_loss_is_both_heads_with_smoothed_targets",),
+    ),
+    Mutation(
+        "training: shares of the average exchanged",
+        _TRAIN,
+        "decay * a + (1.0 - decay) * b",
+        "decay * b + (1.0 - decay) * a",
+        ("tests/test_train.py::test_the_average_is_the_sum_of_its_closed_form",),
+    ),
+)
+
+_DATA_SLIPS = (
+    Mutation(
+        "batches: every epoch in the same order",
+        _BATCHES,
+        "_rng(seed, epoch, _word(purpose)).permutation(",
+        "_rng(seed, _word(purpose)).permutation(",
+        ("tests/test_data_batches.py::test_order_depends_on_seed_epoch_and_purpose_and_nothing_else",),
+    ),
+    Mutation(
+        "batches: halves that share an example",
+        _BATCHES,
+        "order[train_size : train_size + val_size]",
+        "order[train_size - 1 : train_size - 1 + val_size]",
+        ("tests/test_data_batches.py::test_halves_are_disjoint_and_equal",),
+    ),
+    Mutation(
+        "batches: what fills the last one up is counted once",
+        _BATCHES,
+        "(flat < n).reshape(shape)",
+        "(flat <= n).reshape(shape)",
+        ("tests/test_data_batches.py::test_padded_batches_count_every_example_once",),
+    ),
+    Mutation(
+        "augmentation: a crop never drawn",
+        _AUGMENT,
+        "jnp.array([2 * crop_padding + 1, 2 * crop_padding + 1, 2, height, width]",
+        "jnp.array([2 * crop_padding, 2 * crop_padding, 2, height, width]",
+        ("tests/test_data_augment.py::test_offsets_flips_and_centres_are_uniform",),
+    ),
+    Mutation(
+        "augmentation: images upside down",
+        _AUGMENT,
+        "images[:, :, ::-1]",
+        "images[:, ::-1]",
+        ("tests/test_data_augment.py::test_equals_slicing_in_numpy",),
+    ),
+    Mutation(
+        "augmentation: a square one pixel off",
+        _AUGMENT,
+        "first = centres - side // 2",
+        "first = centres - (side - 1) // 2",
+        ("tests/test_data_augment.py::test_equals_slicing_in_numpy",),
+    ),
+    Mutation(
+        "augmentation: all images of a batch drawn alike",
+        _AUGMENT,
+        "jax.random.fold_in(key, p), (5,)",
+        "jax.random.fold_in(key, 0 * p), (5,)",
+        ("tests/test_data_augment.py::test_draws_depend_on_the_key_and_the_position_alone",),
+    ),
+)
+
+_RUN_SLIPS = (
+    Mutation(
+        "checkpoint: digests of the leaves not compared",
+        _CHECKPOINT,
+        "if leaf.record() != records[path]:",
+        'if leaf.record()["shape"] != records[path]["shape"]:',
+        ("tests/test_checkpoint.py::test_a_wrong_number_with_matching_file_digests_is_found_by_its_leaf",),
+    ),
+    Mutation(
+        "checkpoint: digests of the files not compared",
+        _CHECKPOINT,
+        "if wrong:",
+        "if len(wrong) > 1:",
+        ("tests/test_checkpoint.py::test_one_flipped_bit_anywhere_is_found",),
+    ),
+    Mutation(
+        "checkpoint: the oldest is restored",
+        _CHECKPOINT,
+        "for step in reversed(steps):",
+        "for step in steps:",
+        ("tests/test_checkpoint.py::test_saving_a_step_again_replaces_it",),
+    ),
+    Mutation(
+        "checkpoint: one fewer is kept",
+        _CHECKPOINT,
+        "for old in self.steps()[: -self._keep]:",
+        "for old in self.steps()[: 1 - self._keep]:",
+        ("tests/test_checkpoint.py::test_the_newest_are_kept",),
+    ),
+    Mutation(
+        "resume: rows after the restored step kept",
+        "prdarts_jax/metrics.py",
+        'rows = [row for row in read(self.path) if row["step"] <= step]',
+        "rows = read(self.path)",
+        ("tests/test_metrics.py::test_resumed_rows_equal_uninterrupted_ones",),
+    ),
+    Mutation(
+        "resume: the row of an epoch that is computed again kept",
+        "prdarts_jax/runs.py",
+        '["epoch"] < epochs_done:',
+        '["epoch"] <= epochs_done:',
+        ("tests/test_resume.py::test_half_written_lines_are_dropped",),
+    ),
+    Mutation(
+        "resume: sums of the epoch begin anew",
+        "prdarts_jax/epoch_loop.py",
+        "np.bool_(start == 0)",
+        "np.bool_(start == first)",
+        ("tests/test_resume.py::test_stopped_after_every_dispatch",),
+    ),
+    Mutation(
+        "resume: another search in the workdir not refused",
+        "prdarts_jax/runs.py",
+        "    if differences:\n",
+        "    if len(differences) > 9:\n",
+        ("tests/test_resume.py::test_another_search_is_refused",),
+    ),
+    Mutation(
+        "workdir: a lock that two can hold",
+        "prdarts_jax/workdir.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        ("tests/test_workdir.py::test_the_second_process_is_refused_and_a_kill_releases",),
+    ),
+    Mutation(
+        "config: a momentum of 1 allowed",
+        _CONFIG,
+        "require(0 <= self.momentum < 1,",
+        "require(0 <= self.momentum <= 1,",
+        ("tests/test_config.py::test_impossible_values_are_one_line",),
+    ),
+    Mutation(
+        "config: seeds that repeat others allowed",
+        _CONFIG,
+        "require(0 <= seed <= MAX_SEED,",
+        "require(0 <= seed,",
+        ("tests/test_config.py::test_impossible_values_are_one_line",),
+    ),
+    Mutation(
+        "config: infinite numbers of the architecture allowed",
+        _CONFIG,
+        'finite(self, "arch.")\n',
+        "pass\n",
+        ("tests/test_config.py::test_every_number_is_finite_but_the_norm_that_means_no_clipping",),
+    ),
+    Mutation(
+        "sweep: the seed changes slowest",
+        _SWEEP,
+        "key=lambda name: (name == _SEED,",
+        "key=lambda name: (name != _SEED,",
+        ("tests/test_sweep.py::test_members_are_the_product_and_their_names_are_canonical",),
+    ),
+    Mutation(
+        "sweep: a range without its end",
+        _SWEEP,
+        "range(first, last + 1)",
+        "range(first, last)",
+        ("tests/test_sweep.py::test_parse",),
+    ),
+)
+
+_RESULT_SLIPS = (
+    Mutation(
+        "derive: of equal pairs the last",
+        _BASE,
+        "for _, e, o in sorted(candidates):",
+        "for _, e, o in sorted(candidates, key=lambda c: (c[0], -c[1], -c[2])):",
+        ("tests/test_strategies.py::test_equal_scores_keep_the_order_of_edges_and_operations",),
+    ),
+    Mutation(
+        "derive: three pairs a node",
+        _BASE,
+        "len(chosen) < pairs",
+        "len(chosen) <= pairs",
+        ("tests/test_strategies.py::test_derivation_by_brute_force",),
+    ),
+    Mutation(
+        "derive: both pairs of a node from one input",
+        _BASE,
+        " and not (distinct_inputs and source in [j for _, j in chosen])",
+        "",
+        ("tests/test_strategies.py::test_derivation_by_brute_force",),
+    ),
+    Mutation(
+        "derive: none is an operation",
+        _BASE,
+        "usable = space.allowed[kind] & ~none[None, :]",
+        "usable = space.allowed[kind]",
+        ("tests/test_strategies.py::test_derivation_by_brute_force",),
+    ),
+    Mutation(
+        "genotype: the last node of a text left out",
+        _GENOTYPE,
+        "for i in range(0, len(value), 2)]",
+        "for i in range(0, len(value) - 2, 2)]",
+        ("tests/test_genotype.py::test_text_form_equals_the_zoo",),
+    ),
+    Mutation(
+        "genotype: depth along the shortest path",
+        _GENOTYPE,
+        "1 + max(reached)",
+        "1 + min(reached)",
+        ("tests/test_genotype.py::test_depth_is_the_longest_path",),
+    ),
+    Mutation(
+        "counts: a grouped convolution counted as a dense one",
+        _COUNTS,
+        "kernel = equation.invars[1].aval.shape\n",
+        "kernel = (*equation.invars[1].aval.shape[:2], equation.invars[0].aval.shape[3], 1)\n",
+        ("tests/test_zoo_counts.py::test_jaxpr_macs_counts_grouped_convolutions_and_inner_jaxprs",),
+    ),
+    Mutation(
+        "counts: the classifier's weights left out",
+        _COUNTS,
+        "for layer in [*layers, plan.classifier])",
+        "for layer in layers)",
+        ("tests/test_zoo_counts.py::test_a_hand_counted_network",),
+    ),
+    Mutation(
+        "network: drop-path spares reductions too",
+        "prdarts_jax/network_plan.py",
+        'identity = primitives[op].group == "skip" and stride == 1',
+        'identity = primitives[op].group == "skip"',
+        ("tests/test_network.py::test_drop_path_spares_identities_and_needs_no_second_compilation",),
+    ),
+    Mutation(
+        "network: drop-path without its scale",
+        _NETWORK,
+        "jnp.where(draws >= rate, 1.0 / (1.0 - rate), ",
+        "jnp.where(draws >= rate, jnp.ones((), rate.dtype), ",
+        ("tests/test_network.py::test_drop_path_keeps_the_mean_and_drops_whole_samples",),
+    ),
+    Mutation(
+        "network: a biased running variance",
+        _NETWORK_LAYERS,
+        "moments[1] * (n / max(n - 1, 1))",
+        "moments[1]",
+        ("tests/test_network.py::test_batch_norm_is_that_of_flax_but_for_the_unbiased_running_variance",),
+    ),
+    Mutation(
+        "schedule: a cosine that ends at its low end",
+        _SCHEDULES,
+        "math.cos(math.pi * epoch / epochs)",
+        "math.cos(math.pi * epoch / max(epochs - 1, 1))",
+        ("tests/test_train_config.py::test_cosine_is_that_of_optax_and_ends_near_zero",),
+    ),
+    Mutation(
+        "schedule: a warm-up from 0",
+        _SCHEDULES,
+        "min(1.0, (epoch + 1) / warmup_epochs)",
+        "min(1.0, epoch / warmup_epochs)",
+        ("tests/test_train_config.py::test_warm_up_multiplies_the_schedule",),
+    ),
+    Mutation(
+        "evaluation: bins that are closed below",
+        _EVALUATION,
+        "np.ceil(confidence * bins).astype(int) - 1",
+        "np.floor(confidence * bins).astype(int)",
+        ("tests/test_evaluation.py::test_calibration_error_of_known_cases",),
+    ),
+    Mutation(
+        "evaluation: the sixth counts among the top five",
+        _EVALUATION,
+        "np.mean(rank < _TOP)",
+        "np.mean(rank <= _TOP)",
+        ("tests/test_evaluation.py::test_five_classes_are_the_top_five",),
+    ),
+    Mutation(
+        "evaluation: ties count as right",
+        _TRAIN,
+        "ahead = (logits > own) | ((logits == own) & before)",
+        "ahead = logits > own",
+        ("tests/test_evaluation.py::test_rank_counts_classes_ahead_and_ties_in_their_order",),
+    ),
+)
+
+MUTATIONS = (
+    *_GATE_SLIPS,
+    *_PENALTY_SLIPS,
+    *_CELL_SLIPS,
+    *_KERNEL_SLIPS,
+    *_LAYER_SLIPS,
+    *_STEP_SLIPS,
+    *_DATA_SLIPS,
+    *_RUN_SLIPS,
+    *_RESULT_SLIPS,
+)
