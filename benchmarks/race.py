@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     pairs: int  # blocks of each side, in turn
     steps: int  # a block
     patience: int = 1  # pairs that are run at most to find quiet ones, in multiples of `pairs`
+    alternate: bool = False  # whether the peer goes first in every second pair
 
 
 def cache_folder() -> Path:
@@ -55,13 +56,23 @@ def environment(cache: Path | None = None, devices: int = 1) -> dict[str, str]:
 
 
 class Worker:
-    """A process that runs one side's steps when told to."""
+    """A process that runs one side's steps when told to.
 
-    def __init__(self, side: Side, cache: Path | None = None, devices: int = 1) -> None:
+    `root`: the checkout whose worker it is; `settings`: of its environment, over those of `environment`.
+    """
+
+    def __init__(
+        self,
+        side: Side,
+        cache: Path | None = None,
+        devices: int = 1,
+        root: Path = ROOT,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         command = [sys.executable, "-m", "benchmarks.worker"]
         pipe = subprocess.PIPE
-        settings = environment(cache, devices)
-        self.process = subprocess.Popen(command, cwd=ROOT, env=settings, stdin=pipe, stdout=pipe, text=True)
+        whole = {**environment(cache, devices), **(settings or {})}
+        self.process = subprocess.Popen(command, cwd=root, env=whole, stdin=pipe, stdout=pipe, text=True)
         self.stages = self.ask({"make": side.make, "args": dict(side.args)})
 
     def __enter__(self) -> Worker:
@@ -154,11 +165,18 @@ def measure(ours: Worker, peer: Worker, plan: Plan) -> Blocks:
     A pair during which other processes took more than QUIET of the cores is run again while the plan's patience
     lasts; then the quietest count. What is kept does not depend on how long anything took.
     """
+
+    def block(peer_first: bool) -> tuple[float, float]:
+        if peer_first:
+            theirs = peer.seconds(plan.steps)
+            return ours.seconds(plan.steps), theirs
+        return ours.seconds(plan.steps), peer.seconds(plan.steps)
+
     pairs: list[tuple[float, float, float]] = []
     ours.seconds(plan.steps), peer.seconds(plan.steps)
     while sum(pair[0] <= QUIET for pair in pairs) < plan.pairs and len(pairs) < plan.patience * plan.pairs:
         others = Others(ours, peer)
-        mine, theirs = ours.seconds(plan.steps), peer.seconds(plan.steps)
+        mine, theirs = block(plan.alternate and len(pairs) % 2 == 1)
         pairs.append((others.share(), mine, theirs))
     quietest = sorted(pairs, key=lambda pair: max(pair[0], QUIET))[: plan.pairs]
     return Blocks(quietest, (ours.memory(), peer.memory()))
