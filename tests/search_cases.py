@@ -139,9 +139,6 @@ def one_error(capsys: pytest.CaptureFixture[str], command: list[str], status: in
 # Sharing
 
 
-_FILES = ("data.source", "space.primitives", "weights.transform", "arch.transform")
-
-
 def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
     known: dict[str, Any] = {}
 
@@ -153,8 +150,10 @@ def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
             return inputs
         computed = {k: v for k, v in cfg.computed(config).items() if k not in ("seed", "epochs", "evaluate_every")}
         # Where data and the user's files lie is not computed, which function of a file it is, is.
-        computed |= {k: computed[k].rpartition(":")[2] for k in (*_FILES[1:], "method.strategy")}
-        key = json.dumps([{**computed, "data.source": ""}, config.run.devices, inputs.digests])
+        computed |= {"data.source": "", "space.primitives": ""}
+        for field in ("method.strategy", "weights.transform", "arch.transform"):
+            computed[field] = computed[field].rpartition(":")[2]
+        key = json.dumps([computed, config.run.devices, inputs.digests])
         return inputs._replace(problem=known.setdefault(key, inputs.problem))
 
     return remembered

@@ -284,6 +284,7 @@ def test_a_failing_member_is_named_and_the_others_go_on(folder, npz, tmp_path, c
         )
         assert last.startswith(f"prdarts: error: population: {name} failed: ") and "at step " in last
         assert not (tmp_path / "w" / name / "genotype.json").exists()
+        assert Checkpointer(tmp_path / "w" / name / "checkpoints").steps() == []
         for other in (rates[0], rates[-1]):
             found = outcome(tmp_path / "w" / f"weights.learning_rate={other}")
             for mine, want in zip(found["rows"], expected["rows"], strict=True):

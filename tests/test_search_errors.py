@@ -26,7 +26,6 @@ def _quick():
 
 NAN_AT = EPOCH_STEPS + 4  # in the second epoch, in the middle of a dispatch
 
-# The step of the NaN is in the state, not in the program: both transforms are one compiled program.
 POISON = f"""
 import jax.numpy as jnp, optax
 
@@ -39,9 +38,6 @@ def _transform(at):
 
 def late(config):
     return _transform({NAN_AT - 1})
-
-def first(config):
-    return _transform(0)
 """
 
 
@@ -251,7 +247,10 @@ def test_tensorboard_without_its_package(npz, tmp_path, monkeypatch, capsys, com
 
 
 def test_nan_stops_the_run(npz, tmp_path, capsys):
-    """The metric and the step are named, and the checkpoint before it is whole."""
+    """The metric and the step are named, and the checkpoint before it is whole.
+
+    That a NaN in the first step leaves no checkpoint is seen at the failing member in test_population.py.
+    """
     (tmp_path / "mine.py").write_text(POISON)
     workdir = tmp_path / "w"
     command = [*words(workdir, npz), f"--weight-tx={tmp_path}/mine.py:late"]
@@ -264,9 +263,6 @@ def test_nan_stops_the_run(npz, tmp_path, capsys):
     assert [row["step"] for row in rows(workdir, "step")] == list(range(1, NAN_AT))
     assert not (workdir / "genotype.json").exists()
     one_error(capsys, command, 1, f"update_norm/weights is nan at step {NAN_AT}")  # it resumes, and says the same
-
-    one_error(capsys, [*words(tmp_path / "v", npz), f"--weight-tx={tmp_path}/mine.py:first"], 1, "nan at step 1;")
-    assert Checkpointer(tmp_path / "v" / "checkpoints").steps() == []
 
 
 def test_a_full_disk(npz, tmp_path, monkeypatch, capsys):
