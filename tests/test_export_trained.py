@@ -78,9 +78,7 @@ def test_averaged_weights(averaged: Path, tmp_path: Path, capsys: pytest.Capture
     one_error(capsys, [*command, "--ema"], 2, "--ema: a file or an import holds one set of weights")
 
 
-def test_a_training_that_is_not_finished(
-    averaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_training_that_is_not_finished(averaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workdir = shutil.copytree(averaged, tmp_path / "w")
     finished = export.load_network(workdir)
     (workdir / export.NETWORK_FILE).unlink()

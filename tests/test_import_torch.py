@@ -27,6 +27,7 @@ else:
 from torch import nn
 
 pytestmark = pytest.mark.reference
+torch.set_num_threads(1)  # the tests already keep every core busy, and its threads would spin while they wait
 
 CHANNELS, CELLS, CLASSES = 4, 3, 7
 # conv_7x1_1x7 in both cells, two operations on one input, three pairs a node, a partial concat.

@@ -19,7 +19,6 @@ from prdarts_jax.network_layers import batch_norm
 from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
 from prdarts_jax.space.genotype import Genotype
 
-FAST = {"xla_backend_optimization_level": 0}  # these programs run a few times only
 SKIPS = Genotype([[("skip_connect", 0), ("skip_connect", 1)]], [2], [[("max_pool_3x3", 0), ("skip_connect", 1)]], [2])
 MIXED = Genotype(
     [[("skip_connect", 0), ("dil_conv_3x3", 1)], [], [("avg_pool_3x3", 2), ("skip_connect", 3)]],
@@ -30,7 +29,7 @@ MIXED = Genotype(
 
 
 def made(net: DerivedNetwork, images: jax.Array, seed: int = 0) -> Any:
-    return jax.jit(net.init, compiler_options=FAST)(jax.random.key(seed), images)
+    return quick_jit(net.init)(jax.random.key(seed), images)
 
 
 def drawn(net: DerivedNetwork, images: jax.Array) -> Any:
@@ -150,7 +149,7 @@ def step_of(stem: str, *, scan_cells: bool = True, recompute: bool = False) -> S
         )
         return jnp.sum(out[0] ** 2), (out[0], new["batch_stats"])
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+    step = quick_jit(jax.value_and_grad(loss, has_aux=True))
     compiled = step.lower(variables["params"], variables["batch_stats"], images).compile()
     (_, aux), gradients = compiled(variables["params"], variables["batch_stats"], images)
     return Step(compiled, (*aux, gradients), variables["batch_stats"])

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import quick_jit
 
 from benchmarks import ours
 from benchmarks.cases import FEW, SearchCase
-from prdarts_jax import bilevel
+from prdarts_jax import bilevel, network
 from prdarts_jax.gates import Gates
 from prdarts_jax.network import DerivedNetwork
 from prdarts_jax.space import Space, supernet
@@ -28,8 +29,8 @@ from benchmarks.peers import train as peer_train
 from benchmarks.peers.weights import derived_pairs, load, search_pairs
 
 pytestmark = pytest.mark.reference
+torch.set_num_threads(1)  # the tests already keep every core busy, and its threads would spin while they wait
 
-FAST = {"xla_backend_optimization_level": 0}  # these programs run once
 # The separable convolution is in the step of DARTS below.
 OPS = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "dil_conv_5x5")
 CASE = SearchCase(cells=3, channels=4, ops=OPS, side=8, batch=4)
@@ -67,7 +68,7 @@ def test_search_network_has_our_logits_and_gradients_for_the_same_gates() -> Non
     """Two executed operations an edge, one of them possibly `none`; an edge without any."""
     with jax.enable_x64(True):
         space = ours.search_parts(CASE)["space"]
-        weights = _double(jax.jit(lambda key: supernet.init(key, space), compiler_options=FAST)(jax.random.key(0)))
+        weights = _double(quick_jit(lambda key: supernet.init(key, space))(jax.random.key(0)))
         network = _network(CASE, space, weights)
         rng = np.random.default_rng(0)
         images, labels = _images(rng, CASE)
@@ -80,7 +81,7 @@ def test_search_network_has_our_logits_and_gradients_for_the_same_gates() -> Non
             logits, _ = supernet.apply(weights, gates, jnp.asarray(images), space=space)
             return bilevel.cross_entropy(logits, jnp.asarray(labels))
 
-        value, (d_weights, d_values) = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=FAST)(weights, values)
+        value, (d_weights, d_values) = quick_jit(jax.value_and_grad(loss, (0, 1)))(weights, values)
     leaves = {k: torch.from_numpy(v.copy()).requires_grad_() for k, v in values.items()}
     slots = {
         k: [
@@ -106,7 +107,7 @@ def test_darts_step_changes_weights_and_architecture_as_ours() -> None:
     # Under x64 indices are int64 and labels are not; the metrics of the step compare them.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         parts = ours.search_parts(case)
-        state = _double(jax.jit(lambda key: bilevel.init_state(key, **parts), compiler_options=FAST)(jax.random.key(0)))
+        state = _double(quick_jit(lambda key: bilevel.init_state(key, **parts))(jax.random.key(0)))
         rng = np.random.default_rng(1)
         train, val = _images(rng, case), _images(rng, case)
         network = _network(case, parts["space"], state.weights)
@@ -116,7 +117,7 @@ def test_darts_step_changes_weights_and_architecture_as_ours() -> None:
                 peer.arch[i] = torch.from_numpy(np.array(state.arch[kind])).requires_grad_()
         peer.arch_opt = torch.optim.Adam(peer.arch, 3e-4, (0.5, 0.999), weight_decay=1e-3)
         batches = bilevel.Batches(*(bilevel.Batch(jnp.asarray(x), jnp.asarray(y)) for x, y in (train, val)))
-        step = jax.jit(bilevel.make_search_step(**parts), compiler_options=FAST)
+        step = quick_jit(bilevel.make_search_step(**parts))
         after, _ = step(state, batches, jax.random.key(2), {})
         peer.step(_torch(train), _torch(val))
         for i, kind in enumerate(peer_search.KINDS):
@@ -190,22 +191,40 @@ def test_full_size_networks_have_our_parameter_counts() -> None:
     assert ours_count == sum(p.numel() for p in peer.parameters())
 
 
-def test_derived_network_has_our_outputs_with_drop_path() -> None:
+def test_derived_network_has_our_outputs_with_drop_path(monkeypatch: pytest.MonkeyPatch) -> None:
     genotype = Genotype.named("PRDARTS")
     with jax.enable_x64(True):
         net = DerivedNetwork(genotype, 4, 3, auxiliary=True, dtype=jnp.float64)
         images = np.random.default_rng(0).normal(size=(4, 32, 32, 3))
-        variables = _double(jax.jit(net.init, compiler_options=FAST)(jax.random.key(0), jnp.asarray(images)))
+        rng, shapes = np.random.default_rng(1), jax.eval_shape(net.init, jax.random.key(0), jnp.asarray(images))
+        low = {"params": -1.0, "batch_stats": 0.5}
+        variables = {
+            name: jax.tree.map(
+                lambda s, low=low[name]: jnp.asarray(rng.uniform(low, 1.5, s.shape) / np.sqrt(np.prod(s.shape[:-1]))),
+                tree,
+            )
+            for name, tree in shapes.items()
+        }
         rate, key = 0.5, jax.random.key(5)
 
-        def apply(variables: Any, images: jax.Array) -> Any:
-            rngs = {"drop_path": key}
-            return net.apply(variables, images, train=True, drop_path=rate, rngs=rngs, mutable=["batch_stats"])
+        caught: list[jax.Array] = []
+        real = network.drop_path_draws
 
-        (logits, auxiliary), state = jax.jit(apply, compiler_options=FAST)(variables, jnp.asarray(images))
+        def catching(*args: Any) -> jax.Array:
+            caught.append(real(*args))
+            return caught[-1]
+
+        def apply(variables: Any, images: jax.Array) -> Any:
+            """Also the draws of drop-path [B, cells, width], caught where the network asks for them."""
+            rngs = {"drop_path": key}
+            out = net.apply(variables, images, train=True, drop_path=rate, rngs=rngs, mutable=["batch_stats"])
+            return out, caught[-1]
+
+        monkeypatch.setattr(network, "drop_path_draws", catching)
+        ((logits, auxiliary), state), drawn = quick_jit(apply)(variables, jnp.asarray(images))
         peer = peer_train.DerivedNetwork(genotype, 4, 3).double().train()
         load(derived_pairs(peer, variables["params"]) + derived_pairs(peer, variables["batch_stats"]))
-        draws = _drawn(net, variables, images, key)
+        draws = np.asarray(drawn)
         assert draws.shape == (4, 3, peer.drops)
     kept = torch.from_numpy((draws >= rate) / (1 - rate)).permute(1, 2, 0)[..., None, None, None]
     out = peer(_torch((images, np.zeros(4)))[0], kept)
@@ -213,24 +232,3 @@ def test_derived_network_has_our_outputs_with_drop_path() -> None:
     np.testing.assert_allclose(out[1].detach().numpy(), np.asarray(auxiliary), atol=1e-7)
     for tensor, array in derived_pairs(peer, state["batch_stats"]):
         np.testing.assert_allclose(tensor.numpy(), array, atol=1e-7)
-
-
-def _drawn(net: DerivedNetwork, variables: Any, images: np.ndarray, key: jax.Array) -> np.ndarray:
-    """The draws of drop-path [B, cells, width], caught where the network asks for them."""
-    from prdarts_jax import network
-
-    caught: list[jax.Array] = []
-    real = network.drop_path_draws
-
-    def catching(*args: Any) -> jax.Array:
-        caught.append(real(*args))
-        return caught[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "drop_path_draws", catching)
-
-        def draws(variables: Any, images: jax.Array) -> jax.Array:
-            net.apply(variables, images, train=True, drop_path=0.5, rngs={"drop_path": key}, mutable=["batch_stats"])
-            return caught[-1]
-
-        return np.asarray(jax.jit(draws, compiler_options=FAST)(variables, jnp.asarray(images)))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import quick_jit
 
 from prdarts_jax.network import DerivedNetwork
 from prdarts_jax.space.genotype import Genotype
@@ -22,8 +23,8 @@ else:
 from torch import nn
 
 pytestmark = pytest.mark.reference
+torch.set_num_threads(1)  # the tests already keep every core busy, and its threads would spin while they wait
 
-FAST = {"xla_backend_optimization_level": 0}  # these programs run a few times only
 CLASSES = 7
 
 
@@ -261,7 +262,7 @@ def gradient_step(net: DerivedNetwork, train: bool) -> Callable[..., Any]:
         out, new = net.apply(state, x, train=train, mutable=["batch_stats"])
         return jnp.sum(out[0] * a) + jnp.sum(out[1] * b), (out, new["batch_stats"])
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=FAST)
+    return quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
 def backward(other: TorchNetwork, images: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[Any, torch.Tensor]:
