@@ -40,7 +40,7 @@ def _compare(space: Space, kind: str, size: tuple[int, int], executed: np.ndarra
 
 
 @pytest.mark.parametrize("kind", CELL_TYPES)
-@pytest.mark.parametrize("k", [1, 2, 8])
+@pytest.mark.parametrize("k", [1, 8])
 def test_all_eight_operations(kind: str, k: int) -> None:
     """For K < 8 several choices, together all eight operations on every edge; odd height, even width."""
     order = np.random.default_rng(1).permuted(np.tile(np.arange(8), (2, 1)), axis=1).astype(np.int32)

@@ -11,6 +11,7 @@ import oracles
 import pytest
 from cells import ALL_OPS, CHANNELS, SPACES, cell_data, dense_reference, random_slots, sparse
 
+from prdarts_jax.config import OPS
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.layers import draw
@@ -33,20 +34,29 @@ def _triple(params: Params, stride: int) -> tuple[Unit, ...]:
 
 
 TRIPLE = Primitive("conv", PRIMITIVES["sep_conv_3x3"].weights, _triple_apply, _triple)
+# Every operation on the edge between the nodes and, two or three each, on those from the inputs: in a reduction cell of
+# either stride.
+_LISTS = (OPS[:3], OPS[3:5], OPS[5:], (OPS[1], *OPS[3:5]))
 CASES = {
-    "all": Space(nodes=2),
-    **SPACES,
+    "all": Space(nodes=2, edge_ops=((*_LISTS, OPS), (*_LISTS[::-1], OPS))),
+    "three-nodes": SPACES["three-nodes"],
+    "no-pool-norm": SPACES["no-pool-norm"],
     "own": Space(nodes=2, ops=("triple", "skip_connect"), primitives=(("triple", TRIPLE), *PRIMITIVES.items())),
     "no units": Space(nodes=2, ops=("avg_pool_3x3", "conv_7x1_1x7")),
 }
 
 
-def _both(space: Space, kind: str, executed: np.ndarray, size: tuple[int, int]) -> tuple[Any, Any]:
+def _both(space: Space, kind: str, executed: np.ndarray, programs: dict[int, Any]) -> tuple[Any, Any]:
+    """`programs`: those compiled so far, by the number of slots of an edge."""
+    size, slots = (6, 7), executed.shape[1]
     full = np.full((space.num_edges, space.num_ops), space.num_ops, np.int32)
     full[:, : executed.shape[1]] = executed  # one width for the reference, so that it is compiled once
     *args, ct = cell_data(space, kind, size, np.float32)
-    assert "prdarts_term_forward" in sparse(space, kind).lower(*args, ct, executed).as_text()
-    ours = sparse(space, kind)(*args, ct, jnp.asarray(executed))
+    if slots not in programs:
+        lowered = sparse(space, kind).lower(*args, ct, jnp.asarray(executed))
+        assert "prdarts_term_forward" in lowered.as_text()
+        programs[slots] = lowered.compile()
+    ours = programs[slots](*args, ct, jnp.asarray(executed))
     with jax.enable_x64(True):
         theirs = dense_reference(space, kind)(*cell_data(space, kind, size), jnp.asarray(full))
     return ours, theirs
@@ -57,9 +67,9 @@ def _both(space: Space, kind: str, executed: np.ndarray, size: tuple[int, int]) 
 def test_nodes_and_gradients(name: str, kind: str) -> None:
     """Values and gradients in weights, gates and inputs; slots that execute nothing; odd and even sides."""
     oracles.require_kernels()
-    space = CASES[name]
-    for k, void in ((1, 0), (2, 2), (space.num_ops, 0)):
-        ours, theirs = _both(space, kind, random_slots(space, kind, k, k, void=void), (6, 7))
+    space, programs = CASES[name], {}
+    for k, void in ((1, 0), (space.num_ops, 2), (space.num_ops, 0)):
+        ours, theirs = _both(space, kind, random_slots(space, kind, k, k, void=void), programs)
         for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
             scale = max(float(np.abs(b).max(initial=0)), 1e-3)
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-6 * scale, err_msg=jax.tree_util.keystr(path))

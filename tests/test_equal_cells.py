@@ -20,29 +20,59 @@ from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import CELL_TYPES, Space
 
 OPS = ("skip_connect", "dil_conv_3x3", "max_pool_3x3", "none")
-DEEP = Space(nodes=2, cells=12, channels=2, classes=3, in_channels=1, ops=OPS)  # runs of two cells in all three stages
-STEM = Space(nodes=3, cells=6, channels=2, classes=3, in_channels=1, ops=OPS[:2])  # the first two are equal
+# Edges 02 12 03 13 23 04 14 24 34 have one or two operations each, and those of a cell and stride few altogether: the
+# first decides the size of the unrolled reference, the second that of the scans.
+_DIL, _POOL, _NONE, _SKIP = ("dil_conv_3x3",), ("max_pool_3x3",), ("none",), ("skip_connect",)
+_NORMAL = (_DIL + _POOL, _POOL, _NONE, _DIL, _DIL, _POOL, _NONE, _DIL + _NONE, _POOL)
+_REDUCE = (_SKIP + _DIL, _SKIP, _NONE, _DIL, _POOL, _NONE, _SKIP, _POOL, _POOL + _NONE)
+# Three cells at the stem are equal, whose output is that of a cell of three nodes, and the last two of the network.
+DEEP = Space(nodes=3, cells=10, channels=2, classes=3, in_channels=1, ops=OPS, edge_ops=(_NORMAL, _REDUCE))
 
 
-def _images(batch: int = 4) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(batch, 7, 6, 1))
+def _images() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(8, 7, 6, 1))
 
 
-def _gates(space: Space, *leading: int) -> Gates:
+def _gates(*leading: int) -> Gates:
+    """Of every edge two of its operations, or void."""
     rng = np.random.default_rng(1)
-    ops = {kind: jnp.asarray(rng.uniform(0.2, 1.0, (*leading, space.num_edges, space.num_ops))) for kind in CELL_TYPES}
-    executed = {k: jnp.asarray(np.argsort(rng.random(v.shape))[..., :2], jnp.int32) for k, v in ops.items()}
-    return Gates(ops, executed)
+    shape = (*leading, DEEP.num_edges, DEEP.num_ops)
+    ops = {kind: rng.uniform(0.2, 1.0, shape) * DEEP.allowed[kind] for kind in CELL_TYPES}
+    order = {kind: np.argsort(rng.random(shape) - DEEP.allowed[kind])[..., :2] for kind in CELL_TYPES}
+    executed = {
+        kind: np.where(np.take_along_axis(np.broadcast_to(DEEP.allowed[kind], shape), o, -1), o, DEEP.num_ops)
+        for kind, o in order.items()
+    }
+    return Gates(
+        {kind: jnp.asarray(a) for kind, a in ops.items()},
+        {kind: jnp.asarray(a, jnp.int32) for kind, a in executed.items()},
+    )
 
 
-def _gradients(apply: Any, weights: Any, gates: Gates, images: jax.Array, space: Space = DEEP) -> tuple[Any, Any]:
-    """(value, gradients of the weights and of the gates)."""
+def _gradients(apply: Any) -> Any:
+    """Compiled: (value, gradients of the weights and of the gates)."""
 
-    def loss(weights: Any, ops: Any) -> jax.Array:
-        logits, aux = apply(weights, gates.replace(ops=ops), images, space=space)
+    def loss(weights: Any, ops: Any, executed: Any, images: jax.Array) -> jax.Array:
+        logits, aux = apply(weights, Gates(ops, executed), images, space=DEEP)
         return jnp.sum(jnp.sin(logits)) + jnp.sum(jnp.sin(aux["features"]))
 
-    return oracles.quick_jit(jax.value_and_grad(loss, (0, 1)))(weights, gates.ops)
+    return oracles.quick_jit(jax.value_and_grad(loss, (0, 1)))
+
+
+_ours, _theirs = _gradients(supernet.apply), _gradients(supernet.apply_reference)
+
+
+def _one_by_one(weights: Any, gates: Gates, images: np.ndarray) -> Any:
+    """The cells unrolled, in float64; gates of all cells are given to each, so that one program serves both kinds."""
+    shared = gates.ops["normal"].ndim == 2
+    rows = jax.tree.map(lambda a: jnp.broadcast_to(a, (DEEP.cells, *a.shape)) if shared else a, gates)
+    value, (dweights, dops) = _theirs(weights, rows.ops, rows.executed, jnp.asarray(images))
+    return value, (dweights, jax.tree.map(lambda a: a.sum(axis=0), dops) if shared else dops)
+
+
+@pytest.fixture(scope="module")
+def weights() -> Any:
+    return jax.jit(lambda key: supernet.init(key, DEEP))(jax.random.key(0))
 
 
 @pytest.mark.parametrize("cells", range(3, 24))
@@ -54,26 +84,24 @@ def test_runs_are_the_longest_of_equal_cells(cells: int) -> None:
     assert len(runs) <= 9
 
 
-def test_weights_of_every_cell_are_its_own_draw() -> None:
-    weights = supernet.init(jax.random.key(0), DEEP)
+def test_weights_of_every_cell_are_its_own_draw(weights: Any) -> None:
     cells = supernet.by_cell(weights, DEEP)
-    assert [len(run) for run in DEEP.runs] == [1, 1, 2, 1, 1, 2, 1, 1, 2] and len(weights["cells"]) == 9
+    assert [len(run) for run in DEEP.runs] == [3, 1, 1, 1, 1, 1, 2] and len(weights["cells"]) == 7
     for cell, params in zip(DEEP.layout, cells, strict=True):
         assert params["preprocess1"]["pointwise"].shape == (cell.channels_in[1], cell.channels)
         assert ("pointwise" in params["preprocess0"]) != cell.previous_reduced
-    for first, second in ((2, 3), (6, 7), (10, 11)):
+    for first, second in ((0, 1), (1, 2), (0, 2), (8, 9)):
         for a, b in zip(jax.tree.leaves(cells[first]), jax.tree.leaves(cells[second]), strict=True):
             assert a.shape == b.shape and not np.any(np.asarray(a) == np.asarray(b))
 
 
 @pytest.mark.parametrize("leading", [(), (DEEP.cells,)], ids=["gates-shared", "gates-per-cell"])
-def test_scanned_cells_against_plain_autodiff_one_by_one(leading: tuple[int, ...]) -> None:
+def test_scanned_cells_against_plain_autodiff_one_by_one(weights: Any, leading: tuple[int, ...]) -> None:
+    """At the stem the carry of a scan depends on no architecture, and gradients of weights leave it for the stem."""
     with jax.enable_x64(True):
-        weights = oracles.float64(supernet.init(jax.random.key(0), DEEP))
-        gates, images = _gates(DEEP, *leading), jnp.asarray(_images())
-        ours, theirs = (
-            _gradients(apply, weights, gates, images) for apply in (supernet.apply, supernet.apply_reference)
-        )
+        wide, gates = oracles.float64(weights), _gates(*leading)
+        ours = _ours(wide, gates.ops, gates.executed, jnp.asarray(_images()))
+        theirs = _one_by_one(wide, gates, _images())
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9, err_msg=jax.tree_util.keystr(path))
     if leading:  # a cell has its own row of the gates, and only the rows of its own type
@@ -82,39 +110,24 @@ def test_scanned_cells_against_plain_autodiff_one_by_one(leading: tuple[int, ...
             assert moved.tolist() == [cell.kind == kind for cell in DEEP.layout]
 
 
-def test_a_run_may_begin_at_the_stem() -> None:
-    """There the carry of the scan depends on no architecture, and gradients of weights leave it for the stem."""
-    assert [len(run) for run in STEM.runs] == [2, 1, 1, 1, 1]
-    with jax.enable_x64(True):
-        weights = oracles.float64(supernet.init(jax.random.key(0), STEM))
-        gates, images = _gates(STEM), jnp.asarray(_images())
-        applies = supernet.apply, supernet.apply_reference
-        ours, theirs = (_gradients(apply, weights, gates, images, STEM) for apply in applies)
-    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9, err_msg=jax.tree_util.keystr(path))
-
-
-def test_in_place_kernels_in_a_scan_over_cells() -> None:
+def test_in_place_kernels_in_a_scan_over_cells(weights: Any) -> None:
     """Float32, where kernels write rows of buffers that the scan over cells keeps, against float64 without them."""
     oracles.require_kernels()
-    weights, images = supernet.init(jax.random.key(0), DEEP), _images(8)
-    gates = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype != jnp.int32 else a, _gates(DEEP))
-    ours = _gradients(supernet.apply, weights, gates, jnp.asarray(images, jnp.float32))
+    gates = _gates()
+    ours = _ours(weights, gates.ops, gates.executed, jnp.asarray(_images(), jnp.float32))
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (weights, gates.ops))
-        exact = _gradients(supernet.apply_reference, wide[0], gates.replace(ops=wide[1]), jnp.asarray(images))
+        wide, ops = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (weights, gates.ops))
+        exact = _one_by_one(wide, gates.replace(ops=ops), _images())
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(exact), strict=True):
         scale = max(1e-3, float(np.abs(b).max()))
         np.testing.assert_allclose(a, b, atol=2e-3 * scale, err_msg=jax.tree_util.keystr(path))
 
 
-def test_gates_alone_ask_for_no_gradients_of_scanned_weights() -> None:
+def test_gates_alone_ask_for_no_gradients_of_scanned_weights(weights: Any) -> None:
     oracles.require_kernels()
-    weights = supernet.init(jax.random.key(0), DEEP)
-    gates = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype != jnp.int32 else a, _gates(DEEP))
+    gates, images = _gates(), jnp.asarray(_images(), jnp.float32)
 
     def loss(weights: Any, ops: Any) -> jax.Array:
-        images = jnp.asarray(_images(), jnp.float32)
         return jnp.sum(supernet.apply(weights, gates.replace(ops=ops), images, space=DEEP)[0])
 
     texts = [jax.jit(jax.grad(loss, argnums=n)).lower(weights, gates.ops).as_text() for n in (0, 1)]
@@ -156,5 +169,6 @@ def _size(cells: int) -> tuple[int, int]:
 
 def test_a_step_does_not_grow_with_the_number_of_equal_cells() -> None:
     """Runs are [1,1,2,1,1,2,1,1,2] of 12 cells and [1,1,5,1,1,5,1,1,5] of 21: the same program, other lengths."""
-    assert _size(12) == _size(21)
-    assert _size(9)[1] < _size(12)[1]  # equations are counted where they are
+    twelve = _size(12)
+    assert twelve == _size(21)
+    assert _size(9)[1] < twelve[1]  # equations are counted where they are

@@ -86,8 +86,8 @@ def test_gradient_at_the_ends_of_the_interval_is_zero() -> None:
 def test_derivatives_to_second_order_where_smooth() -> None:
     with jax.enable_x64(True):
         u, beta = jnp.linspace(0.3, 0.7, 6), jnp.linspace(-0.5, 0.5, 6)
-        check_grads(lambda beta: gates.stretched(u, beta, tau=1.0, a=-0.1, b=1.1), (beta,), order=2)
-        check_grads(lambda beta: gates.activation_probability(beta, tau=0.7), (beta,), order=2)
+        check_grads(jax.jit(lambda beta: gates.stretched(u, beta, tau=1.0, a=-0.1, b=1.1)), (beta,), order=2)
+        check_grads(jax.jit(lambda beta: gates.activation_probability(beta, tau=0.7)), (beta,), order=2)
 
 
 def test_uniform_open_never_returns_an_end() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 import search_cases
 import train_cases
@@ -62,13 +63,26 @@ def _normed(weights, gates, images, *, space, axis_name):
     return jax.nn.relu(x).mean(axis=(1, 2)) @ weights["last"] * scale, {}
 
 
-def _search_problem(weight_tx, arch_tx):
+class _Problem(NamedTuple):
+    """Compiled steps of both groups, whose learning rates are numbers of the epoch; 0 holds a group where it is."""
+
+    local: Any  # mapped, statistics of each part
+    by_default: Any  # mapped, statistics of the whole batch
+    single: Any  # on one device
+    state: SearchState
+    batches: Batches
+    progress: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def problem() -> _Problem:
     space = Space(nodes=1, ops=("skip_connect", "max_pool_3x3"), cells=3, channels=4, in_channels=1)
     strategy = registry.factory("prdarts")(space=space, lambda1=0.0, lambda2=0.0, lambda3=0.0)
     rng = np.random.default_rng(0)
     weights = {"first": rng.normal(size=(2, 5)).astype(np.float32), "last": rng.normal(size=(5, 3)).astype(np.float32)}
     arch = jax.device_get(strategy.init(jax.random.key(1)))
-    state = SearchState(np.int32(0), weights, arch, weight_tx.init(weights), arch_tx.init(arch))
+    tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
+    state = SearchState(np.int32(0), weights, arch, tx.init(weights), tx.init(arch))
     # The two halves of the batch have different means: local and global statistics have nothing in common.
     shift = np.repeat([0.0, 5.0], BATCH // DEVICES)[:, None, None, None]
 
@@ -82,39 +96,39 @@ def _search_problem(weight_tx, arch_tx):
         return bilevel.make_search_step(
             space=space,
             strategy=strategy,
-            weight_tx=weight_tx,
-            arch_tx=arch_tx,
+            weight_tx=tx,
+            arch_tx=tx,
             axis_name=axis_name,
             local_batch_norm=local,
             apply=_normed,
         )
 
-    return step, state, Batches(drawn(), drawn()), progress
+    def mapped(local: bool) -> Any:
+        specs = (WHOLE, Batches(Batch(SPLIT, SPLIT), Batch(SPLIT, SPLIT)), WHOLE, WHOLE)
+        return oracles.quick_jit(parallel.map_over(_mesh(), step(parallel.AXIS, local), specs, (WHOLE, WHOLE)))
+
+    single = oracles.quick_jit(step(None, False))
+    return _Problem(mapped(True), mapped(False), single, state, Batches(drawn(), drawn()), progress)
 
 
 @pytest.mark.parametrize("moved", ["weights", "arch"])
-def test_the_search_step_is_the_mean_of_the_steps_on_each_part(moved):
+def test_the_search_step_is_the_mean_of_the_steps_on_each_part(problem, moved):
     """With plain gradient descent of one group, the mean of the gradients moves it to the mean of the places."""
-    still, moving = optax.set_to_zero(), optax.sgd(0.5)
-    step, state, batches, progress = _search_problem(*((moving, still) if moved == "weights" else (still, moving)))
-    specs = (WHOLE, Batches(Batch(SPLIT, SPLIT), Batch(SPLIT, SPLIT)), WHOLE, WHOLE)
-    key = jax.random.key(3)
-
-    def mapped(local: bool) -> Any:
-        program = parallel.map_over(_mesh(), step(parallel.AXIS, local), specs, (WHOLE, WHOLE))
-        return jax.jit(program)(state, batches, key, progress)
-
-    found, metrics = mapped(True)
-    alone = [jax.jit(step(None, False))(state, _part(batches, i), key, progress) for i in range(DEVICES)]
+    state, batches, key = problem.state, problem.batches, jax.random.key(3)
+    rates = {f"{name}_learning_rate": np.float32(0.5 if name in moved else 0.0) for name in ("weight", "arch")}
+    progress = problem.progress | rates
+    found, metrics = problem.local(state, batches, key, progress)
+    alone = [problem.single(state, _part(batches, i), key, progress) for i in range(DEVICES)]
     _close(getattr(found, moved), _mean(*(getattr(one, moved) for one, _ in alone)))
     # Validation comes after the weights have moved, and alone they move elsewhere.
     for name in ("train_loss", "train_accuracy") + (("val_loss", "val_accuracy") if moved == "arch" else ()):
         _close(metrics[name], _mean(*(m[name] for _, m in alone)))
-    before, after = (jax.tree.leaves(jax.device_get(getattr(one, moved))) for one in (state, found))
-    assert any(np.any(a != b) for a, b in zip(before, after, strict=True))
+    for name in ("weights", "arch"):
+        before, after = (jax.tree.leaves(jax.device_get(getattr(one, name))) for one in (state, found))
+        assert any(np.any(a != b) for a, b in zip(before, after, strict=True)) == (name == moved)
     # The statistics of the whole batch are another computation, and the default.
-    _, whole_metrics = jax.jit(step(None, False))(state, batches, key, progress)
-    by_default = mapped(False)[1]
+    _, whole_metrics = problem.single(state, batches, key, progress)
+    _, by_default = problem.by_default(state, batches, key, progress)
     for name in ("train_loss", "val_loss"):
         _close(by_default[name], whole_metrics[name])
     assert abs(float(metrics["train_loss"]) - float(whole_metrics["train_loss"])) > 1e-2
@@ -140,10 +154,10 @@ def test_the_training_step_is_the_mean_of_the_steps_on_each_part():
     local = problem._replace(local_batch_norm=True)
     program = train_program.make_step(local, parallel.AXIS)
     specs = (WHOLE, Batch(SPLIT, SPLIT), SPLIT, WHOLE, WHOLE)
-    mapped = jax.jit(parallel.map_over(_mesh(), program, specs, (WHOLE, WHOLE)))
+    mapped = oracles.quick_jit(parallel.map_over(_mesh(), program, specs, (WHOLE, WHOLE)))
     found, metrics = mapped(jax.device_get(state), batch, positions, key, progress)
 
-    single = jax.jit(train_program.make_step(problem))
+    single = oracles.quick_jit(train_program.make_step(problem))
     alone = [single(state, _part(batch, i), _part(positions, i), key, progress) for i in range(DEVICES)]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=1e-4, atol=1e-5),

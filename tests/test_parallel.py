@@ -41,11 +41,13 @@ def _four_devices():
 def _search(folder, devices):
     workdir = folder / devices
     if not workdir.exists():
-        assert search(workdir, run__devices=devices, epochs=2).status == "finished"
+        # The smaller of the convolutions: it is one program for each number of devices.
+        ops = "none,skip_connect,dil_conv_3x3"
+        assert search(workdir, run__devices=devices, epochs=2, space__ops=ops).status == "finished"
     return workdir
 
 
-@pytest.mark.parametrize("devices", ["2", "4"])
+@pytest.mark.parametrize("devices", [pytest.param("2", marks=pytest.mark.slow), "4"])
 def test_devices_agree(folder, devices):
     """Same batches, same augmentation, same gates, batch statistics of the global batch: the same numbers."""
     one, several = _search(folder, "1"), _search(folder, devices)
@@ -117,7 +119,7 @@ def _close(found, expected, rtol):
 
 
 def test_pmap_of_the_step_gives_the_same_numbers():
-    """The step is written for one device of an axis, whichever of the two maps it; one device needs no axis."""
+    """The step is written for one device of an axis, whichever maps it, bit for bit; one device needs none."""
     step, state, drawn, key, progress = _problem()
     mesh = parallel.make_mesh(jax.devices()[:4])
     whole, split = PartitionSpec(), PartitionSpec(parallel.AXIS)
@@ -132,7 +134,8 @@ def test_pmap_of_the_step_gives_the_same_numbers():
     )
     by_shard_map, by_pmap = mapped(state, drawn, key, progress), pmapped(state, shards, key, progress)
     assert by_shard_map[1].keys() == by_pmap[1].keys()
-    _close(by_shard_map, by_pmap, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(by_shard_map), jax.tree.leaves(by_pmap), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     _close(by_shard_map, jax.jit(step(None))(state, drawn, key, progress), rtol=1e-4)
     moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), by_pmap[0].arch, state.arch)
     assert all(jax.tree.leaves(moved))

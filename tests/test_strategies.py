@@ -166,7 +166,9 @@ def test_gates_are_finite_at_the_ends_of_the_temperatures(tau):
         p = strategy.probabilities(arch, progress)
         return sum(jnp.sum(gates.ops[kind]) + jnp.sum(p[kind]) for kind in p) + penalty
 
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(jax.value_and_grad(total)(arch)))
+    assert all(
+        bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(oracles.quick_jit(jax.value_and_grad(total))(arch))
+    )
 
 
 def test_temperature_is_linear_from_the_first_to_the_last_epoch() -> None:
@@ -245,7 +247,7 @@ def test_samples_of_the_options(subsample: str, straight_through: bool) -> None:
         gates = strategy.sample(jax.random.key(5), arch, {"tau": 0.5, "gate_dropout": 0.0})
         return sum(jnp.sum(gates.ops[kind] ** 2) for kind in CELL_TYPES), gates
 
-    (_, gates), grads = jax.value_and_grad(total, has_aux=True)(arch)
+    (_, gates), grads = oracles.quick_jit(jax.value_and_grad(total, has_aux=True))(arch)
     k = 8 if subsample == "all" else 2
     for kind in CELL_TYPES:
         every, mask = np.asarray(plain.ops[kind]), np.asarray(gates.stats["mask"][kind])

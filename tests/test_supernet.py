@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -97,7 +98,7 @@ def test_edges_are_node_major() -> None:
 def test_initial_weights_fill_their_interval() -> None:
     """Uniform in +-1/sqrt(fan_in), fan_in = k k C_in / groups; BN scale 1, bias 0; linear bias as kernel."""
     space = Space(cells=3, nodes=2, channels=8)
-    weights = jax.tree.map(np.asarray, jax.jit(lambda key: supernet.init(key, space))(jax.random.key(0)))
+    weights = jax.tree.map(np.asarray, oracles.quick_jit(lambda key: supernet.init(key, space))(jax.random.key(0)))
     checked = 0
     for (path, leaf), declared in zip(
         jax.tree.leaves_with_path(weights),
@@ -165,17 +166,25 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(3, 7, 6, 1))
 
 
+@cache
+def _gradients(apply: Any) -> Any:
+    def loss(weights: Any, ops: Any, executed: Any, images: jax.Array) -> jax.Array:
+        return _loss(apply, TINY, images)(weights, ops, executed)
+
+    return oracles.quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))
+
+
 @pytest.mark.parametrize("per_cell", [False, True], ids=["gates-shared", "gates-per-cell"])
 def test_sparse_equals_masked_dense(images: np.ndarray, per_cell: bool) -> None:
     """Values, gradients of weights and of gates; odd image size; unexecuted gates have zero gradient in both."""
     with jax.enable_x64(True):
         weights, x = _weights(TINY), jnp.asarray(images)
         ops, executed = _gates(TINY, (TINY.cells,) if per_cell else (), 2)
-        results = []
-        for apply in (supernet.apply, supernet.apply_reference):
-            run = oracles.quick_jit(jax.value_and_grad(_loss(apply, TINY, x), argnums=(0, 1)))
-            results.append(run(weights, ops, executed))
-    ours, theirs = results
+        ours = _gradients(supernet.apply)(weights, ops, executed, x)
+        # The reference is given the gates of every cell, so that one program serves both kinds.
+        rows = (ops, executed) if per_cell else jax.tree.map(lambda a: jnp.stack([a] * TINY.cells), (ops, executed))
+        value, (dweights, dops) = _gradients(supernet.apply_reference)(weights, *rows, x)
+        theirs = value, (dweights, dops if per_cell else jax.tree.map(lambda a: a.sum(axis=0), dops))
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10, err_msg=jax.tree_util.keystr(path))
     for kind in CELL_TYPES:
@@ -215,15 +224,23 @@ def test_exact_second_order_in_the_gates(images: np.ndarray) -> None:
             return lambda flat: _loss(apply, SMOOTH, x)(weights, unflatten(flat), executed)
 
         fast, plain = loss_of(supernet.apply), loss_of(supernet.apply_reference)
-        hessian = np.asarray(oracles.quick_jit(jax.hessian(plain))(flat))
-        slope = oracles.quick_jit(jax.grad(fast))
-        double = oracles.quick_jit(jax.grad(lambda z: jnp.vdot(jax.grad(fast)(z), v)))
-        tangent = oracles.quick_jit(lambda z: jax.jvp(plain, (z,), (v,)))(flat)[1]
-        step = 1e-5
-        difference = (np.asarray(slope(flat + step * v)) - np.asarray(slope(flat - step * v))) / (2 * step)
+
+        @oracles.quick_jit
+        def forward_over(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jax.jvp(plain, (z,), (v,))[1], jax.hessian(plain)(z)
+
+        @oracles.quick_jit
+        def reverse_over(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+            slope, pull = jax.vjp(jax.grad(fast), z)
+            return slope, pull(v)[0]
+
+        tangent, hessian = map(np.asarray, forward_over(flat))
+        (slope, double), step = reverse_over(flat), 1e-5
+        ends = [np.asarray(reverse_over(flat + side * v)[0]) for side in (step, -step)]
+        difference = (ends[0] - ends[1]) / (2 * step)
         np.testing.assert_allclose(hessian, hessian.T, atol=1e-10)
-        np.testing.assert_allclose(tangent, jnp.vdot(slope(flat), v), rtol=1e-9)
-        np.testing.assert_allclose(double(flat), hessian @ np.asarray(v), rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(tangent, jnp.vdot(slope, v), rtol=1e-9)
+        np.testing.assert_allclose(double, hessian @ np.asarray(v), rtol=1e-7, atol=1e-9)
         np.testing.assert_allclose(difference, hessian @ np.asarray(v), rtol=1e-4, atol=1e-6)
     assert np.abs(hessian).max() > 1e-3
 

@@ -95,7 +95,10 @@ def _random_gates(space: Space, seed: int) -> dict[str, np.ndarray]:
     ids=["all-ops", "two-nodes"],
 )
 def test_cell(space: Space, kind: str) -> None:
-    """The sparse cell (all operations executed) and the reference cell; torch sums node by node."""
+    """The sparse cell (all operations executed) and the reference cell; torch sums node by node.
+
+    Of all eight operations the sparse cell only: the reference is held against it, to rounding, in test_cell.py.
+    """
     torch = oracles.require_torch()
     with jax.enable_x64(True):
         weights = oracles.float64(draw(jax.random.key(2), declare_edges(space, kind, 4)))
@@ -115,7 +118,7 @@ def test_cell(space: Space, kind: str) -> None:
         ct = oracles.normal(7, tuple(expected.shape))
         expected.backward(torch.tensor(ct))
 
-        for network in (sparse, dense):
+        for network in (sparse,) if space.nodes == 1 else (sparse, dense):
 
             @oracles.quick_jit
             def run(ct: jax.Array, *args: Any, network: Any = network) -> Any:
