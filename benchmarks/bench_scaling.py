@@ -28,14 +28,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import bilevel, parallel, strategies, train_inputs, train_program
+from prdarts_jax import bilevel, strategies, train_inputs, train_program
 from prdarts_jax.bilevel import Batch, Batches
-from prdarts_jax.config import OPS, ArchConfig, SpaceConfig, WeightsConfig
+from prdarts_jax.config.search import OPS, ArchConfig, SpaceConfig, WeightsConfig
+from prdarts_jax.config.train import NetworkConfig, TrainConfig
+from prdarts_jax.devices import sharding
 from prdarts_jax.space import Space
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.train_config import NetworkConfig, TrainConfig
 
-WHOLE, SPLIT = PartitionSpec(), PartitionSpec(parallel.AXIS)
+WHOLE, SPLIT = PartitionSpec(), PartitionSpec(sharding.AXIS)
 _SUMS = ("psum", "psum2", "psum_invariant")  # what lax.pmean is traced to
 
 
@@ -150,9 +151,7 @@ def make(case: Case, *, local: bool = False) -> Made:
 
 
 def _search(case: Case, local: bool) -> Made:
-    space = Space.create(
-        SpaceConfig(cells=case.cells, channels=case.channels, ops=case.ops), classes=10, in_channels=3
-    )
+    space = Space.create(SpaceConfig(cells=case.cells, channels=case.channels, ops=case.ops), classes=10, in_channels=3)
     strategy = strategies.get(case.strategy, space=space)
     parts = {
         "space": space,
@@ -163,7 +162,7 @@ def _search(case: Case, local: bool) -> Made:
     init = jax.jit(lambda key: bilevel.init_state(key, **parts))
     shapes = jax.eval_shape(init, jax.random.key(0))
     progress = {k: np.float32(v) for k, v in strategy.schedule(100, 200).items()}
-    step = bilevel.make_search_step(**parts, axis_name=parallel.AXIS, local_batch_norm=local)
+    step = bilevel.make_search_step(**parts, axis_name=sharding.AXIS, local_batch_norm=local)
 
     def arguments(batch: int) -> tuple[Any, ...]:
         two = Batches(*(_batch(case, batch, i) for i in range(2)))
@@ -177,10 +176,10 @@ def _train(case: Case, local: bool) -> Made:
     config = TrainConfig(network=NetworkConfig(channels=case.channels, cells=case.cells))
     problem = train_inputs.make_problem(config, Genotype.named("PRDARTS"), 10, ((0.5,) * 3, (0.25,) * 3), {})
     problem = problem._replace(local_batch_norm=local, tx=optax.inject_hyperparams(optax.sgd)(learning_rate=0.025))
-    mesh = parallel.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(jax.devices()[:1])
     image = (case.side, case.side, 3)
     shapes = train_program.abstract_carry(problem, mesh, jax.random.key(0), image).state
-    step = train_program.make_step(problem, parallel.AXIS)
+    step = train_program.make_step(problem, sharding.AXIS)
     progress = {"learning_rate": np.float32(0.025), "drop_path": np.float32(0.1)}
 
     def arguments(batch: int) -> tuple[Any, ...]:
@@ -203,7 +202,7 @@ def _mapped(made: Made, mesh: Mesh) -> Callable[..., Any]:
 
 def counts(scale: str, only: str | None = None) -> Iterator[dict[str, Any]]:
     """One row a case and kind of batch normalisation."""
-    mesh = parallel.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(jax.devices()[:1])
     for name, case in COUNTED[scale].items():
         if only not in (None, name):
             continue
@@ -234,7 +233,7 @@ def times(scale: str, only: str | None = None) -> Iterator[dict[str, Any]]:
                 batch = case.batch if mode == "strong" else case.batch * n
                 if batch % n:
                     continue
-                seconds = _seconds(case, parallel.make_mesh(visible[:n]), batch, repeats)
+                seconds = _seconds(case, sharding.make_mesh(visible[:n]), batch, repeats)
                 median = statistics.median(seconds)
                 alone = median if n == 1 else alone
                 yield {
@@ -255,7 +254,7 @@ def _seconds(case: Case, mesh: Mesh, batch: int, repeats: int) -> list[float]:
     made = make(case)
     step = jax.jit(_mapped(made, mesh), donate_argnums=0)
     state, *rest = made.arguments(batch)
-    state = parallel.replicate(mesh, state)
+    state = sharding.replicate(mesh, state)
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()

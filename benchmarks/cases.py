@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from prdarts_jax.config import OPS
+from prdarts_jax.config.search import OPS
 
 FEW = ("none", "skip_connect", "sep_conv_3x3")  # the smoke scale is there to run, not to measure
 TAU = 5.0  # halfway through a search from 10 to 0.1

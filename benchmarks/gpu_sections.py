@@ -249,18 +249,19 @@ def epochs(given: Mapping[str, Any]) -> Iterator[Row]:
     import jax
     import numpy as np
 
-    from prdarts_jax import config as cfg
-    from prdarts_jax import parallel, search_inputs, search_program
+    from prdarts_jax import search_inputs, search_program
+    from prdarts_jax.config.search import DataConfig, RunConfig, SearchConfig, SpaceConfig
     from prdarts_jax.data.sources import from_arrays
+    from prdarts_jax.devices import sharding
     from prdarts_jax.dispatch import Images
 
     case, precision, steps = SearchCase(**given["case"]), given["precision"], given["steps"]
     images = np.random.default_rng(0).integers(0, 256, (2 * steps * case.batch, case.side, case.side, 3), np.uint8)
     dataset = from_arrays("random", images, (np.arange(len(images)) % 10).astype(np.int32))
-    config = cfg.SearchConfig(
-        space=cfg.SpaceConfig(cells=case.cells, channels=case.channels, ops=case.ops),
-        data=cfg.DataConfig(crop_padding=min(4, case.side // 8)),
-        run=cfg.RunConfig(devices="1"),
+    config = SearchConfig(
+        space=SpaceConfig(cells=case.cells, channels=case.channels, ops=case.ops),
+        data=DataConfig(crop_padding=min(4, case.side // 8)),
+        run=RunConfig(devices="1"),
         batch_size=case.batch,
         dtype=_dtype(precision),
     )
@@ -272,9 +273,9 @@ def epochs(given: Mapping[str, Any]) -> Iterator[Row]:
         numbers = problem.strategy.schedule(0, 2) | {"weight_learning_rate": 0.025, "arch_learning_rate": 3e-4}
         numbers["tau"] = case.tau
         progress = {name: np.float32(value) for name, value in numbers.items()}
-        data = parallel.replicate(mesh, Images(dataset.train_images, dataset.train_labels))
+        data = sharding.replicate(mesh, Images(dataset.train_images, dataset.train_labels))
         programs = search_program.Programs(problem, mesh, images.shape[1:])
-        carry, program = parallel.replicate(mesh, programs.initial(key, progress)), programs.dispatch
+        carry, program = sharding.replicate(mesh, programs.initial(key, progress)), programs.dispatch
         positions = np.arange(case.batch, dtype=np.int32)
         args = (orders, positions, key, progress, data)
         carry, _ = program(carry, np.int32(1), np.bool_(True), *args)

@@ -13,9 +13,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.cases import DepthwiseCase, SearchCase, TrainCase
-from prdarts_jax import bilevel, parallel, strategies
+from prdarts_jax import bilevel, strategies
 from prdarts_jax.bilevel import Batch, Batches
-from prdarts_jax.config import ArchConfig, SpaceConfig, WeightsConfig
+from prdarts_jax.config.search import ArchConfig, SpaceConfig, WeightsConfig
+from prdarts_jax.devices import sharding
 from prdarts_jax.space import Space
 
 Steps = Callable[[int], None]
@@ -57,7 +58,7 @@ def search(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     """The bilevel step of a `SearchCase`; gates are drawn afresh in each step."""
     case = SearchCase(**fields)
     parts = search_parts(case)
-    mesh = parallel.make_mesh(jax.devices()[: case.devices])
+    mesh = sharding.make_mesh(jax.devices()[: case.devices])
     began = time.perf_counter()
     initial = jax.jit(lambda key: bilevel.init_state(key, **parts))
     states = [initial(key) for key in jax.random.split(jax.random.key(0), case.members)]
@@ -68,12 +69,12 @@ def search(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
             state.replace(arch={k: jnp.where(shut[:, None], -1e4 * case.tau, v) for k, v in state.arch.items()})
             for state in states
         ]
-    states = jax.block_until_ready(parallel.replicate(mesh, states))
+    states = jax.block_until_ready(sharding.replicate(mesh, states))
     clock = {"init_s": time.perf_counter() - began}
     pool = [_batch(i, case.batch, case.side, dtype) for i in range(POOL)]
     numbers = parts["strategy"].schedule(0, 2)
     progress = {name: np.float32(value) for name, value in (numbers | ({"tau": case.tau} if numbers else {})).items()}
-    step = bilevel.make_search_step(**parts, axis_name=parallel.axis_of(mesh))
+    step = bilevel.make_search_step(**parts, axis_name=sharding.axis_of(mesh))
 
     def one(state: Any, pool: Batch, i: jax.Array) -> tuple[Any, Any]:
         train, val = (jax.tree.map(lambda a, at=at: a[at % POOL], pool) for at in (i, i + 1))
@@ -95,17 +96,17 @@ def _dispatched(
     def dispatch(state: Any, pool: Batch, first: jax.Array, count: jax.Array) -> Any:
         return lax.fori_loop(0, count, lambda i, state: step(state, pool, first + i)[0], state)
 
-    whole, split = PartitionSpec(), PartitionSpec(None, parallel.AXIS)
-    mapped = parallel.map_over(mesh, dispatch, (whole, split, whole, whole), whole)
+    whole, split = PartitionSpec(), PartitionSpec(None, sharding.AXIS)
+    mapped = sharding.map_over(mesh, dispatch, (whole, split, whole, whole), whole)
     stacked = jax.device_put(stacked, NamedSharding(mesh, split)) if mesh.size > 1 else stacked
-    numbers = parallel.replicate(mesh, [jnp.int32(0), jnp.int32(0)])
+    numbers = sharding.replicate(mesh, [jnp.int32(0), jnp.int32(0)])
     executable, stages = compiled(jax.jit(mapped, donate_argnums=0), states[0], stacked, *numbers)
     states, done = list(states), 0
 
     def run(count: int) -> None:
         nonlocal done
         for i, state in enumerate(states):
-            numbers = parallel.replicate(mesh, [jnp.int32(done), jnp.int32(count)])
+            numbers = sharding.replicate(mesh, [jnp.int32(done), jnp.int32(count)])
             states[i] = executable(state, stacked, *numbers)
         done += count
         jax.block_until_ready(states)
@@ -116,8 +117,8 @@ def _dispatched(
 def train(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     """The SGD step of a `TrainCase`; drop-path is drawn afresh in each step."""
     from prdarts_jax import train_inputs, train_program
+    from prdarts_jax.config.train import NetworkConfig, TrainConfig
     from prdarts_jax.space.genotype import Genotype
-    from prdarts_jax.train_config import NetworkConfig, TrainConfig
 
     case = TrainCase(**fields)
     network = NetworkConfig(channels=case.channels, cells=case.cells)
@@ -142,13 +143,11 @@ def train(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
         batch = jax.tree.map(lambda a: a[i % POOL], pool)
         return step(state, batch, positions, jax.random.key(i), progress)
 
-    run, stages = _dispatched(one, [state], pool, parallel.make_mesh(jax.devices()[:1]))
+    run, stages = _dispatched(one, [state], pool, sharding.make_mesh(jax.devices()[:1]))
     return run, clock | stages
 
 
-def depthwise(
-    layer: str = "ours", dtype: str = "float32", loop: bool = False, **fields: Any
-) -> tuple[Steps, Clock]:
+def depthwise(layer: str = "ours", dtype: str = "float32", loop: bool = False, **fields: Any) -> tuple[Steps, Clock]:
     """Forward and both gradients of our depthwise convolution, or ("flax") of flax.linen's nn.Conv.
 
     `loop`: steps run in one program, each on the results of the one before; a GPU takes less for one of them than to

@@ -25,15 +25,8 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from prdarts_jax import (
-        parallel,
-        search_inputs,
-        search_loop,
-        search_program,
-        train_inputs,
-        train_loop,
-        train_program,
-    )
+    from prdarts_jax import search_inputs, search_loop, search_program, train_inputs, train_loop, train_program
+    from prdarts_jax.devices import sharding
     from prdarts_jax.ops import native
 
     del search_loop, train_loop  # what a run imports, too
@@ -61,11 +54,11 @@ def main() -> None:
         numbers = {"learning_rate": 0.025, "drop_path": 0.1}
         program, order = train_program, np.arange(length * batch).reshape(length, batch).astype(np.int32)
     progress = {name: np.float32(value) for name, value in numbers.items()}
-    data = parallel.replicate(inputs.mesh, Images(dataset.train_images, dataset.train_labels))
+    data = sharding.replicate(inputs.mesh, Images(dataset.train_images, dataset.train_labels))
     lap("prepare_s")
     if given["kind"] == "search":
         programs = search_program.Programs(inputs.problem, inputs.mesh, images.shape[1:])
-        carry: Any = parallel.replicate(inputs.mesh, programs.initial(key, progress))
+        carry: Any = sharding.replicate(inputs.mesh, programs.initial(key, progress))
     else:
         carry = train_program.initial_carry(inputs.problem, inputs.mesh, key, images.shape[1:])
     jax.block_until_ready(carry)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import prdarts_jax
-from prdarts_jax.config import SearchConfig
+from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.sources import Dataset, from_arrays
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies.base import Strategy

@@ -13,14 +13,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prdarts_jax.config import SearchConfig
+    from prdarts_jax.config.search import SearchConfig
+    from prdarts_jax.config.train import TrainConfig
     from prdarts_jax.errors import RunError, UserError
     from prdarts_jax.evaluation import Evaluation, evaluate
     from prdarts_jax.population import PopulationResult, search_population
     from prdarts_jax.presets import resolve
     from prdarts_jax.search_loop import SearchResult, search
     from prdarts_jax.space.genotype import Genotype
-    from prdarts_jax.train_config import TrainConfig
     from prdarts_jax.train_loop import TrainResult, train
 
 __version__ = "0.1.0"
@@ -46,9 +46,9 @@ _HOME = {
     "Genotype": "space.genotype",
     "PopulationResult": "population",
     "RunError": "errors",
-    "SearchConfig": "config",
+    "SearchConfig": "config.search",
     "SearchResult": "search_loop",
-    "TrainConfig": "train_config",
+    "TrainConfig": "config.train",
     "TrainResult": "train_loop",
     "UserError": "errors",
     "evaluate": "evaluation",

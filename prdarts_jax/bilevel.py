@@ -18,9 +18,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from prdarts_jax.config import ArchConfig, WeightsConfig
+from prdarts_jax.config.search import ArchConfig, WeightsConfig
+from prdarts_jax.devices.sharding import mean_over
 from prdarts_jax.gates import Gates
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
@@ -135,11 +135,6 @@ def set_hyperparameters(opt_state: Any, tx: optax.GradientTransformation) -> Any
     if not isinstance(getattr(opt_state, "hyperparams", None), dict):
         return opt_state
     return opt_state._replace(hyperparams=tx.init({"any": jnp.zeros((), jnp.float32)}).hyperparams)
-
-
-def mean_over(axis_name: str | None, tree: Any) -> Any:
-    """The mean of a tree over a mapped axis; None on one device, where there is nothing to do."""
-    return tree if axis_name is None else lax.pmean(tree, axis_name)
 
 
 def make_search_step(

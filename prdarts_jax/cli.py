@@ -19,11 +19,12 @@ from typing import Any
 
 import prdarts_jax
 from prdarts_jax import cli_distributed, cli_export, cli_flags, cli_population, cli_train, presets
-from prdarts_jax import config as cfg
 from prdarts_jax.cli_flags import COMMON, Command, compilation_cache, help_text, print_config
 from prdarts_jax.cli_flags import Parser as _Parser
 from prdarts_jax.cli_flags import shown as _shown
-from prdarts_jax.config import SearchConfig
+from prdarts_jax.config import schema
+from prdarts_jax.config.search import SearchConfig
+from prdarts_jax.devices import launch
 from prdarts_jax.errors import RunError, UserError, unknown
 from prdarts_jax.strategies import registry
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["strategies", "--jsn"])  # an error line on stderr
     2
     """
-    return cli_distributed.leave(_status(list(sys.argv[1:] if argv is None else argv)))
+    return launch.leave(_status(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _status(words: list[str]) -> int:
@@ -150,7 +151,7 @@ def _search(words: list[str]) -> int:
     sweep = cli_population.sweep_of(args.sweep, args.population, flags, config)
     if not config.run.workdir:
         name = f"population-{args.preset}" if sweep else f"search-{args.preset}-seed{config.seed}"
-        config = cfg.replace(config, {"run.workdir": f"runs/{name}"})
+        config = schema.replace(config, {"run.workdir": f"runs/{name}"})
         resolved = dataclasses.replace(resolved, config=config)
     if args.print_config:
         from prdarts_jax import search_inputs
@@ -171,7 +172,7 @@ def _search(words: list[str]) -> int:
 
         return _finish(search_loop.search(config, workdir, sources=resolved.sources), workdir, again)
 
-    return cli_distributed.run(cluster, "search", words, work)
+    return launch.run(cluster, "search", words, work)
 
 
 def _finish(result: Any, workdir: Path, command: str) -> int:

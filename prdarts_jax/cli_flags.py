@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prdarts_jax import config as cfg
 from prdarts_jax import presets
+from prdarts_jax.config import schema
 from prdarts_jax.errors import UserError
 
 # The flags worth a short name in every command that runs something: flag -> config path.
@@ -111,7 +111,7 @@ def split_flags(words: Sequence[str], command: Command) -> tuple[dict[str, Any],
     Raises:
       UserError: a flag that does not exist (with the nearest one), or a flag without its value.
     """
-    fields = {path: hint for path, hint, _ in cfg.fields(command.kind)}
+    fields = {path: hint for path, hint, _ in schema.fields(command.kind)}
     own = command.own_names
     found: dict[str, Any] = {}
     rest: list[str] = []
@@ -155,7 +155,7 @@ def to_go_on(words: Sequence[str], command: Command) -> list[str]:
       words: the command line after the command, as `split_flags` takes it.
       command: whose flags they are.
     """
-    fields = {path: hint for path, hint, _ in cfg.fields(command.kind)}
+    fields = {path: hint for path, hint, _ in schema.fields(command.kind)}
     own, kept, queue = command.own_names, [], list(words)
     while queue:
         word = queue.pop(0)
@@ -180,10 +180,10 @@ def no_flag(given: str, known: Iterable[str], where: str) -> UserError:
 def help_text(command: Command) -> str:
     """The help of a command: its own flags, then a line a config field with its default and comment."""
     short = {path: flag for flag, path in command.aliases.items()}
-    comments, default = cfg.comments(command.kind), command.kind()
+    comments, default = schema.comments(command.kind), command.kind()
     sections: dict[str, list[tuple[str, str]]] = {"": []}
-    for path, _, _ in cfg.fields(command.kind):
-        section, value = path.rpartition(".")[0], cfg.get(default, path)
+    for path, _, _ in schema.fields(command.kind):
+        section, value = path.rpartition(".")[0], schema.get(default, path)
         if path == "method.options":
             row = ("--method.NAME", "an option of the strategy (prdarts strategies lists them)")
         else:
@@ -192,7 +192,7 @@ def help_text(command: Command) -> str:
                 flags.insert(0, f"--{short[path]}")
             row = (", ".join(flags), comments[path] + (f" (default: {shown(value)})" if value != "" else ""))
         sections.setdefault(section, []).append(row)
-    docs = {name: type(cfg.get(default, name)).__doc__ or "" for name in sections if name}
+    docs = {name: type(schema.get(default, name)).__doc__ or "" for name in sections if name}
     width = max(len(flag) for rows in sections.values() for flag, _ in rows) + 2
     lines = [*command.intro.splitlines(), ""]
     for section, rows in [("", [*command.own.items(), *sections.pop("")]), *sections.items()]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prdarts_jax import cli_flags
-from prdarts_jax import config as cfg
 from prdarts_jax import sweep as sweeps
-from prdarts_jax.config import SearchConfig
+from prdarts_jax.config import schema
+from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.errors import UserError
 from prdarts_jax.presets import Resolved
 
@@ -45,8 +45,8 @@ def sweep_of(
     if population is not None:
         if "seed" in paths:
             raise UserError("flag: --sweep seed and --population exclude each other")
-        number = cfg.convert_scalar(int, population, "population")
-        cfg.require(1 <= number <= sweeps.MOST, "population", number, f"1..{sweeps.MOST}")
+        number = schema.convert_scalar(int, population, "population")
+        schema.require(1 <= number <= sweeps.MOST, "population", number, f"1..{sweeps.MOST}")
         sweep["seed"] = [str(config.seed + i) for i in range(number)]
     if sweep:
         sweeps.members(config, sweep, Path())  # refuses what is not possible before anything is shown or computed

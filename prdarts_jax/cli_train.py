@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prdarts_jax import cli_distributed, train_presets
-from prdarts_jax import config as cfg
 from prdarts_jax.cli_flags import (
     COMMON,
     Command,
@@ -22,8 +21,10 @@ from prdarts_jax.cli_flags import (
     split_flags,
     to_go_on,
 )
+from prdarts_jax.config import schema
+from prdarts_jax.config.train import TrainConfig, TrainRunConfig
+from prdarts_jax.devices import launch
 from prdarts_jax.errors import UserError, unknown
-from prdarts_jax.train_config import TrainConfig, TrainRunConfig
 
 if TYPE_CHECKING:
     from prdarts_jax.evaluation import Evaluation
@@ -94,7 +95,7 @@ def train(words: list[str]) -> int:
     config = resolved.config
     if not config.run.workdir:
         name = f"runs/train-{args.preset}" + (f"-seed{config.seed}" if seeds is None else "")
-        config = cfg.replace(config, {"run.workdir": name})
+        config = schema.replace(config, {"run.workdir": name})
         resolved = dataclasses.replace(resolved, config=config)
     if args.print_config:
         print_config(train_presets.table(resolved), args.json)
@@ -114,7 +115,7 @@ def train(words: list[str]) -> int:
         result = train_loop.train_seeds(config, args.genotype, workdir, seeds, sources=resolved.sources)
         return _finish(result, workdir, command, _over_seeds(seeds, result))
 
-    return cli_distributed.run(cluster, "train", words, work)
+    return launch.run(cluster, "train", words, work)
 
 
 def _finish(result: Any, workdir: Path, command: str, lines: Sequence[str]) -> int:
@@ -177,7 +178,7 @@ def evaluate(words: list[str]) -> int:
     args = parser.parse_args(words)
     if not Path(args.workdir).is_dir():
         raise UserError(f"WORKDIR: no directory {args.workdir!r}")
-    batch_size = None if args.batch_size is None else cfg.convert_scalar(int, args.batch_size, "batch_size")
+    batch_size = None if args.batch_size is None else schema.convert_scalar(int, args.batch_size, "batch_size")
     TrainRunConfig(devices=args.devices, workers=args.workers)  # refuses what is neither a number nor all, or auto
     compilation_cache()
     from prdarts_jax import evaluation

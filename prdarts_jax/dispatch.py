@@ -13,10 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
 
-from prdarts_jax import parallel
-from prdarts_jax.config import DataConfig
+from prdarts_jax.config.search import DataConfig
 from prdarts_jax.data.augment import augment
 
 Sums = dict[str, jax.Array]
@@ -87,9 +85,3 @@ def load_images(
         cutout=data.cutout,
         dtype=dtype,
     )
-
-
-def on_mesh(mesh: Mesh, shapes: Any) -> Any:
-    """Abstract arrays with the sharding of a replicated tree: what a checkpoint is restored into."""
-    sharding = NamedSharding(mesh, parallel.REPLICATED)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)

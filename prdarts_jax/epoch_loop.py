@@ -17,9 +17,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import distributed, followers, parallel, runs
+from prdarts_jax import followers, runs
 from prdarts_jax.checkpoint import Checkpointer
-from prdarts_jax.config import RunConfig
+from prdarts_jax.config.search import RunConfig
+from prdarts_jax.devices import processes, sharding
 from prdarts_jax.metrics import MetricsLog, Progress, check_finite
 from prdarts_jax.signals import StopRequest
 
@@ -159,7 +160,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
 
     def say(self, text: str) -> None:
         """A line for people, of which there is one in a run of several processes."""
-        if distributed.is_first():
+        if processes.is_first():
             label = self.start.label
             print(f"{label}: {text}" if label else text, file=self.start.notes, flush=True)
 
@@ -178,12 +179,12 @@ class EpochLoop(ABC, Generic[Carry, Result]):
             carry, step = self._restore(saved)
             log.truncate_after(step)
             self.open(step)
-            shown, label = run.progress if distributed.is_first() else "off", self.start.label
+            shown, label = run.progress if processes.is_first() else "off", self.start.label
             with Progress(self.total_steps, initial=step, enabled=shown, label=label) as bar:
                 return (yield from self._loop(carry, step, saved, log, bar))
 
     def _restore(self, saved: Checkpointer) -> tuple[Carry, int]:
-        found = distributed.restore_latest(saved, self.target())
+        found = processes.restore_latest(saved, self.target())
         if found is None:
             return self.first(), 0
         changed = runs.tolerance(self.start.old or {}, self.start.document)
@@ -210,7 +211,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
             for start in range(first, self.epoch_steps, length):
                 count = min(length, self.epoch_steps - start)
                 chunk = jax.tree.map(lambda b, s=start, n=count: runs.padded(b[s : s + n], length), now.batches)
-                chunk = parallel.place(self.mesh, chunk, PartitionSpec(None, parallel.AXIS))
+                chunk = sharding.place(self.mesh, chunk, PartitionSpec(None, sharding.AXIS))
                 began = time.monotonic()
                 carry, rows = yield Work(self, carry, np.int32(count), np.bool_(start == 0), chunk, now.progress)
                 values = {name: np.asarray(value)[:count] for name, value in rows.items()}
@@ -230,7 +231,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                     row = self.end_epoch(carry, epoch, step, now, log, bar, speed)
                 over_time = run.time_limit > 0 and time.monotonic() - self.began > 60 * run.time_limit
                 ended = self.decided()
-                wish = distributed.agreed(distributed.Wish(stop.signum, over_time), ended=ended is not None)
+                wish = processes.agreed(processes.Wish(stop.signum, over_time), ended=ended is not None)
                 stop.signum, leaving = wish.signum, bool(wish)
                 due = epoch_done and ((epoch + 1) % run.checkpoint_every == 0 or step == self.total_steps)
                 late = run.checkpoint_minutes > 0 and time.monotonic() - last_save > 60 * run.checkpoint_minutes
@@ -238,14 +239,14 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                     saved.save(step, carry, {"epoch": step // self.epoch_steps, "step": step, "stopped": ended})
                     last_save = time.monotonic()
                 if leaving and ended is None and step < self.total_steps:
-                    distributed.together(saved.wait)
+                    processes.together(saved.wait)
                     return self.left("interrupted" if stop else "time-limit", row)
 
         def finish() -> Result:
             saved.wait()
-            return self.finish(carry, step, log) if distributed.is_first() else self.left("finished", row)
+            return self.finish(carry, step, log) if processes.is_first() else self.left("finished", row)
 
-        return distributed.together(finish)
+        return processes.together(finish)
 
     def _log_steps(self, log: MetricsLog, epoch: int, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Rows of every log_every-th step (counted globally, so independent of the dispatches); stops at a NaN."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -30,3 +31,8 @@ def unknown(field: str, value: str, allowed: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(value, names, n=1)
     hint = f" did you mean {near[0]!r}?" if near else ""
     return UserError(f"{field}: unknown value {value!r};{hint} allowed: {' | '.join(names)}")
+
+
+def warn(line: str) -> None:
+    """A line on stderr."""
+    print(f"prdarts: {line}", file=sys.stderr)

@@ -12,17 +12,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from prdarts_jax import config as cfg
-from prdarts_jax import distributed, parallel, runs, train_inputs, train_program
+from prdarts_jax import runs, train_inputs, train_program
 from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.config import schema, userfile
+from prdarts_jax.config.train import TrainConfig, TrainDataConfig
 from prdarts_jax.data import stream
 from prdarts_jax.data.batches import check_batch, padded_batches
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.streamed import AnyDataset, StreamedDataset, choose
+from prdarts_jax.devices import processes, sharding
 from prdarts_jax.dispatch import Images
-from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.train_config import TrainConfig, TrainDataConfig
 from prdarts_jax.train_program import Outputs, Problem, Variables
 from prdarts_jax.workdir import atomic_write_json
 
@@ -58,7 +59,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """The content of evaluation.json."""
         row = {
-            "schema_version": cfg.SCHEMA_VERSION,
+            "schema_version": schema.SCHEMA_VERSION,
             "data": self.source,
             "images": self.images,
             "epoch": self.epoch,
@@ -133,7 +134,7 @@ def measure(
       RunError: the loss is not finite.
     """
     order, mask = padded_batches(len(labels), batch_size)
-    loss, rank, confidence = (value[mask] for value in distributed.fetch(program(variables, order, data)))
+    loss, rank, confidence = (value[mask] for value in processes.fetch(program(variables, order, data)))
     return _finite_figures(loss, rank, confidence, labels, classes)
 
 
@@ -171,11 +172,11 @@ def measure_streamed(
     found: list[tuple[np.ndarray, ...]] = []
 
     def place(batch: stream.Batch) -> Images:
-        return parallel.split_batch(mesh, Images(*batch))
+        return sharding.split_batch(mesh, Images(*batch))
 
     with stream.prefetched(batches, place, workers=workers) as items:
         for data in items:
-            found.append(tuple(distributed.fetch((*program(variables, data), data.labels))))
+            found.append(tuple(processes.fetch((*program(variables, data), data.labels))))
     _, mask = padded_batches(len(batches.records), batches.batch_size)
     loss, rank, confidence, labels = (np.stack(values)[mask] for values in zip(*found, strict=True))
     return _finite_figures(loss, rank, confidence, labels, classes)
@@ -209,7 +210,7 @@ def evaluate(
       RunError: no checkpoint can be used, or the disk fails.
     """
     workdir = Path(workdir).expanduser()
-    mesh = parallel.make_mesh(parallel.choose_devices(devices))
+    mesh = sharding.make_mesh(sharding.choose_devices(devices))
     path = workdir / "network.safetensors"
     alone = path.is_file() and not (workdir / "config.json").is_file()
     net = _imported(path) if alone else restore(workdir, mesh, weight_tx)
@@ -269,12 +270,12 @@ def _measuring(
         streamed = train_program.make_streamed_evaluation(problem, mesh)
         batches = stream.test_batches(dataset, options, batch_size=batch_size)
         return lambda variables: measure_streamed(
-            streamed, parallel.replicate(mesh, variables), batches, mesh, workers=workers, classes=classes
+            streamed, sharding.replicate(mesh, variables), batches, mesh, workers=workers, classes=classes
         )
     program, labels = train_program.make_evaluation(problem, mesh), dataset.test_labels
-    placed = parallel.replicate(mesh, Images(dataset.test_images, labels))
+    placed = sharding.replicate(mesh, Images(dataset.test_images, labels))
     return lambda variables: measure(
-        program, parallel.replicate(mesh, variables), placed, labels, batch_size=batch_size, classes=classes
+        program, sharding.replicate(mesh, variables), placed, labels, batch_size=batch_size, classes=classes
     )
 
 
@@ -299,7 +300,7 @@ def own_primitives(workdir: Path) -> Mapping[str, Any] | None:
     """The operations that a training took from its user's file; None without one."""
     config, head = _read_config(workdir)
     digests: dict[str, str] = {}
-    found = runs.user_primitives(config.network.primitives, "network.primitives", digests)
+    found = userfile.user_primitives(config.network.primitives, "network.primitives", digests)
     _same_primitives(config, digests, head)
     return found
 
@@ -324,7 +325,7 @@ def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> R
       UserError: no training in the workdir, or no checkpoint yet.
       RunError: no checkpoint can be used.
     """
-    mesh = parallel.make_mesh(jax.devices()[:1]) if mesh is None else mesh
+    mesh = sharding.make_mesh(jax.devices()[:1]) if mesh is None else mesh
     config, head = _read_config(workdir)
     # Neither is part of what the state looks like, and either may be impossible here.
     run = dataclasses.replace(config.run, devices="all")
@@ -336,7 +337,7 @@ def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> R
     problem = train_inputs.make_problem(config, genotype, len(names), normalization, digests, weight_tx=weight_tx)
     _same_primitives(config, digests, head)
     target = train_program.abstract_carry(problem, mesh, jax.random.key(0), image)
-    with Checkpointer(workdir / "checkpoints", warn=runs.warn) as saved:
+    with Checkpointer(workdir / "checkpoints", warn=warn) as saved:
         found = saved.restore_latest(target)
     if found is None:
         raise UserError(f"WORKDIR: {workdir} holds no checkpoint yet; allowed: a training that has saved one")
@@ -383,7 +384,7 @@ def _read_config(workdir: Path) -> tuple[TrainConfig, dict[str, Any]]:
         head = json.loads(path.read_text(encoding="utf-8"))
         kind = head["kind"]
         if kind == "train":
-            return cfg.from_dict(TrainConfig, head["config"]), head
+            return schema.from_dict(TrainConfig, head["config"]), head
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"WORKDIR: {path} is not the config of a training ({reason})") from None

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prdarts_jax import distributed, runs
 from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.devices import processes
+from prdarts_jax.errors import warn
 from prdarts_jax.metrics import Kind, MetricsLog
 from prdarts_jax.runs import EpochLog
 
@@ -45,15 +46,15 @@ class _NoEpochLog(EpochLog):
 
 def checkpointer(directory: Path) -> Checkpointer:
     """The checkpoints of a run, as this process has them."""
-    kind = Checkpointer if distributed.is_first() else _NoCheckpoints
-    return kind(directory, warn=runs.warn)
+    kind = Checkpointer if processes.is_first() else _NoCheckpoints
+    return kind(directory, warn=warn)
 
 
 def metrics_log(path: Path, tensorboard_dir: Path | None) -> MetricsLog:
     """The metrics of a run, as this process writes them."""
-    return MetricsLog(path, tensorboard_dir=tensorboard_dir) if distributed.is_first() else _NoLog(path)
+    return MetricsLog(path, tensorboard_dir=tensorboard_dir) if processes.is_first() else _NoLog(path)
 
 
 def epoch_log(path: Path, epochs_done: int) -> EpochLog:
     """A file of one row an epoch, as this process writes it."""
-    return EpochLog(path, epochs_done) if distributed.is_first() else _NoEpochLog()
+    return EpochLog(path, epochs_done) if processes.is_first() else _NoEpochLog()

@@ -18,11 +18,12 @@ from typing import IO, Any, NamedTuple
 
 import jax
 
-from prdarts_jax import parallel, population_trial, runs, search_inputs, search_loop
+from prdarts_jax import population_trial, runs, search_inputs, search_loop
 from prdarts_jax import sweep as sweeps
-from prdarts_jax.config import SearchConfig
+from prdarts_jax.config.search import SearchConfig
+from prdarts_jax.devices import sharding
 from prdarts_jax.epoch_loop import Done, Start, Work
-from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.population_program import SideBySide
 from prdarts_jax.report_data import POPULATION, POPULATION_SCHEMA
 from prdarts_jax.search_inputs import Inputs
@@ -107,7 +108,7 @@ def search_population(
     given = {"weight_tx": weight_tx, "arch_tx": arch_tx, "strategy": strategy}
     own = [group for group, tx in (("weights", weight_tx), ("arch", arch_tx)) if tx is not None]
     members = sweeps.members(config, sweep, workdir, own)
-    devices = parallel.choose_devices(config.run.devices)[: len(members)]
+    devices = sharding.choose_devices(config.run.devices)[: len(members)]
     prepared: list[_Prepared] = []
     for member in members:
         like = prepared[0].inputs if prepared else None
@@ -117,7 +118,7 @@ def search_population(
         if len(devices) > 1:
             # A resumed search that is not side by side with as many others is told that its last bits may differ.
             document["platform"]["devices"] = f"1 of {len(devices)} side by side"
-            document["devices"] = parallel.describe(parallel.make_mesh(devices))
+            document["devices"] = sharding.describe(sharding.make_mesh(devices))
         prepared.append(_Prepared(member, inputs, document))
     population_trial.same_programs({one.member.name: one.inputs for one in prepared})
     values = {path: list(dict.fromkeys(m.values[path] for m in members)) for path in members[0].values}
@@ -230,7 +231,7 @@ class _Population:
         run = dataclasses.replace(member.config.run, progress=self.run.progress)
         start = Start(run, self.workdir / member.name, self.notes, self.stop, None, document)
         start = start._replace(label=member.name, compiled=self.compiled, began=self.began)
-        inputs = inputs._replace(mesh=parallel.make_mesh([device]))
+        inputs = inputs._replace(mesh=sharding.make_mesh([device]))
         return self._go_on(member.name, search_loop.dispatches(member.config, inputs, start, self.shared), None)
 
     def _go_on(self, name: str, run: Run, done: Any) -> _Active | None:
@@ -241,7 +242,7 @@ class _Population:
             self.results[name] = end.value
         except (RunError, UserError) as error:
             self.failures[name] = str(error)
-            runs.warn(f"{name} failed: {error}; the other members go on")
+            warn(f"{name} failed: {error}; the other members go on")
         return None
 
     def _result(self, changed: bool) -> PopulationResult:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prdarts_jax import config as cfg
-from prdarts_jax.config import SearchConfig
+from prdarts_jax.config import schema
+from prdarts_jax.config.search import OPS, SearchConfig
 from prdarts_jax.errors import UserError, unknown
 from prdarts_jax.strategies import registry
 
@@ -171,8 +171,8 @@ def resolve(preset: str = "paper", strategy: str | None = None, flags: Mapping[s
     preset_settings = {**chosen.settings, **(chosen.method_settings if own else {})}
     flag_options = {path.removeprefix(OPTIONS): flags.pop(path) for path in list(flags) if path.startswith(OPTIONS)}
 
-    config = cfg.SearchConfig()
-    sources = {path: "default" for path, _, _ in cfg.fields(SearchConfig) if path != "method.options"}
+    config = SearchConfig()
+    sources = {path: "default" for path, _, _ in schema.fields(SearchConfig) if path != "method.options"}
     layers = (
         (f"strategy {method}", registry.settings(method)),
         (f"preset {preset}", preset_settings),
@@ -188,7 +188,7 @@ def resolve(preset: str = "paper", strategy: str | None = None, flags: Mapping[s
         source = "flag" if name in flag_options else f"preset {preset}" if name in preset_options else "default"
         sources[f"{OPTIONS}{name}"] = source
     # One replacement at the end: two values that are possible only together may come from different layers.
-    config = cfg.replace(config, {**merged, "method.strategy": method, "method.options": options})
+    config = schema.replace(config, {**merged, "method.strategy": method, "method.options": options})
     sources["method.strategy"] = "default" if strategy is None else "flag"
     if method == "prdarts":
         sources = {path: _with_provenance(path, source) for path, source in sources.items()}
@@ -208,14 +208,14 @@ def table(resolved: Resolved) -> list[tuple[str, Any, str]]:
     ('space.cells', 5, 'preset digits')
     """
     rows: list[tuple[str, Any, str]] = []
-    for path, _, _ in cfg.fields(SearchConfig):
+    for path, _, _ in schema.fields(SearchConfig):
         if path == "method.options":
             options = resolved.config.method.options
             rows += [
                 (f"{OPTIONS}{name}", value, resolved.sources[f"{OPTIONS}{name}"]) for name, value in options.items()
             ]
         else:
-            rows.append((path, cfg.get(resolved.config, path), resolved.sources[path]))
+            rows.append((path, schema.get(resolved.config, path), resolved.sources[path]))
     return rows
 
 
@@ -240,7 +240,7 @@ def _read_lists(flags: Mapping[str, Any]) -> dict[str, Any]:
         if path == "space.ops":
             named = dict.fromkeys(op for cell in edges for names in cell for op in names)
             # The order of the columns of beta is canonical whatever the order in the file; own primitives come last.
-            flags[path] = [op for op in cfg.OPS if op in named] + [op for op in named if op not in cfg.OPS]
+            flags[path] = [op for op in OPS if op in named] + [op for op in named if op not in OPS]
     return flags
 
 

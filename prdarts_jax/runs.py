@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -20,12 +19,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import config as cfg
-from prdarts_jax import parallel, userfile
+from prdarts_jax.config import schema, userfile
+from prdarts_jax.config.search import RunConfig
+from prdarts_jax.config.source_digest import source_digest, uncomparable
 from prdarts_jax.data.streamed import AnyDataset
-from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.devices import sharding
+from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.ops import native
-from prdarts_jax.source_digest import source_digest, uncomparable
 from prdarts_jax.workdir import WorkdirLock, atomic_write_text
 
 _PACKAGES = ("prdarts-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -91,7 +91,7 @@ def check_workdir(
         reason = " ".join(str(error).split())
         damaged = f"{path} is a damaged config of a {noun} ({reason})"
         raise UserError(f"workdir: {damaged}; --overwrite starts again") from None
-    differences = cfg.differences(before, compared(document))
+    differences = schema.differences(before, compared(document))
     if differences:
         raise UserError(
             f"workdir: {workdir} holds another {noun} ({'; '.join(differences)}); "
@@ -173,7 +173,7 @@ class EpochLog:
             raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
 
 
-def check_tensorboard(run: cfg.RunConfig) -> None:
+def check_tensorboard(run: RunConfig) -> None:
     """Refuses `run.tensorboard` without the package that writes it.
 
     >>> check_tensorboard(cfg.RunConfig(tensorboard=False))
@@ -204,7 +204,7 @@ def transformation(
     Raises:
       UserError: no optax transformation came of it.
     """
-    spec, field = cfg.get(config, f"{group}.transform"), f"{group}.transform"
+    spec, field = schema.get(config, f"{group}.transform"), f"{group}.transform"
     if given is None and spec:
         loaded = userfile.load(spec, field)
         given, digests[field] = loaded.value, loaded.digest
@@ -222,21 +222,6 @@ def transformation(
     return made
 
 
-def user_primitives(file: str, field: str, digests: dict[str, str]) -> Mapping[str, Any] | None:
-    """PRIMITIVES of a user's file, or None without a file.
-
-    Raises:
-      UserError: no such dict in it.
-    """
-    if not file:
-        return None
-    module = userfile.load_module(file, field)
-    found, digests[field] = getattr(module.value, "PRIMITIVES", None), module.digest
-    if not isinstance(found, Mapping):
-        raise UserError(f"{field}: {file!r} has no dict PRIMITIVES; allowed: name -> Primitive")
-    return found
-
-
 # --- config.json ------------------------------------------------------------------------------------------------------
 
 
@@ -252,9 +237,9 @@ def document(
 ) -> dict[str, Any]:
     """The content of config.json: what is computed, on what, by which versions."""
     return {
-        "schema_version": cfg.SCHEMA_VERSION,
+        "schema_version": schema.SCHEMA_VERSION,
         "kind": kind,
-        "config": cfg.to_dict(config),
+        "config": schema.to_dict(config),
         "sources": dict(sources or {}),
         "digests": dict(digests),
         "data": {
@@ -265,7 +250,7 @@ def document(
         },
         **more,
         "versions": versions(),
-        "devices": parallel.describe(mesh),
+        "devices": sharding.describe(mesh),
         "platform": {
             "backend": jax.default_backend(),
             "cores": _cores(),
@@ -293,7 +278,7 @@ def compared(document: Mapping[str, Any], kind: type, files: Iterable[str]) -> d
       kind: the config class.
       files: fields that say where something lies; what lies there is compared by its digest.
     """
-    flat = cfg.computed(cfg.from_dict(kind, document["config"]))
+    flat = schema.computed(schema.from_dict(kind, document["config"]))
     for field in files:
         flat.pop(field)
     if flat["local_batch_norm"]:  # then how the batch is split decides what is computed
@@ -332,11 +317,6 @@ def tolerance(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 # --- small pieces -----------------------------------------------------------------------------------------------------
-
-
-def warn(line: str) -> None:
-    """A line on stderr."""
-    print(f"prdarts: {line}", file=sys.stderr)
 
 
 def padded(order: np.ndarray, length: int) -> np.ndarray:

@@ -11,14 +11,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import bilevel, parallel, runs, trial, userfile
-from prdarts_jax.config import MethodConfig, SearchConfig
+from prdarts_jax import bilevel, runs, trial
+from prdarts_jax.config import userfile
+from prdarts_jax.config.search import MethodConfig, SearchConfig
+from prdarts_jax.config.source_digest import source_digest
 from prdarts_jax.data.augment import check_augment
 from prdarts_jax.data.batches import check_batch, split_indices
 from prdarts_jax.data.sources import Dataset, load
+from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.search_program import Problem
-from prdarts_jax.source_digest import source_digest
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import registry
 from prdarts_jax.strategies.base import Strategy
@@ -56,7 +58,7 @@ def prepare(
     """
     runs.check_tensorboard(config.run)
     digests: dict[str, str] = {}
-    mesh = parallel.make_mesh(parallel.choose_devices(config.run.devices))
+    mesh = sharding.make_mesh(sharding.choose_devices(config.run.devices))
     data = like.dataset if like is not None else data
     dataset = data if data is not None else load(config.data.source, config.run.data_dir or None)
     digests["data"] = dataset.digest
@@ -64,7 +66,7 @@ def prepare(
     check_augment(images.shape[1:3], crop_padding=config.data.crop_padding, cutout=config.data.cutout)
     check_batch(config.batch_size, len(halves(config, len(images))[0]), mesh.size)
 
-    primitives = runs.user_primitives(config.space.primitives, "space.primitives", digests)
+    primitives = userfile.user_primitives(config.space.primitives, "space.primitives", digests)
     space = (
         like.problem.space
         if like is not None
@@ -146,7 +148,7 @@ def check_method(config: SearchConfig) -> None:
     Raises:
       UserError: an option of the method, an operation or a file of the user that is not possible.
     """
-    primitives = runs.user_primitives(config.space.primitives, "space.primitives", {})
+    primitives = userfile.user_primitives(config.space.primitives, "space.primitives", {})
     _strategy(config, Space.create(config.space, classes=2, in_channels=1, user=primitives), None, {})
 
 

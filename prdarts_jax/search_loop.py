@@ -15,9 +15,11 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from prdarts_jax import bilevel, distributed, followers, parallel, runs, search_inputs, userfile
-from prdarts_jax.config import SearchConfig
+from prdarts_jax import bilevel, followers, runs, search_inputs
+from prdarts_jax.config import userfile
+from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data import batches
+from prdarts_jax.devices import processes, sharding
 from prdarts_jax.dispatch import Images
 from prdarts_jax.epoch_loop import Done, Epoch, EpochLoop, Speed, Start, Work, drive
 from prdarts_jax.errors import RunError, UserError
@@ -98,11 +100,11 @@ def search(
     config = search_inputs.with_method(config, strategy)
 
     def prepare() -> Inputs:
-        if distributed.is_first():
+        if processes.is_first():
             check_writable(workdir)
         return search_inputs.prepare(config, weight_tx=weight_tx, arch_tx=arch_tx, strategy=strategy, data=data)
 
-    inputs = distributed.prepared(prepare)
+    inputs = processes.prepared(prepare)
     document = search_inputs.document(config, inputs, sources)
     with StopRequest() as stop:
         start = Start(config.run, workdir, out if out is not None else sys.stdout, stop, None, document)
@@ -125,7 +127,7 @@ def dispatches(
     """
     workdir, document = start.workdir, start.document
     overwrite, compared = config.run.overwrite, search_inputs.compared
-    distributed.same(config, compared(document), document)
+    processes.same(config, compared(document), document)
     runs.warn_without_kernels(document["platform"]["cpu_kernels"])
 
     def check() -> dict[str, Any] | None:
@@ -145,11 +147,11 @@ def dispatches(
         return [old, None]
 
     with contextlib.ExitStack() as lock:
-        old, finished = distributed.on_first(begin)
+        old, finished = processes.on_first(begin)
         if finished is not None:
             found = Genotype.from_json(finished)
             again = SearchResult("already-finished", found, workdir)
-            pictures = distributed.on_first(lambda: str(_pictures(workdir, found, again=False) or ""))
+            pictures = processes.on_first(lambda: str(_pictures(workdir, found, again=False) or ""))
             return again._replace(report=Path(pictures)) if pictures else again
         return (yield from _Search(config, inputs, start._replace(old=old), shared or Shared(inputs)).work())
 
@@ -167,7 +169,7 @@ class Shared:
     @functools.cached_property
     def images(self) -> Images:
         """The training images, on all devices of the mesh."""
-        return parallel.replicate(self.mesh, Images(self._dataset.train_images, self._dataset.train_labels))
+        return sharding.replicate(self.mesh, Images(self._dataset.train_images, self._dataset.train_labels))
 
 
 class _Search(EpochLoop[Carry, SearchResult]):
@@ -182,7 +184,7 @@ class _Search(EpochLoop[Carry, SearchResult]):
         self.key = jax.random.key(config.seed)
         self.stopped: Stop | None = None
         positions = np.arange(config.batch_size, dtype=np.int32)
-        self.positions = parallel.place(self.mesh, positions, PartitionSpec(parallel.AXIS))
+        self.positions = sharding.place(self.mesh, positions, PartitionSpec(sharding.AXIS))
         super().__init__(
             start,
             epochs=config.epochs,
@@ -212,7 +214,7 @@ class _Search(EpochLoop[Carry, SearchResult]):
         if "arch.transform" not in self.inputs.digests:
             arch_opt = bilevel.set_hyperparameters(arch_opt, self.problem.arch_tx)
         state = dataclasses.replace(carry.state, weight_opt=weight_opt, arch_opt=arch_opt)
-        return parallel.replicate(self.mesh, dataclasses.replace(carry, state=state))
+        return sharding.replicate(self.mesh, dataclasses.replace(carry, state=state))
 
     def target(self) -> Carry:
         image = self.inputs.dataset.train_images.shape[1:]
@@ -290,8 +292,8 @@ class _Search(EpochLoop[Carry, SearchResult]):
     def evaluate(self, carry: Carry, progress: Mapping[str, Any]) -> tuple[float, float]:
         """Loss and accuracy on the whole validation half, with the expected gates."""
         order, mask = batches.padded_batches(len(self.val_half), self.config.batch_size)
-        state = carry.state if self.shared.mesh == self.mesh else parallel.replicate(self.shared.mesh, carry.state)
-        placed = parallel.place(self.shared.mesh, (self.val_half[order], mask), PartitionSpec(None, parallel.AXIS))
+        state = carry.state if self.shared.mesh == self.mesh else sharding.replicate(self.shared.mesh, carry.state)
+        placed = sharding.place(self.shared.mesh, (self.val_half[order], mask), PartitionSpec(None, sharding.AXIS))
         loss, accuracy = self.shared.programs.evaluation(state, *placed, progress, self.shared.images)
         return float(loss), float(accuracy)
 

@@ -13,11 +13,13 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import bilevel, parallel
+from prdarts_jax import bilevel
 from prdarts_jax.bilevel import Batch, Batches, SearchState
-from prdarts_jax.config import DataConfig
+from prdarts_jax.config.search import DataConfig
 from prdarts_jax.data.augment import normalize
-from prdarts_jax.dispatch import Images, Sums, load_images, on_mesh, run_steps
+from prdarts_jax.devices import sharding
+from prdarts_jax.devices.sharding import on_mesh
+from prdarts_jax.dispatch import Images, Sums, load_images, run_steps
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies.base import Progress, Strategy
@@ -165,19 +167,19 @@ def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Su
     int32[B] are the places in the global batch, 0..B-1 (they are split over the devices with the batch). `rows` holds
     each metric of each step, float32[S]. The carry is donated.
     """
-    program = dispatch_program(problem, parallel.axis_of(mesh))
-    everywhere, batch = parallel.REPLICATED, PartitionSpec(None, parallel.AXIS)
+    program = dispatch_program(problem, sharding.axis_of(mesh))
+    everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
     in_specs = (
         everywhere,
         everywhere,
         everywhere,
         Orders(batch, batch),
-        PartitionSpec(parallel.AXIS),
+        PartitionSpec(sharding.AXIS),
         everywhere,
         everywhere,
         everywhere,
     )
-    return jax.jit(parallel.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
+    return jax.jit(sharding.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
 
 
 def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -186,7 +188,7 @@ def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., tuple[jax.Arr
     The network has the expected gates; batch statistics come from the whole (padded) batches, or their parts on each
     device (`local_batch_norm`), the means from the images under the mask alone.
     """
-    axis_name = parallel.axis_of(mesh)
+    axis_name = sharding.axis_of(mesh)
     norm_axis = None if problem.local_batch_norm else axis_name
 
     def program(
@@ -208,7 +210,7 @@ def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., tuple[jax.Arr
         sums = sums if axis_name is None else lax.psum(sums, axis_name)
         return sums[0] / sums[2], sums[1] / sums[2]
 
-    everywhere, batch = parallel.REPLICATED, PartitionSpec(None, parallel.AXIS)
+    everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
     return jax.jit(
-        parallel.map_over(mesh, program, (everywhere, batch, batch, everywhere, everywhere), (everywhere, everywhere))
+        sharding.map_over(mesh, program, (everywhere, batch, batch, everywhere, everywhere), (everywhere, everywhere))
     )

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prdarts_jax import config as cfg
-from prdarts_jax.config import SearchConfig
+from prdarts_jax.config import schema
+from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.errors import UserError, unknown
 from prdarts_jax.presets import OPTIONS
 from prdarts_jax.strategies import registry
@@ -50,7 +50,7 @@ def sweepable(config: SearchConfig, own: Iterable[str] = ()) -> dict[str, str]:
     found = {_SEED: _SEED}
     for group, names in _GROUPS.items():
         # Of the user's own transformation nobody knows which numbers it has frozen.
-        if group not in own and not cfg.get(config, f"{group}.transform"):
+        if group not in own and not schema.get(config, f"{group}.transform"):
             found |= {f"{group}.{name}": f"{group}.{name}" for name in names}
     method = config.method.strategy
     if not method.startswith("argument:"):
@@ -107,7 +107,7 @@ def find(name: str, config: SearchConfig, own: Iterable[str] = ()) -> str:
     spelled |= {f"method.{key}": key for key, path in known.items() if path.startswith(OPTIONS)} | {k: k for k in known}
     if wanted in spelled:
         return spelled[wanted]
-    fields = {path for path, _, _ in cfg.fields(SearchConfig)} | {"method"}
+    fields = {path for path, _, _ in schema.fields(SearchConfig)} | {"method"}
     options = config.method.options
     if wanted in fields or wanted.removeprefix(OPTIONS).removeprefix("method.") in options:
         allowed = " | ".join(known)
@@ -148,7 +148,7 @@ def members(
     number = 1
     for values in columns.values():
         number *= len(values)
-    cfg.require(number <= MOST, "sweep", number, f"at most {MOST} members")
+    schema.require(number <= MOST, "sweep", number, f"at most {MOST} members")
     order = sorted(columns, key=lambda name: (name == _SEED, list(known).index(name)))
     return tuple(
         _member(config, {known[name]: value for name, value in zip(order, values, strict=True)}, known, workdir)
@@ -161,14 +161,14 @@ def _value(path: str, text: Any, config: SearchConfig) -> Any:
     if path.startswith(OPTIONS):
         name = path.removeprefix(OPTIONS)
         return registry.resolve_options(config.method.strategy, {name: text})[name]
-    hint = {field: hint for field, hint, _ in cfg.fields(SearchConfig)}[path]
-    return cfg.convert_scalar(hint, text, path)
+    hint = {field: hint for field, hint, _ in schema.fields(SearchConfig)}[path]
+    return schema.convert_scalar(hint, text, path)
 
 
 def _member(config: SearchConfig, values: Mapping[str, Any], known: Mapping[str, str], workdir: Path) -> Member:
     name = ",".join(f"{key}={values[path]}" for key, path in known.items() if path in values)
-    cfg.require(len(name.encode()) <= 255, "sweep", name, "names of at most 255 bytes, sweep fewer fields at a time")
-    changed = cfg.replace(config, values)
+    schema.require(len(name.encode()) <= 255, "sweep", name, "names of at most 255 bytes, sweep fewer fields at a time")
+    changed = schema.replace(config, values)
     run = dataclasses.replace(changed.run, workdir=str(workdir / name), devices="1")
     return Member(
         name, {path: values[path] for path in known.values() if path in values}, dataclasses.replace(changed, run=run)

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import parallel, train_inputs, train_program
+from prdarts_jax import train_inputs, train_program
+from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data import batches, stream
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.streamed import StreamedDataset
+from prdarts_jax.devices import sharding
 from prdarts_jax.dispatch import Images
 from prdarts_jax.evaluation import Figures, measure, measure_streamed
-from prdarts_jax.train_config import TrainConfig
 from prdarts_jax.train_inputs import Inputs
 from prdarts_jax.train_program import Carry, Sums, Variables
 
@@ -66,7 +67,7 @@ def make_programs(inputs: Inputs) -> Programs:
 
 def _positions(mesh: Mesh, batch_size: int) -> Any:
     """The places in the global batch, split as it is."""
-    return parallel.place(mesh, np.arange(batch_size, dtype=np.int32), PartitionSpec(parallel.AXIS))
+    return sharding.place(mesh, np.arange(batch_size, dtype=np.int32), PartitionSpec(sharding.AXIS))
 
 
 @contextlib.contextmanager
@@ -92,8 +93,8 @@ class _Resident:
     def open(self, step: int) -> None:
         del step
         data = self.dataset
-        self.data = parallel.replicate(self.mesh, Images(data.train_images, data.train_labels))
-        self.test = parallel.replicate(self.mesh, Images(data.test_images, data.test_labels))
+        self.data = sharding.replicate(self.mesh, Images(data.train_images, data.train_labels))
+        self.test = sharding.replicate(self.mesh, Images(data.test_images, data.test_labels))
 
     def order(self, epoch: int) -> np.ndarray:
         return batches.epoch_order(self.indices, self.config.batch_size, self.config.seed, epoch, "train")
@@ -105,7 +106,7 @@ class _Resident:
 
     def measure(self, variables: Variables) -> Figures:
         def program(variables: Variables, order: np.ndarray, data: Images) -> train_program.Outputs:
-            placed = parallel.place(self.mesh, order, PartitionSpec(None, parallel.AXIS))
+            placed = sharding.place(self.mesh, order, PartitionSpec(None, sharding.AXIS))
             return self.programs.evaluation(variables, placed, data)
 
         return measure(
@@ -146,7 +147,7 @@ class _Streamed:
         self.items: Iterator[Images] = iter(())
 
     def _place(self, batch: stream.Batch) -> Images:
-        return parallel.split_batch(self.mesh, Images(*batch))
+        return sharding.split_batch(self.mesh, Images(*batch))
 
     def open(self, step: int) -> None:
         if step == len(self.train):

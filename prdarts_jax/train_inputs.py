@@ -12,19 +12,21 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import bilevel, parallel, runs, trial
-from prdarts_jax.config import WeightsConfig
+from prdarts_jax import bilevel, runs, trial
+from prdarts_jax.config import userfile
+from prdarts_jax.config.search import WeightsConfig
+from prdarts_jax.config.train import SCALE_BATCH, TrainConfig
 from prdarts_jax.data.augment import check_augment
 from prdarts_jax.data.batches import check_batch, split_indices
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.streamed import AnyDataset, StreamedDataset, choose
+from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.network import DerivedNetwork
 from prdarts_jax.network_plan import check_auxiliary
 from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES
-from prdarts_jax.train_config import SCALE_BATCH, TrainConfig
 from prdarts_jax.train_program import Problem
 
 Transformation: TypeAlias = optax.GradientTransformation | Callable[[TrainConfig], optax.GradientTransformation]
@@ -61,7 +63,7 @@ def prepare(
     runs.check_tensorboard(config.run)
     found = genotype if isinstance(genotype, Genotype) else Genotype.load(genotype)
     digests = {"genotype": hashlib.sha256(found.to_json().encode()).hexdigest()}
-    mesh = parallel.make_mesh(parallel.choose_devices(config.run.devices))
+    mesh = sharding.make_mesh(sharding.choose_devices(config.run.devices))
     table = _operations(config, digests)
     found.validate_ops(table)
     dataset = choose(config.data, config.run.data_dir or None, data)
@@ -109,7 +111,7 @@ def _uses(genotype: Genotype) -> set[tuple[str, int]]:
 
 
 def _operations(config: TrainConfig, digests: dict[str, str]) -> dict[str, Primitive]:
-    user = runs.user_primitives(config.network.primitives, "network.primitives", digests)
+    user = userfile.user_primitives(config.network.primitives, "network.primitives", digests)
     return {**PRIMITIVES, **(user or {})}
 
 

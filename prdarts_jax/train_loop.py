@@ -14,15 +14,16 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from prdarts_jax import distributed, metrics, runs, schedules, train_feed, train_inputs, train_program
+from prdarts_jax import metrics, runs, schedules, train_feed, train_inputs, train_program
+from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.streamed import describe
+from prdarts_jax.devices import processes
 from prdarts_jax.epoch_loop import Epoch, EpochLoop, Speed, Start
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.metrics import MetricsLog, Progress, check_finite
 from prdarts_jax.signals import StopRequest
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.train_config import TrainConfig
 from prdarts_jax.train_feed import Feed, Programs
 from prdarts_jax.train_inputs import Inputs
 from prdarts_jax.train_program import Carry
@@ -148,7 +149,7 @@ def train_seeds(
             check_writable(folder)
             _check(each, inputs, folder, sources)
 
-    distributed.on_first(check)
+    processes.on_first(check)
     programs, began = train_feed.make_programs(inputs), time.monotonic()
     found: list[TrainResult] = []
     for each, folder in zip(configs, folders, strict=True):
@@ -158,7 +159,7 @@ def train_seeds(
         found.append(_train(dataclasses.replace(each, run=run), inputs, programs, folder, sources, out))
         if found[-1].status in ("interrupted", "time-limit"):
             return SeedsResult(found[-1].status, tuple(found), signum=found[-1].signum)
-    page = distributed.on_first(lambda: str(_common_report(folders, workdir) or ""))
+    page = processes.on_first(lambda: str(_common_report(folders, workdir) or ""))
     status = "finished" if any(one.status == "finished" for one in found) else "already-finished"
     return SeedsResult(status, tuple(found), over_seeds([one.metrics for one in found]), Path(page) if page else None)
 
@@ -190,11 +191,11 @@ def _prepared(config: TrainConfig, genotype: Genotype | str | Path, workdir: Pat
     """The parts of the training, or trainings, in a workdir that can be written."""
 
     def prepare() -> Inputs:
-        if distributed.is_first():
+        if processes.is_first():
             check_writable(workdir)
         return train_inputs.prepare(config, genotype, weight_tx=tx, data=data)
 
-    return distributed.prepared(prepare)
+    return processes.prepared(prepare)
 
 
 def _check(
@@ -215,7 +216,7 @@ def _train(
     out: IO[str] | None,
 ) -> TrainResult:
     document = train_inputs.document(config, inputs, sources)
-    distributed.same(config, train_inputs.compared(document), document)
+    processes.same(config, train_inputs.compared(document), document)
     runs.warn_without_kernels(document["platform"]["cpu_kernels"])
 
     def begin() -> list[Any]:
@@ -236,7 +237,7 @@ def _train(
         return [old, None, ""]
 
     with contextlib.ExitStack() as lock, StopRequest() as stop:
-        old, final, page = distributed.on_first(begin)
+        old, final, page = processes.on_first(begin)
         if final is not None:
             return TrainResult("already-finished", workdir, final, Path(page) if page else None)
         start = Start(config.run, workdir, out if out is not None else sys.stdout, stop, old, document)

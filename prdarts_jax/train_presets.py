@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prdarts_jax import config as cfg
+from prdarts_jax.config import schema
+from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.errors import unknown
 from prdarts_jax.presets import Preset
-from prdarts_jax.train_config import TrainConfig
 
 _CIFAR100 = {"data.source": "tfds:cifar100"}
 _IMAGENET = {
@@ -107,13 +107,13 @@ def resolve(preset: str = "cifar10", flags: Mapping[str, Any] | None = None) -> 
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    sources = {path: "default" for path, _, _ in cfg.fields(TrainConfig)}
+    sources = {path: "default" for path, _, _ in schema.fields(TrainConfig)}
     merged: dict[str, Any] = {}
     # One replacement at the end: two values that are possible only together may come from different layers.
     for source, values in ((f"preset {preset}", PRESETS[preset].settings), ("flag", flags or {})):
         merged |= values
         sources |= dict.fromkeys(values, source)
-    return Resolved(cfg.replace(TrainConfig(), merged), sources)
+    return Resolved(schema.replace(TrainConfig(), merged), sources)
 
 
 def table(resolved: Resolved) -> list[tuple[str, Any, str]]:
@@ -122,5 +122,5 @@ def table(resolved: Resolved) -> list[tuple[str, Any, str]]:
     >>> table(resolve("digits"))[0]
     ('network.channels', 8, 'preset digits')
     """
-    paths = [path for path, _, _ in cfg.fields(TrainConfig)]
-    return [(path, cfg.get(resolved.config, path), resolved.sources[path]) for path in paths]
+    paths = [path for path, _, _ in schema.fields(TrainConfig)]
+    return [(path, schema.get(resolved.config, path), resolved.sources[path]) for path in paths]

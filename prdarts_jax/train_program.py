@@ -1,6 +1,6 @@
 """The compiled programs of a training: several SGD steps a dispatch, evaluation of all test images, the first state.
 
-    loss = CE(logits) + w CE(auxiliary logits),      CE against (1 - s) one-hot + s / classes
+loss = CE(logits) + w CE(auxiliary logits),      CE against (1 - s) one-hot + s / classes
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import parallel
-from prdarts_jax.bilevel import Batch, accuracy, mean_over, set_learning_rate
-from prdarts_jax.config import DataConfig
+from prdarts_jax.bilevel import Batch, accuracy, set_learning_rate
+from prdarts_jax.config.search import DataConfig
 from prdarts_jax.data.augment import normalize
-from prdarts_jax.dispatch import Images, Sums, load_images, on_mesh, run_steps
+from prdarts_jax.devices import sharding
+from prdarts_jax.devices.sharding import mean_over, on_mesh
+from prdarts_jax.dispatch import Images, Sums, load_images, run_steps
 from prdarts_jax.network import DerivedNetwork
 
 Progress = dict[str, Any]  # name -> float32[]: learning_rate, drop_path
@@ -175,7 +176,7 @@ def initial_carry(problem: Problem, mesh: Mesh, key: jax.Array, image: tuple[int
       key: base key of the training.
       image: (H, W, C) of the data.
     """
-    return parallel.replicate(mesh, jax.jit(_initial(problem, image), compiler_options=_ONCE)(key))
+    return sharding.replicate(mesh, jax.jit(_initial(problem, image), compiler_options=_ONCE)(key))
 
 
 def abstract_carry(problem: Problem, mesh: Mesh, key: jax.Array, image: tuple[int, ...]) -> Carry:
@@ -208,18 +209,18 @@ def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Su
         state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=order.shape[0])
         return Carry(state, sums), rows
 
-    everywhere, batch = parallel.REPLICATED, PartitionSpec(None, parallel.AXIS)
+    everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
     in_specs = (
         everywhere,
         everywhere,
         everywhere,
         batch,
-        PartitionSpec(parallel.AXIS),
+        PartitionSpec(sharding.AXIS),
         everywhere,
         everywhere,
         everywhere,
     )
-    return jax.jit(parallel.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
+    return jax.jit(sharding.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
 
 
 def make_streamed_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Sums]]:
@@ -246,14 +247,14 @@ def make_streamed_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[
         state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=len(batches))
         return Carry(state, sums), rows
 
-    everywhere, batch = parallel.REPLICATED, PartitionSpec(parallel.AXIS)
+    everywhere, batch = sharding.REPLICATED, PartitionSpec(sharding.AXIS)
     in_specs = (everywhere, everywhere, everywhere, batch, batch, everywhere, everywhere)
-    return jax.jit(parallel.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
+    return jax.jit(sharding.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
 
 
 def _advance(problem: Problem, mesh: Mesh) -> Callable[..., tuple[TrainState, Sums]]:
     """(state, images uint8[B,H,W,C], labels, positions, key, progress) -> (state, metrics): one step of a dispatch."""
-    step = make_step(problem, parallel.axis_of(mesh))
+    step = make_step(problem, sharding.axis_of(mesh))
 
     def advance(
         state: TrainState,
@@ -313,8 +314,8 @@ def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., Outputs]:
     def program(variables: Variables, indices: jax.Array, data: Images) -> Outputs:
         return lax.map(lambda index: measure(variables, data.images[index], data.labels[index]), indices)
 
-    everywhere, batch = parallel.REPLICATED, PartitionSpec(None, parallel.AXIS)
-    return jax.jit(parallel.map_over(mesh, program, (everywhere, batch, everywhere), batch))
+    everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
+    return jax.jit(sharding.map_over(mesh, program, (everywhere, batch, everywhere), batch))
 
 
 def make_streamed_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., Outputs]:
@@ -324,8 +325,8 @@ def make_streamed_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., Outp
     def program(variables: Variables, data: Images) -> Outputs:
         return measure(variables, data.images, data.labels)
 
-    batch = PartitionSpec(parallel.AXIS)
-    return jax.jit(parallel.map_over(mesh, program, (parallel.REPLICATED, batch), batch))
+    batch = PartitionSpec(sharding.AXIS)
+    return jax.jit(sharding.map_over(mesh, program, (sharding.REPLICATED, batch), batch))
 
 
 def _measure(problem: Problem) -> Callable[[Variables, jax.Array, jax.Array], Outputs]:

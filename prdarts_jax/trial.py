@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import search_program, userfile
+from prdarts_jax import search_program
+from prdarts_jax.config import userfile
 from prdarts_jax.errors import UserError
 from prdarts_jax.ops.layers import Pool, draw
 from prdarts_jax.ops.leaves import fast_leaves

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from prdarts_jax import cli, metrics, plots, presets, report, search_inputs, search_loop, search_program, sweep
-from prdarts_jax import config as cfg
 from prdarts_jax.checkpoint import Checkpointer
-from prdarts_jax.config import SearchConfig
+from prdarts_jax.config import schema
+from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.sources import Dataset, from_arrays, load
 from prdarts_jax.digests import host_leaves
 from prdarts_jax.search_loop import SearchResult
@@ -77,11 +77,11 @@ def search(workdir: Path, *, given: Mapping[str, Any] | None = None, **flags: An
 
 def final_state(workdir: Path) -> Carry:
     """The newest checkpoint, restored and verified."""
-    config_ = cfg.from_dict(SearchConfig, json.loads((workdir / "config.json").read_text())["config"])
+    config_ = schema.from_dict(SearchConfig, json.loads((workdir / "config.json").read_text())["config"])
     if config_.method.strategy == config().method.strategy:
         # The numbers that members of a population differ in change no shape: all have one target, traced once.
         numbers = [path for path in sweep.sweepable(config_).values() if path != "seed"]
-        config_ = cfg.replace(config_, {path: cfg.get(config(), path) for path in numbers})
+        config_ = schema.replace(config_, {path: schema.get(config(), path) for path in numbers})
     inputs = search_inputs.prepare(config_, data=digits())
     progress = inputs.problem.strategy.schedule(0, 1) | {"weight_learning_rate": 0.0, "arch_learning_rate": 0.0}
     target = search_program.abstract_carry(
@@ -148,7 +148,7 @@ def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
         inputs = prepare(config, **given)
         if given.get("like") is not None or any("uncomparable" in digest for digest in inputs.digests.values()):
             return inputs
-        computed = {k: v for k, v in cfg.computed(config).items() if k not in ("seed", "epochs", "evaluate_every")}
+        computed = {k: v for k, v in schema.computed(config).items() if k not in ("seed", "epochs", "evaluate_every")}
         # Where data and the user's files lie is not computed, which function of a file it is, is.
         computed |= {"data.source": "", "space.primitives": ""}
         for field in ("method.strategy", "weights.transform", "arch.transform"):

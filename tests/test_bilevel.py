@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from prdarts_jax import bilevel
 from prdarts_jax.bilevel import Batch, Batches, SearchState
-from prdarts_jax.config import ArchConfig, WeightsConfig
+from prdarts_jax.config.search import ArchConfig, WeightsConfig
 from prdarts_jax.gates import Gates
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import CELL_TYPES, Space

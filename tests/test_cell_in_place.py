@@ -11,7 +11,7 @@ import oracles
 import pytest
 from cells import ALL_OPS, CHANNELS, SPACES, cell_data, dense_reference, random_slots, sparse
 
-from prdarts_jax.config import OPS
+from prdarts_jax.config.search import OPS
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.layers import draw

@@ -16,8 +16,8 @@ import pytest
 
 import prdarts_jax
 from prdarts_jax import cli
-from prdarts_jax import config as cfg
-from prdarts_jax.config import SearchConfig
+from prdarts_jax.config import schema
+from prdarts_jax.config.search import OPS, SearchConfig
 from prdarts_jax.errors import RunError
 from prdarts_jax.space.genotype import Genotype
 
@@ -122,7 +122,7 @@ def _error(capsys, words, status=2):
 )
 def test_a_flag_reaches_its_field(search, words, path, value):
     assert cli.main(["search", *words]) == 0
-    found = cfg.get(search.config, path)
+    found = schema.get(search.config, path)
     assert found == value
     assert type(found) is type(value)
     if words and path != "weights.nesterov":
@@ -130,11 +130,11 @@ def test_a_flag_reaches_its_field(search, words, path, value):
 
 
 def test_every_field_has_a_flag():
-    for path, _, _ in cfg.fields(SearchConfig):
+    for path, _, _ in schema.fields(SearchConfig):
         if path != "method.options":
             assert cli.split_flags([f"--{path}=x"]) == ({path: "x"}, [])
             assert cli.split_flags([f"--{path.replace('_', '-')}", "x"]) == ({path: "x"}, [])
-    assert set(cli.ALIASES.values()) <= {path for path, _, _ in cfg.fields(SearchConfig)}
+    assert set(cli.ALIASES.values()) <= {path for path, _, _ in schema.fields(SearchConfig)}
 
 
 def test_ops_from_a_file(search, tmp_path):
@@ -154,7 +154,7 @@ def test_ops_an_edge_from_a_file(search, tmp_path, flag):
         (("none", "skip_connect"), ("dil_conv_3x3",)),
     )
     union = ("none", "skip_connect", "sep_conv_3x3", "dil_conv_3x3")
-    assert search.config.space.ops == (union if flag == "--space.ops" else cfg.OPS)
+    assert search.config.space.ops == (union if flag == "--space.ops" else OPS)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_print_config_as_json_is_complete_and_runs_nothing(search, capsys, tmp_p
     assert cli.main(["search", "--preset", "released", "--cells", "5", "--print-config", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     options = {path for path in shown if path.startswith("method.options.")}
-    assert set(shown) - options == {path for path, _, _ in cfg.fields(SearchConfig)} - {"method.options"}
+    assert set(shown) - options == {path for path, _, _ in schema.fields(SearchConfig)} - {"method.options"}
     assert shown["space.cells"] == {"value": 5, "source": "flag"}
     assert shown["method.options.hinge"] == {"value": 0.2, "source": "preset released"}
     assert shown["arch.beta1"] == {"value": 0.5, "source": "strategy prdarts (released program)"}
@@ -342,7 +342,7 @@ def test_print_config_as_text_has_a_line_a_value(search, capsys):
         value, _, source = rest.rpartition("  # ")
         rows[path.strip()] = (value.strip(), source)
     assert rows["data.flip"] == ("false", "preset digits")
-    assert rows["space.ops"] == (",".join(cfg.OPS), "default (DARTS)")
+    assert rows["space.ops"] == (",".join(OPS), "default (DARTS)")
     assert rows["method.options.lambda1"] == ("0.01", "default (paper)")
     assert rows["run.workdir"] == ("runs/search-digits-seed0", "default (ours)")
 
@@ -367,7 +367,7 @@ def test_print_config_refuses_a_method_or_space_that_the_search_would_refuse(sea
 def test_help_has_a_line_a_field_with_default_and_comment(capsys):
     assert cli.main(["search", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    comments = cfg.comments(SearchConfig)
+    comments = schema.comments(SearchConfig)
     for path, comment in comments.items():
         if path == "method.options":
             continue

@@ -8,15 +8,15 @@ import sys
 
 import pytest
 
-from prdarts_jax import config as cfg
-from prdarts_jax.config import SearchConfig, SpaceConfig
+from prdarts_jax.config import schema
+from prdarts_jax.config.search import SearchConfig, SpaceConfig
 from prdarts_jax.errors import UserError
 
-PATHS = [path for path, _, _ in cfg.fields(SearchConfig)]
+PATHS = [path for path, _, _ in schema.fields(SearchConfig)]
 
 
 def test_json_round_trip_keeps_every_value():
-    changed = cfg.replace(
+    changed = schema.replace(
         SearchConfig(),
         {
             "space.cells": 5,
@@ -28,7 +28,7 @@ def test_json_round_trip_keeps_every_value():
             "seed": 7,
         },
     )
-    again = cfg.from_dict(SearchConfig, json.loads(json.dumps(cfg.to_dict(changed))))
+    again = schema.from_dict(SearchConfig, json.loads(json.dumps(schema.to_dict(changed))))
     assert again == changed
     assert again != SearchConfig()
     assert again.space.edge_ops == ((("skip_connect",), ("sep_conv_3x3",)), (("sep_conv_3x3",), ("skip_connect",)))
@@ -81,31 +81,31 @@ def test_json_round_trip_keeps_every_value():
 )
 def test_impossible_values_are_one_line(changes, line):
     with pytest.raises(UserError) as error:
-        cfg.replace(SearchConfig(), changes)
+        schema.replace(SearchConfig(), changes)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("path", [path for path, hint, _ in cfg.fields(SearchConfig) if hint is float])
+@pytest.mark.parametrize("path", [path for path, hint, _ in schema.fields(SearchConfig) if hint is float])
 def test_every_number_is_finite_but_the_norm_that_means_no_clipping(path):
     for value in ("inf", float("inf")):
         if path == "weights.clip_norm":
-            assert cfg.get(cfg.replace(SearchConfig(), {path: value}), path) == float("inf")
+            assert schema.get(schema.replace(SearchConfig(), {path: value}), path) == float("inf")
         else:
             with pytest.raises(UserError, match=rf"^{path}: inf is not possible; allowed: a finite number$"):
-                cfg.replace(SearchConfig(), {path: value})
+                schema.replace(SearchConfig(), {path: value})
 
 
 def test_whole_numbers_keep_every_digit():
-    assert cfg.convert_scalar(int, "9007199254740993", "f") == 2**53 + 1  # a float would round it to 2^53
-    assert cfg.convert_scalar(int, 9007199254740993, "f") == 2**53 + 1
-    assert cfg.convert_scalar(int, "1e3", "f") == cfg.convert_scalar(int, "1000.0", "f") == 1000
-    assert cfg.replace(SearchConfig(), {"seed": "4294967295"}).seed == 2**32 - 1
+    assert schema.convert_scalar(int, "9007199254740993", "f") == 2**53 + 1  # a float would round it to 2^53
+    assert schema.convert_scalar(int, 9007199254740993, "f") == 2**53 + 1
+    assert schema.convert_scalar(int, "1e3", "f") == schema.convert_scalar(int, "1000.0", "f") == 1000
+    assert schema.replace(SearchConfig(), {"seed": "4294967295"}).seed == 2**32 - 1
 
 
 def test_odd_widths_and_small_subsets_are_possible():
     assert [SpaceConfig(channels=width).channels for width in (1, 3, 7)] == [1, 3, 7]
-    assert [cfg.replace(SearchConfig(), {"data.examples": n}).data.examples for n in (0, 2, 3)] == [0, 2, 3]
+    assert [schema.replace(SearchConfig(), {"data.examples": n}).data.examples for n in (0, 2, 3)] == [0, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -118,16 +118,18 @@ def test_odd_widths_and_small_subsets_are_possible():
 )
 def test_json_of_another_shape_is_one_line(values, line):
     with pytest.raises(UserError) as error:
-        cfg.from_dict(SearchConfig, values)
+        schema.from_dict(SearchConfig, values)
     assert line in str(error.value)
 
 
 def test_replace_converts_and_leaves_the_rest_alone():
-    made = cfg.replace(SearchConfig(), {"space.head_norm": "no", "arch.learning_rate": "1e-2", "method.options.x": 1})
+    made = schema.replace(
+        SearchConfig(), {"space.head_norm": "no", "arch.learning_rate": "1e-2", "method.options.x": 1}
+    )
     assert made.space.head_norm is False
     assert made.arch.learning_rate == 0.01
     assert made.method.options == {"x": 1}
-    changed = {path for path in PATHS if cfg.get(made, path) != cfg.get(SearchConfig(), path)}
+    changed = {path for path in PATHS if schema.get(made, path) != schema.get(SearchConfig(), path)}
     assert changed == {"space.head_norm", "arch.learning_rate", "method.options"}
 
 
@@ -138,27 +140,27 @@ def test_own_primitives_bring_their_own_names():
 
 
 def test_how_it_is_run_is_not_compared_on_resume():
-    start = cfg.replace(SearchConfig(), {"method.options.lambda1": 1.0})
-    moved = cfg.replace(start, {"run.workdir": "elsewhere", "run.devices": "2", "run.steps_per_dispatch": 3})
-    other = cfg.replace(start, {"method.options.lambda1": 2.0, "seed": 1})
-    assert cfg.differences(cfg.computed(start), cfg.computed(moved)) == []
-    assert cfg.differences(cfg.computed(start), cfg.computed(other)) == [
+    start = schema.replace(SearchConfig(), {"method.options.lambda1": 1.0})
+    moved = schema.replace(start, {"run.workdir": "elsewhere", "run.devices": "2", "run.steps_per_dispatch": 3})
+    other = schema.replace(start, {"method.options.lambda1": 2.0, "seed": 1})
+    assert schema.differences(schema.computed(start), schema.computed(moved)) == []
+    assert schema.differences(schema.computed(start), schema.computed(other)) == [
         "method.options.lambda1: 1.0 in the workdir, 2.0 now",
         "seed: 0 in the workdir, 1 now",
     ]
-    assert not any(path.startswith("run.") for path in cfg.computed(start))
-    assert set(cfg.computed(start)) | {"method.options"} == {p for p in PATHS if not p.startswith("run.")} | {
+    assert not any(path.startswith("run.") for path in schema.computed(start))
+    assert set(schema.computed(start)) | {"method.options"} == {p for p in PATHS if not p.startswith("run.")} | {
         "method.options.lambda1"
     }
 
 
 def test_every_field_is_explained_beside_it():
-    comments = cfg.comments(SearchConfig)
+    comments = schema.comments(SearchConfig)
     assert list(comments) == PATHS
     assert [path for path, text in comments.items() if not text] == []
     assert comments["weights.momentum"] == "decay of the velocity"
 
 
 def test_config_imports_neither_jax_nor_numpy():
-    code = "import sys, prdarts_jax.config; sys.exit(bool({'jax', 'numpy'} & set(sys.modules)))"
+    code = "import sys, prdarts_jax.config.search; sys.exit(bool({'jax', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

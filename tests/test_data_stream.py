@@ -18,11 +18,11 @@ from data_cases import one_line, random_image
 from PIL import Image
 from test_data_tfds import write_tfds
 
+from prdarts_jax.config.train import TrainDataConfig
 from prdarts_jax.data import sources, stream, streamed
 from prdarts_jax.data.batches import epoch_order
 from prdarts_jax.data.records import PreparedRecords
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.train_config import TrainDataConfig
 
 IMAGENET = TrainDataConfig(image_size=12, crop_padding=0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)
 TRAIN, TEST, BATCH, EPOCHS = 13, 5, 4, 3

@@ -23,8 +23,9 @@ import train_cases
 from distributed_cases import together
 from search_cases import EPOCH_STEPS, assert_same, one_error, rows
 
-from prdarts_jax import cli_distributed, distributed
+from prdarts_jax import cli_distributed
 from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.devices import launch, processes
 from prdarts_jax.errors import RunError
 
 GLOO = {"gloo", "rank", "is", "connected", "to", "peer", "ranks", "expected", "number", "of"}
@@ -112,13 +113,13 @@ def test_a_mistake_in_the_flags_is_one_line(kind, words, said, tmp_path, folder,
     ],
 )
 def test_the_parent_ends_as_its_process(program, status):
-    assert cli_distributed._watch([sys.executable, "-c", program]) == status
+    assert launch._watch([sys.executable, "-c", program]) == status
 
 
 @pytest.mark.parametrize(("signum", "said"), [(signal.SIGABRT, "another process of this run"), (signal.SIGKILL, "9")])
 def test_an_abort_of_the_runtime_is_one_line(signum, said):
     with pytest.raises(RunError, match=said):
-        cli_distributed._watch([sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signum)})"])
+        launch._watch([sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signum)})"])
 
 
 _CHILD = """
@@ -165,15 +166,15 @@ def test_one_process_asks_nobody(monkeypatch):
         raise AssertionError("a run of one process must exchange nothing")
 
     for name in ("process_allgather", "broadcast_one_to_all"):
-        monkeypatch.setattr(distributed.multihost_utils, name, never)
-    wish = distributed.Wish(15, False)
-    assert distributed.agreed(wish, ended=True) is wish and bool(wish)
-    assert not distributed.Wish(None, False)
-    assert distributed.share("a") == ["a"] and distributed.on_first(lambda: {"a": 1}) == {"a": 1}
-    assert np.array_equal(distributed.fetch({"x": jax.numpy.arange(3)})["x"], [0, 1, 2])
-    distributed.same(search_cases.config(), {}, {})
+        monkeypatch.setattr(processes.multihost_utils, name, never)
+    wish = processes.Wish(15, False)
+    assert processes.agreed(wish, ended=True) is wish and bool(wish)
+    assert not processes.Wish(None, False)
+    assert processes.share("a") == ["a"] and processes.on_first(lambda: {"a": 1}) == {"a": 1}
+    assert np.array_equal(processes.fetch({"x": jax.numpy.arange(3)})["x"], [0, 1, 2])
+    processes.same(search_cases.config(), {}, {})
     with pytest.raises(ZeroDivisionError):
-        distributed.together(lambda: 1 // 0)
+        processes.together(lambda: 1 // 0)
 
 
 # Two processes
@@ -240,9 +241,9 @@ class TestSeveral:
         assert "process 1, cpu:1" in (whole(kind) / "report.html").read_text()
 
     def test_two_processes_stream_their_parts_of_a_batch(self, folder, tmp_path):
-        for processes, devices in ((2, 2), (1, 4)):
+        for count, devices in ((2, 2), (1, 4)):
             flags = {"data__stream": "always", "run__workers": 0, "epochs": 2}
-            command = _command("train", folder, tmp_path / f"{processes}", **flags)
+            command = _command("train", folder, tmp_path / f"{count}", **flags)
             ends = distributed_cases.run(command, tmp_path / f"log{processes}", processes=processes, devices=devices)
             assert [end.status for end in ends] == [0] * processes, ends
         assert_same(train_cases.outcome(tmp_path / "2"), train_cases.outcome(tmp_path / "1"))

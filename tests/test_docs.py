@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import pytest
 
-from prdarts_jax import cli, presets, search_inputs, search_loop, userfile
-from prdarts_jax import config as cfg
+from prdarts_jax import cli, presets, search_inputs, search_loop
+from prdarts_jax.config import schema, userfile
+from prdarts_jax.config.search import OPS, SearchConfig
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.strategies import registry
 
@@ -73,7 +74,7 @@ def _search(*args: Any, **kwargs: Any) -> search_loop.SearchResult:
     bound.apply_defaults()
     given = bound.arguments
     objects = {name: given[name] for name in ("weight_tx", "arch_tx", "strategy", "data")}
-    small = cfg.replace(given["config"], {"space.cells": 3, "space.nodes": 1, "space.channels": 4})
+    small = schema.replace(given["config"], {"space.cells": 3, "space.nodes": 1, "space.channels": 4})
     inputs = search_inputs.prepare(small, **objects)
     search_inputs.document(given["config"], inputs, given["sources"])
     return search_loop.SearchResult("finished", Genotype.named("PRDARTS"), Path(given["workdir"]))
@@ -216,7 +217,7 @@ def test_readme_lists_presets_and_strategies() -> None:
     fields = ("data.source", "space.cells", "space.channels", "epochs", "batch_size")
     for name, row in rows.items():
         config = presets.resolve(name).config
-        assert row[1:6] == [str(cfg.get(config, field)) for field in fields]
+        assert row[1:6] == [str(schema.get(config, field)) for field in fields]
     assert [row[0] for row in _table("README.md", "strategy")] == [row.name for row in registry.rows()]
 
 
@@ -229,12 +230,12 @@ def test_fidelity_has_every_default_with_its_source() -> None:
     rows = {row[0]: row[1:5] for row in _table("docs/fidelity.md", "field")}
     configs = [presets.resolve(*names).config for names in (("paper",), ("released",), ("paper", "darts"))]
 
-    def shown(config: cfg.SearchConfig, path: str) -> str:
+    def shown(config: SearchConfig, path: str) -> str:
         try:
-            value = cfg.get(config, path)
+            value = schema.get(config, path)
         except KeyError:
             return "-"
-        return "all eight" if value == cfg.OPS else cli._shown(value)
+        return "all eight" if value == OPS else cli._shown(value)
 
     assert rows == {
         path: [*(shown(config, path) for config in configs), source] for path, source in presets.PROVENANCE.items()

@@ -14,7 +14,7 @@ from jax.extend import core
 
 from prdarts_jax import bilevel, strategies
 from prdarts_jax.bilevel import Batch, Batches
-from prdarts_jax.config import ArchConfig, WeightsConfig
+from prdarts_jax.config.search import ArchConfig, WeightsConfig
 from prdarts_jax.gates import Gates
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import CELL_TYPES, Space

@@ -141,9 +141,9 @@ def test_an_image_does_not_see_the_others(trained):
 
 
 def _mesh():
-    from prdarts_jax import parallel
+    from prdarts_jax.devices import sharding
 
-    return parallel.make_mesh(jax.devices()[:1])
+    return sharding.make_mesh(jax.devices()[:1])
 
 
 # --- the figures ------------------------------------------------------------------------------------------------------

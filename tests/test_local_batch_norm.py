@@ -14,19 +14,20 @@ import search_cases
 import train_cases
 from jax.sharding import PartitionSpec
 
-from prdarts_jax import bilevel, parallel, search_inputs, train_inputs, train_program
-from prdarts_jax import config as cfg
+from prdarts_jax import bilevel, search_inputs, train_inputs, train_program
 from prdarts_jax.bilevel import Batch, Batches, SearchState
-from prdarts_jax.config import SearchConfig
+from prdarts_jax.config import schema
+from prdarts_jax.config.search import SearchConfig
+from prdarts_jax.config.train import TrainConfig
+from prdarts_jax.devices import sharding
 from prdarts_jax.ops.layers import batch_norm
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import registry
-from prdarts_jax.train_config import TrainConfig
 
 pytestmark = pytest.mark.multidevice
 
 DEVICES, BATCH = 2, 8
-WHOLE, SPLIT = PartitionSpec(), PartitionSpec(parallel.AXIS)
+WHOLE, SPLIT = PartitionSpec(), PartitionSpec(sharding.AXIS)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def _two_devices():
 
 
 def _mesh():
-    return parallel.make_mesh(jax.devices()[:DEVICES])
+    return sharding.make_mesh(jax.devices()[:DEVICES])
 
 
 def _close(found: Any, expected: Any) -> None:
@@ -105,7 +106,7 @@ def problem() -> _Problem:
 
     def mapped(local: bool) -> Any:
         specs = (WHOLE, Batches(Batch(SPLIT, SPLIT), Batch(SPLIT, SPLIT)), WHOLE, WHOLE)
-        return oracles.quick_jit(parallel.map_over(_mesh(), step(parallel.AXIS, local), specs, (WHOLE, WHOLE)))
+        return oracles.quick_jit(sharding.map_over(_mesh(), step(sharding.AXIS, local), specs, (WHOLE, WHOLE)))
 
     single = oracles.quick_jit(step(None, False))
     return _Problem(mapped(True), mapped(False), single, state, Batches(drawn(), drawn()), progress)
@@ -144,7 +145,7 @@ def test_the_training_step_is_the_mean_of_the_steps_on_each_part():
     problem = inputs.problem._replace(tx=optax.sgd(0.5))
     data = train_cases.digits()
     image = data.train_images.shape[1:]
-    state = train_program.initial_carry(problem, parallel.make_mesh(jax.devices()[:1]), jax.random.key(0), image).state
+    state = train_program.initial_carry(problem, sharding.make_mesh(jax.devices()[:1]), jax.random.key(0), image).state
     rng = np.random.default_rng(0)
     shift = np.repeat([0.0, 3.0], BATCH // DEVICES)[:, None, None, None]
     batch = Batch((rng.normal(size=(BATCH, *image)) + shift).astype(np.float32), data.train_labels[:BATCH])
@@ -152,9 +153,9 @@ def test_the_training_step_is_the_mean_of_the_steps_on_each_part():
     progress = {"learning_rate": np.float32(0.5), "drop_path": np.float32(0.3)}
 
     local = problem._replace(local_batch_norm=True)
-    program = train_program.make_step(local, parallel.AXIS)
+    program = train_program.make_step(local, sharding.AXIS)
     specs = (WHOLE, Batch(SPLIT, SPLIT), SPLIT, WHOLE, WHOLE)
-    mapped = oracles.quick_jit(parallel.map_over(_mesh(), program, specs, (WHOLE, WHOLE)))
+    mapped = oracles.quick_jit(sharding.map_over(_mesh(), program, specs, (WHOLE, WHOLE)))
     found, metrics = mapped(jax.device_get(state), batch, positions, key, progress)
 
     single = oracles.quick_jit(train_program.make_step(problem))
@@ -185,7 +186,7 @@ def test_off_by_default_and_part_of_what_is_computed():
         inputs = search_inputs.prepare(config, data=data)
         assert inputs.problem.local_batch_norm is local
         documents[local] = search_inputs.document(config, inputs, None)
-    same = cfg.differences(search_inputs.compared(documents[False]), search_inputs.compared(documents[True]))
+    same = schema.differences(search_inputs.compared(documents[False]), search_inputs.compared(documents[True]))
     assert any(line.startswith("local_batch_norm: False") for line in same)
 
 
@@ -195,5 +196,5 @@ def test_the_number_of_devices_then_decides_what_is_computed(local):
     config = search_cases.config(local_batch_norm=local, run__devices="2")
     two = search_inputs.document(config, search_inputs.prepare(config, data=search_cases.digits()), None)
     four = {**two, "platform": {**two["platform"], "devices": 4}}
-    found = cfg.differences(search_inputs.compared(two), search_inputs.compared(four))
+    found = schema.differences(search_inputs.compared(two), search_inputs.compared(four))
     assert found == (["devices of local_batch_norm: 2 in the workdir, 4 now"] if local else [])

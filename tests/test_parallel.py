@@ -11,8 +11,9 @@ import search_cases
 from jax.sharding import PartitionSpec
 from search_cases import BATCH, final_state, rows, search
 
-from prdarts_jax import bilevel, parallel
+from prdarts_jax import bilevel
 from prdarts_jax.bilevel import Batch, Batches, SearchState
+from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.metrics import comparable
 from prdarts_jax.space.spec import Space
@@ -121,13 +122,13 @@ def _close(found, expected, rtol):
 def test_pmap_of_the_step_gives_the_same_numbers():
     """The step is written for one device of an axis, whichever maps it, bit for bit; one device needs none."""
     step, state, drawn, key, progress = _problem()
-    mesh = parallel.make_mesh(jax.devices()[:4])
-    whole, split = PartitionSpec(), PartitionSpec(parallel.AXIS)
-    mapped = jax.jit(parallel.map_over(mesh, step(parallel.AXIS), (whole, split, whole, whole), (whole, whole)))
+    mesh = sharding.make_mesh(jax.devices()[:4])
+    whole, split = PartitionSpec(), PartitionSpec(sharding.AXIS)
+    mapped = jax.jit(sharding.map_over(mesh, step(sharding.AXIS), (whole, split, whole, whole), (whole, whole)))
     shards = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), drawn)
     pmapped = jax.pmap(
-        step(parallel.AXIS),
-        axis_name=parallel.AXIS,
+        step(sharding.AXIS),
+        axis_name=sharding.AXIS,
         in_axes=(None, 0, None, None),
         out_axes=None,
         devices=jax.devices()[:4],
@@ -143,22 +144,22 @@ def test_pmap_of_the_step_gives_the_same_numbers():
 
 def test_gradients_are_means_over_the_devices_not_sums():
     """What the default of jax.shard_map would get wrong by the number of devices."""
-    mesh = parallel.make_mesh(jax.devices()[:4])
+    mesh = sharding.make_mesh(jax.devices()[:4])
     x = jnp.arange(8.0)
 
     def program(w, x):
-        return jax.lax.pmean(jax.grad(lambda w: jnp.mean(w * x))(w), parallel.axis_of(mesh))
+        return jax.lax.pmean(jax.grad(lambda w: jnp.mean(w * x))(w), sharding.axis_of(mesh))
 
-    whole, split = PartitionSpec(), PartitionSpec(parallel.AXIS)
-    found = jax.jit(parallel.map_over(mesh, program, (whole, split), whole))(jnp.float32(1.0), x)
+    whole, split = PartitionSpec(), PartitionSpec(sharding.AXIS)
+    found = jax.jit(sharding.map_over(mesh, program, (whole, split), whole))(jnp.float32(1.0), x)
     assert float(found) == float(jnp.mean(x))
 
 
 def test_choosing_devices():
-    assert parallel.choose_devices("all") == jax.devices()
-    assert parallel.choose_devices("2") == jax.devices()[:2]
+    assert sharding.choose_devices("all") == jax.devices()
+    assert sharding.choose_devices("2") == jax.devices()[:2]
     with pytest.raises(UserError, match=r"run\.devices: 5 is more than there are; allowed: 1\.\.4"):
-        parallel.choose_devices("5")
-    one = parallel.make_mesh(jax.devices()[:1])
-    assert parallel.axis_of(one) is None
-    assert parallel.map_over(one, search_cases.digits, None, None) is search_cases.digits
+        sharding.choose_devices("5")
+    one = sharding.make_mesh(jax.devices()[:1])
+    assert sharding.axis_of(one) is None
+    assert sharding.map_over(one, search_cases.digits, None, None) is search_cases.digits

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from prdarts_jax import config as cfg
 from prdarts_jax import presets
-from prdarts_jax.config import SearchConfig
+from prdarts_jax.config import schema
+from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.errors import UserError
 from prdarts_jax.strategies import registry
 
@@ -92,7 +92,7 @@ DARTS = {
 
 
 def _values(config, paths):
-    return {path: cfg.get(config, path) for path in paths}
+    return {path: schema.get(config, path) for path in paths}
 
 
 def _user_strategy(tmp_path, text):
@@ -107,7 +107,10 @@ def test_paper_is_the_method_as_published():
 
 
 def test_released_differs_from_paper_in_the_marked_rows_only():
-    paper, released = cfg.computed(presets.resolve("paper").config), cfg.computed(presets.resolve("released").config)
+    paper, released = (
+        schema.computed(presets.resolve("paper").config),
+        schema.computed(presets.resolve("released").config),
+    )
     assert {path for path in paper if paper[path] != released[path]} == set(RELEASED)
     assert {path: released[path] for path in RELEASED} == RELEASED
 
@@ -125,9 +128,9 @@ def test_digits_is_never_flipped():
 @pytest.mark.parametrize("strategy", [None, *(row.name for row in registry.rows())])
 def test_every_preset_builds_round_trips_and_names_every_source(name, strategy):
     made = presets.resolve(name, strategy)
-    assert cfg.from_dict(SearchConfig, json.loads(json.dumps(cfg.to_dict(made.config)))) == made.config
+    assert schema.from_dict(SearchConfig, json.loads(json.dumps(schema.to_dict(made.config)))) == made.config
     options = {f"method.options.{option}" for option in made.config.method.options}
-    paths = {path for path, _, _ in cfg.fields(SearchConfig)} - {"method.options"}
+    paths = {path for path, _, _ in schema.fields(SearchConfig)} - {"method.options"}
     assert set(made.sources) == paths | options
     assert set(made.config.method.options) == set(registry.options(made.config.method.strategy))
     assert presets.PRESETS[name].summary
@@ -245,7 +248,7 @@ def test_a_users_factory_of_another_form_is_one_line(tmp_path, text, line):
 
 
 def test_every_row_of_the_registry_is_complete():
-    paths = {path for path, _, _ in cfg.fields(SearchConfig)}
+    paths = {path for path, _, _ in schema.fields(SearchConfig)}
     for row in registry.rows():
         assert row.summary
         assert row.reference

@@ -13,7 +13,7 @@ import pytest
 from jax.test_util import check_grads
 
 from prdarts_jax import regularizers
-from prdarts_jax.config import OPS
+from prdarts_jax.config.search import OPS
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates, activation_probability
 from prdarts_jax.presets import PRESETS

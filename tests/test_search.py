@@ -14,7 +14,8 @@ import search_cases
 from search_cases import EPOCH_STEPS, FLAGS, assert_same, digits, final_state, one_error, outcome, rows, words
 
 import prdarts_jax
-from prdarts_jax import cli, population, presets, search_inputs, userfile
+from prdarts_jax import cli, population, presets, search_inputs
+from prdarts_jax.config import userfile
 from prdarts_jax.errors import UserError
 from prdarts_jax.space.genotype import Genotype
 

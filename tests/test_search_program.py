@@ -11,9 +11,9 @@ import pytest
 import search_cases
 from search_cases import BATCH, EPOCH_STEPS, EPOCHS, FLAGS, IMAGES, TOTAL, digits, final_state, rows, search
 
-from prdarts_jax import config as cfg
 from prdarts_jax import presets, search_inputs, search_program
 from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.config import schema
 from prdarts_jax.data import batches
 from prdarts_jax.data.augment import normalize
 from prdarts_jax.search_program import Images
@@ -232,9 +232,9 @@ def test_a_subset_of_the_images_keeps_the_split():
     config = presets.resolve("digits").config
     weights, arch = search_inputs.halves(config, 1437)
     assert len(weights) == len(arch) == 718 and not set(weights) & set(arch)
-    few = cfg.replace(config, {"data.examples": 101})
+    few = schema.replace(config, {"data.examples": 101})
     small, other = search_inputs.halves(few, 1437)
     np.testing.assert_array_equal(small, weights[:50])
     np.testing.assert_array_equal(other, arch[:50])
-    many = cfg.replace(config, {"data.examples": 5000})
+    many = schema.replace(config, {"data.examples": 5000})
     np.testing.assert_array_equal(search_inputs.halves(many, 1437)[0], weights)

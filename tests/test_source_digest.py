@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from prdarts_jax import runs
-from prdarts_jax.source_digest import source_digest, uncomparable
+from prdarts_jax.config.source_digest import source_digest, uncomparable
 from prdarts_jax.space import Space
 from prdarts_jax.strategies.prdarts import prdarts
 
@@ -95,7 +95,7 @@ PAIRS = {
     "partial": (lambda: functools.partial(prdarts, lambda1=0.1), lambda: functools.partial(prdarts, lambda1=10.0)),
     "closure": (lambda: closure(1), lambda: closure(2)),
     "array": (lambda: closure(jnp.ones(2)), lambda: closure(jnp.zeros(2))),
-    "code": (lambda: (lambda x: x + 1), lambda: (lambda x: x - 1)),
+    "code": (lambda: lambda x: x + 1, lambda: lambda x: x - 1),
     "table": (lambda: {"a": 1, "b": 2}, lambda: {"a": 1, "b": 3}),
     **{name: (functools.partial(make, 0.5), functools.partial(make, 0.75)) for name, make in MAKERS.items()},
     "dtype": (lambda: np.zeros(2, np.float32), lambda: np.zeros(2, np.int32)),
@@ -112,7 +112,7 @@ def test_another_number_is_another_digest_and_the_same_is_the_same(name):
 
 def test_the_digest_is_the_same_in_another_process():
     code = (
-        "import optax; from prdarts_jax.source_digest import source_digest as d; "
+        "import optax; from prdarts_jax.config.source_digest import source_digest as d; "
         "from prdarts_jax.space import Space; from prdarts_jax.strategies.prdarts import prdarts; "
         "print(d(optax.adam(1e-3)), d(prdarts(space=Space(nodes=1), lambda1=0.5)), d({'b', 'a', 'c'}))"
     )

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prdarts_jax import presets, strategies, userfile
+from prdarts_jax import presets, strategies
+from prdarts_jax.config import userfile
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.layers import draw
 from prdarts_jax.space import Space

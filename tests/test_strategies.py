@@ -14,7 +14,7 @@ import pytest
 
 from prdarts_jax import bilevel
 from prdarts_jax.bilevel import Batch, Batches
-from prdarts_jax.config import OPS
+from prdarts_jax.config.search import OPS
 from prdarts_jax.errors import UserError
 from prdarts_jax.space.spec import CELL_TYPES, Space
 from prdarts_jax.strategies import registry

@@ -12,7 +12,7 @@ import oracles
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from prdarts_jax.config import OPS
+from prdarts_jax.config.search import OPS
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.layers import Weight
 from prdarts_jax.space import supernet

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prdarts_jax import cli, presets, sweep
-from prdarts_jax import config as cfg
+from prdarts_jax.config import schema
 from prdarts_jax.errors import UserError
 from prdarts_jax.strategies import registry
 
@@ -24,7 +24,7 @@ def test_what_can_be_swept():
     darts = presets.resolve("digits", "darts").config
     assert tuple(sweep.sweepable(darts)) == NUMBERS
     assert "weights.weight_decay" not in sweep.sweepable(DIGITS, ["weights"])
-    given = cfg.replace(DIGITS, {"arch.transform": "mine.py:adam"})
+    given = schema.replace(DIGITS, {"arch.transform": "mine.py:adam"})
     assert [name for name in sweep.sweepable(given) if name.startswith("arch.")] == []
 
 
@@ -63,8 +63,8 @@ def test_members_are_the_product_and_their_names_are_canonical():
     for member in found:
         assert member.config.run.workdir == f"runs/p/{member.name}"
         for path, value in member.values.items():
-            assert cfg.get(member.config, path) == value
-        base, mine = cfg.computed(DIGITS), cfg.computed(member.config)
+            assert schema.get(member.config, path) == value
+        base, mine = schema.computed(DIGITS), schema.computed(member.config)
         assert {path for path in base if base[path] != mine[path]} <= member.values.keys()
 
 

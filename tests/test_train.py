@@ -20,12 +20,13 @@ from search_cases import one_error, rows, snapshot, standard_promotion
 from train_cases import EPOCH_STEPS, EPOCHS, GENOTYPE, TOTAL, digits, final_state, outcome, train, words
 
 import prdarts_jax
-from prdarts_jax import cli, metrics, parallel, report, train_inputs, train_loop, train_presets, train_program
+from prdarts_jax import cli, metrics, report, train_inputs, train_loop, train_presets, train_program
 from prdarts_jax.bilevel import Batch
+from prdarts_jax.config.train import SgdConfig, TrainConfig
 from prdarts_jax.data.sources import from_arrays, load
+from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.train_config import SgdConfig, TrainConfig
 from prdarts_jax.train_program import Problem, TrainState, Variables
 
 
@@ -182,7 +183,7 @@ def test_every_step_draws_with_keys_of_its_own(monkeypatch):
     monkeypatch.setattr(train_program, "make_step", spying_step)
     monkeypatch.setattr(train_program, "load_images", spying_load)
     problem = _problem(optax.sgd(1.0))
-    program = train_program.make_dispatch(problem, parallel.make_mesh(jax.devices()[:1]))
+    program = train_program.make_dispatch(problem, sharding.make_mesh(jax.devices()[:1]))
     data = train_program.Images(np.zeros((6, 2, 2, 3), np.uint8), np.zeros(6, np.int32))
     progress = {"learning_rate": np.float32(1.0), "drop_path": np.float32(0.25)}
     order, positions = np.zeros((4, 6), np.int32), np.arange(6, dtype=np.int32)
@@ -331,14 +332,14 @@ def test_pmap_of_the_step_has_the_bits_of_shard_map():
     if jax.device_count() < 4:
         pytest.skip(f"{jax.device_count()} devices of 4")
     problem = train_inputs.prepare(train_cases.config(), train_cases.GENOTYPE, data=digits()).problem
-    mesh = parallel.make_mesh(jax.devices()[:4])
+    mesh = sharding.make_mesh(jax.devices()[:4])
     state = train_program.initial_carry(problem, mesh, jax.random.key(0), (8, 8, 1)).state
     rng, size = np.random.default_rng(0), train_cases.BATCH
     images = jnp.asarray(rng.normal(size=(size, 8, 8, 1)), jnp.float32)
     batch = Batch(images, jnp.asarray(rng.integers(0, 10, size), jnp.int32))
     progress = {"learning_rate": np.float32(0.05), "drop_path": np.float32(0.3)}
     step, whole, split = train_program.make_step(problem, "data"), PartitionSpec(), PartitionSpec("data")
-    mapped = jax.jit(parallel.map_over(mesh, step, (whole, split, split, whole, whole), (whole, whole)))
+    mapped = jax.jit(sharding.map_over(mesh, step, (whole, split, split, whole, whole), (whole, whole)))
     axes = (None, 0, 0, None, None)
     pmapped = jax.pmap(step, axis_name="data", in_axes=axes, out_axes=None, devices=jax.devices()[:4])
     each = jax.tree.map(lambda a: a.reshape(4, -1, *a.shape[1:]), (batch, jnp.arange(size)))

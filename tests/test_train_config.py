@@ -11,11 +11,11 @@ import optax
 import pytest
 
 from prdarts_jax import cli, cli_train, schedules, train_inputs, train_presets
-from prdarts_jax import config as cfg
+from prdarts_jax.config import schema
+from prdarts_jax.config.train import NetworkConfig, SgdConfig, TrainConfig
 from prdarts_jax.errors import UserError
 from prdarts_jax.network import DerivedNetwork
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.train_config import NetworkConfig, SgdConfig, TrainConfig
 
 # The recipe, written down a second time.
 CIFAR = {
@@ -75,7 +75,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_what_was_published(name):
     made = train_presets.resolve(name).config
-    assert {path: cfg.get(made, path) for path in RECIPES[name]} == RECIPES[name]
+    assert {path: schema.get(made, path) for path in RECIPES[name]} == RECIPES[name]
     if "imagenet" in name:
         assert made.data.shorter_side == 256
 
@@ -84,7 +84,7 @@ def test_every_preset_is_a_config_that_survives_json():
     assert set(train_presets.PRESETS) == {*RECIPES, "digits", "cifar10-small"}
     for name in train_presets.PRESETS:
         made = train_presets.resolve(name).config
-        assert cfg.from_dict(TrainConfig, json.loads(json.dumps(cfg.to_dict(made)))) == made
+        assert schema.from_dict(TrainConfig, json.loads(json.dumps(schema.to_dict(made)))) == made
     digits = train_presets.resolve("digits").config
     assert (digits.data.source, digits.data.cutout, digits.network.auxiliary) == ("digits", 0, False)
 
@@ -96,7 +96,7 @@ def test_flags_win_and_every_value_has_its_source():
     assert rows["epochs"] == (9, "flag")
     assert rows["network.channels"] == (48, "preset imagenet")
     assert rows["weights.momentum"] == (0.9, "default")
-    assert set(rows) == {path for path, _, _ in cfg.fields(TrainConfig)}
+    assert set(rows) == {path for path, _, _ in schema.fields(TrainConfig)}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_odd_widths_make_a_network(stem, channels):
 
 
 def test_no_clipping_is_written_inf():
-    assert cfg.replace(TrainConfig(), {"weights.clip_norm": "inf"}).weights.clip_norm == math.inf
+    assert schema.replace(TrainConfig(), {"weights.clip_norm": "inf"}).weights.clip_norm == math.inf
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------
@@ -185,13 +185,13 @@ def test_the_linear_rule_scales_the_learning_rate():
 
 
 def test_examples_are_a_seeded_subset_without_repetition():
-    small = cfg.replace(TrainConfig(), {"data.examples": 30})
+    small = schema.replace(TrainConfig(), {"data.examples": 30})
     found = train_inputs.examples(small, 101)
     assert len(set(found.tolist())) == 30 and found.min() >= 0 and found.max() < 101
     assert found.tolist() == train_inputs.examples(small, 101).tolist()
-    assert found.tolist() != train_inputs.examples(cfg.replace(small, {"seed": 1}), 101).tolist()
+    assert found.tolist() != train_inputs.examples(schema.replace(small, {"seed": 1}), 101).tolist()
     for count in (30, 29, 0):
-        whole = cfg.replace(TrainConfig(), {"data.examples": count and 30})
+        whole = schema.replace(TrainConfig(), {"data.examples": count and 30})
         assert train_inputs.examples(whole, count).tolist() == list(range(count))
 
 
@@ -233,14 +233,14 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
 def test_print_config_and_help_name_every_field(capsys):
     assert cli.main(["train", "--preset", "imagenet", "--channels=10", "--print-config", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert set(shown) == {path for path, _, _ in cfg.fields(TrainConfig)}
+    assert set(shown) == {path for path, _, _ in schema.fields(TrainConfig)}
     assert shown["network.channels"] == {"value": 10, "source": "flag"}
     assert shown["run.workdir"]["value"] == "runs/train-imagenet-seed0"
     assert cli.main(["train", "--seeds", "0..2", "--print-config"]) == 0
     assert "runs/train-cifar10 " in capsys.readouterr().out
     assert cli.main(["train", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for path, comment in cfg.comments(TrainConfig).items():
+    for path, comment in schema.comments(TrainConfig).items():
         assert any(comment in line and path.replace("_", "-") in line.replace("_", "-") for line in lines), path
     assert any("data.cutout" in line and "(default: 16)" in line for line in lines)
     for name in train_presets.PRESETS:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from prdarts_jax import userfile
+from prdarts_jax.config import userfile
 from prdarts_jax.errors import UserError
 
 

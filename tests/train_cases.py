@@ -13,13 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from prdarts_jax import config as cfg
 from prdarts_jax import metrics, report, train_inputs, train_loop, train_presets, train_program
 from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.config import schema
+from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.sources import Dataset, from_arrays, load
 from prdarts_jax.digests import host_leaves
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.train_config import TrainConfig
 from prdarts_jax.train_loop import TrainResult
 from prdarts_jax.train_program import Carry
 
@@ -95,7 +95,7 @@ def train(workdir: Path, *, given: Mapping[str, Any] | None = None, **flags: Any
 
 def final_state(workdir: Path) -> Carry:
     """The newest checkpoint, restored and verified."""
-    config_ = cfg.from_dict(TrainConfig, json.loads((workdir / "config.json").read_text())["config"])
+    config_ = schema.from_dict(TrainConfig, json.loads((workdir / "config.json").read_text())["config"])
     inputs = train_inputs.prepare(config_, GENOTYPE, data=digits())
     image = digits().train_images.shape[1:]
     target = train_program.abstract_carry(inputs.problem, inputs.mesh, jax.random.key(0), image)
@@ -127,7 +127,7 @@ def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
         if given.get("weight_tx") is not None or config.weights.transform or config.network.primitives:
             return prepare(config, genotype, **given)
         free = ("seed", "epochs", "evaluate_every", "weights.schedule", "weights.warmup_epochs")
-        computed = {k: v for k, v in cfg.computed(config).items() if k not in free}
+        computed = {k: v for k, v in schema.computed(config).items() if k not in free}
         data = given.get("data")
         key = json.dumps([computed, config.run.devices, str(genotype), data.digest if data else None])
         if key not in known:

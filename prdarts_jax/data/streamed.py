@@ -16,8 +16,8 @@ from prdarts_jax.data.sources import IMAGENET, Dataset, load, published
 from prdarts_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from prdarts_jax.config.train import TrainDataConfig
     from prdarts_jax.data.records import ArrayRecords, FileRecords, PreparedRecords, Records
-    from prdarts_jax.train_config import TrainDataConfig
 
 STATISTICS_IMAGES = 1024  # training images that mean and deviation are measured on, where nothing is published
 _STATISTICS_SEED = 1024

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prdarts_jax.config import OPS, SpaceConfig
+from prdarts_jax.config.search import OPS, SpaceConfig
 from prdarts_jax.errors import UserError, unknown
 from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prdarts_jax import gates as gating
-from prdarts_jax.config import require
+from prdarts_jax.config.schema import require
 from prdarts_jax.gates import Gates
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space

@@ -16,7 +16,7 @@ import numpy as np
 
 from prdarts_jax import gates as gating
 from prdarts_jax import regularizers
-from prdarts_jax.config import require
+from prdarts_jax.config.schema import require
 from prdarts_jax.errors import unknown
 from prdarts_jax.gates import Gates
 from prdarts_jax.space.genotype import Genotype

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prdarts_jax import userfile
-from prdarts_jax.config import convert_scalar
+from prdarts_jax.config import userfile
+from prdarts_jax.config.schema import convert_scalar
 from prdarts_jax.errors import UserError, unknown
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prdarts_jax.config import DTYPES, DataConfig, RunConfig, check_seed, finite, minimum, require
+from prdarts_jax.config.schema import check_seed, finite, minimum, require
+from prdarts_jax.config.search import DTYPES, DataConfig, RunConfig
 from prdarts_jax.errors import unknown
 from prdarts_jax.schedules import KINK
 

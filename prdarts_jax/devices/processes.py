@@ -17,8 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from prdarts_jax import config as cfg
 from prdarts_jax.checkpoint import Checkpointer, Restored
+from prdarts_jax.config import schema
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.ops import native
 
@@ -140,7 +140,7 @@ def same(config: Any, computed: Mapping[str, Any], document: Mapping[str, Any]) 
     """
     if jax.process_count() == 1:
         return
-    flat = {path: cfg.get(config, path) for path, _, _ in cfg.fields(type(config)) if path.startswith("run.")}
+    flat = {path: schema.get(config, path) for path, _, _ in schema.fields(type(config)) if path.startswith("run.")}
     kept = {path: value for path, value in flat.items() if path not in _OWN_BUSINESS}
     versions = {f"version of {name}": value for name, value in document["versions"].items()}
     everyone = [json.loads(text) for text in share(json.dumps({**computed, **kept, **versions, **_program(document)}))]

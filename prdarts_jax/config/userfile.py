@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from prdarts_jax.errors import UserError
 
 T = TypeVar("T")
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 class UserObject(NamedTuple):
@@ -177,3 +177,18 @@ def _said(error: Exception) -> str:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     # The errors of jax about traced values are pages long; they begin with what is wrong.
     return textwrap.shorten(f"{type(error).__name__}: {text}", 300, placeholder=" ...")
+
+
+def user_primitives(file: str, field: str, digests: dict[str, str]) -> Mapping[str, Any] | None:
+    """PRIMITIVES of a user's file, or None without a file.
+
+    Raises:
+      UserError: no such dict in it.
+    """
+    if not file:
+        return None
+    module = load_module(file, field)
+    found, digests[field] = getattr(module.value, "PRIMITIVES", None), module.digest
+    if not isinstance(found, Mapping):
+        raise UserError(f"{field}: {file!r} has no dict PRIMITIVES; allowed: name -> Primitive")
+    return found

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prdarts_jax.errors import UserError
@@ -108,3 +109,14 @@ def describe(mesh: Mesh) -> list[str]:
         number = seen[d.process_index] = seen.get(d.process_index, -1) + 1
         lines.append(f"process {d.process_index}, {d.platform}:{number} ({d.device_kind})")
     return lines
+
+
+def mean_over(axis_name: str | None, tree: Any) -> Any:
+    """The mean of a tree over a mapped axis; None on one device, where there is nothing to do."""
+    return tree if axis_name is None else lax.pmean(tree, axis_name)
+
+
+def on_mesh(mesh: Mesh, shapes: Any) -> Any:
+    """Abstract arrays with the sharding of a replicated tree: what a checkpoint is restored into."""
+    sharding = NamedSharding(mesh, REPLICATED)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)

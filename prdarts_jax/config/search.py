@@ -1,0 +1,190 @@
+"""What a search computes and how it is run, as frozen dataclasses with their checks.
+
+`SearchConfig` holds two kinds of fields. Everything but `run` says *what is computed*: it is compared on resume and a
+difference is refused. `run` says *how* (paths, devices, intervals, logging) and may change between starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prdarts_jax.config.schema import check_seed, finite, minimum, require
+from prdarts_jax.errors import UserError, unknown
+
+OPS = (
+    "none",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class SpaceConfig:
+    """The search space (Zhou et al. 2020, section 4; the eight operations are those of DARTS)."""
+
+    cells: int = 8  # cells in the search network; reductions at cells//3 and 2*cells//3
+    channels: int = 16  # C of the first cells
+    nodes: int = 4  # intermediate nodes of a cell
+    ops: tuple[str, ...] = OPS  # names in the order of the columns of beta
+    edge_ops: tuple[tuple[tuple[str, ...], ...], ...] = ()  # (normal, reduce) x edge -> names allowed there; () = all
+    head_norm: bool = True  # affine BN and ReLU before the pooling
+    pool_norm: bool = True  # BN without affine after the pooling operations
+    primitives: str = ""  # FILE.py with PRIMITIVES = {name: Primitive(...)} of the user
+
+    def __post_init__(self) -> None:
+        minimum(self, "space.", cells=3, channels=1, nodes=1)
+        require(len(self.ops) >= 1, "space.ops", self.ops, "at least one operation")
+        require(len(set(self.ops)) == len(self.ops), "space.ops", ",".join(self.ops), "each operation once")
+        require(set(self.ops) != {"none"}, "space.ops", "none", "at least one operation besides none")
+        if not self.primitives:
+            for name in self.ops:
+                if name not in OPS:
+                    raise unknown("space.ops", name, OPS)
+        if self.edge_ops:
+            edges = sum(2 + n for n in range(self.nodes))
+            require(len(self.edge_ops) == 2, "space.edge_ops", len(self.edge_ops), "a list for normal and for reduce")
+            for kind, lists in zip(("normal", "reduce"), self.edge_ops, strict=True):
+                path = f"space.edge_ops.{kind}"
+                require(len(lists) == edges, path, len(lists), f"{edges} lists, one an edge")
+                for edge, names in enumerate(lists):
+                    require(len(names) > 0, f"{path}[{edge}]", names, "at least one operation an edge")
+                    for name in names:
+                        if name not in self.ops:
+                            raise unknown(f"{path}[{edge}]", name, self.ops)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The search method: a row of the registry, or `path.py:factory`, and the factory's keyword arguments."""
+
+    strategy: str = "prdarts"  # a name of `prdarts strategies` | path.py:factory
+    options: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of the strategy's factory
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """SGD for the weights: clip by global norm -> coupled weight decay -> momentum -> learning rate."""
+
+    learning_rate: float = 0.025  # at epoch 0
+    learning_rate_min: float = 0.001  # the cosine's other end
+    momentum: float = 0.9  # decay of the velocity
+    nesterov: bool = True  # the look-ahead form of momentum
+    weight_decay: float = 5e-4  # coupled L2 on every weight, BN and biases included
+    clip_norm: float = 5.0  # global norm of the gradient of the weights; inf = no clipping
+    transform: str = ""  # path.py:factory(config) -> an optax transformation in place of all of the above
+
+    def __post_init__(self) -> None:
+        finite(self, "weights.", but=("clip_norm",))
+        minimum(self, "weights.", learning_rate=0, learning_rate_min=0, weight_decay=0)
+        require(0 <= self.momentum < 1, "weights.momentum", self.momentum, "in [0, 1)")
+        require(self.clip_norm > 0, "weights.clip_norm", self.clip_norm, "> 0 (inf = no clipping)")
+
+
+@dataclass(frozen=True)
+class ArchConfig:
+    """Adam for the architecture parameters, with coupled weight decay."""
+
+    learning_rate: float = 3e-4  # constant
+    beta1: float = 0.5  # decay of the first moment
+    beta2: float = 0.999  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 1e-3  # coupled L2
+    transform: str = ""  # path.py:factory(config) -> an optax transformation in place of all of the above
+
+    def __post_init__(self) -> None:
+        finite(self, "arch.")
+        minimum(self, "arch.", learning_rate=0, beta1=0, beta2=0, weight_decay=0)
+        require(self.beta1 < 1, "arch.beta1", self.beta1, "in [0, 1)")
+        require(self.beta2 < 1, "arch.beta2", self.beta2, "in [0, 1)")
+        require(self.eps > 0, "arch.eps", self.eps, "> 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data and its augmentation. Where it lies (`run.data_dir`) is not part of what is computed."""
+
+    source: str = "tfds:cifar10"  # digits | tfds:NAME | npz:FILE | folder:DIR
+    examples: int = 0  # use at most so many training images, a seeded random subset; 0 = all
+    crop_padding: int = 4  # random crop after zero padding by so many pixels; 0 = none
+    flip: bool = True  # random horizontal flip
+    cutout: int = 0  # side of the square set to zero after normalisation; 0 = none
+
+    def __post_init__(self) -> None:
+        kind, _, rest = self.source.partition(":")
+        kinds = ("digits", "tfds", "npz", "folder")
+        if kind not in kinds or (kind == "digits") != (rest == ""):
+            raise UserError(
+                f"data.source: {self.source!r} is not a source; allowed: digits | tfds:NAME | npz:FILE | folder:DIR"
+            )
+        require(self.examples == 0 or self.examples >= 2, "data.examples", self.examples, "0 (all) | >= 2")
+        minimum(self, "data.", crop_padding=0, cutout=0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How it is run: not part of what is computed, free to change between a start and its resumption."""
+
+    workdir: str = ""  # default: runs/<command>-<preset>-seed<N>
+    data_dir: str = ""  # TFDS data_dir; default: the environment's TFDS_DATA_DIR
+    devices: str = "all"  # N | all
+    checkpoint_every: int = 1  # epochs between checkpoints
+    checkpoint_minutes: float = 10.0  # and at the latest after so many minutes
+    steps_per_dispatch: int = 10  # steps in one call of the compiled program
+    time_limit: float = 0.0  # minutes after which the run stops with a checkpoint; 0 = none
+    overwrite: bool = False  # start again in a workdir that holds another run
+    progress: str = "auto"  # auto | bar | lines | off
+    tensorboard: bool = False  # mirror the metrics to WORKDIR/tensorboard
+    log_every: int = 10  # steps between `step` rows in metrics.jsonl
+
+    def __post_init__(self) -> None:
+        if self.devices != "all":
+            require(self.devices.isdecimal() and int(self.devices) > 0, "run.devices", self.devices, ">= 1 | all")
+        finite(self, "run.")
+        minimum(self, "run.", checkpoint_every=1, checkpoint_minutes=0, steps_per_dispatch=1, time_limit=0, log_every=1)
+        if self.progress not in ("auto", "bar", "lines", "off"):
+            raise unknown("run.progress", self.progress, ("auto", "bar", "lines", "off"))
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """A search. Defaults are the preset `paper`: PR-DARTS on CIFAR-10 as published.
+
+    >>> SearchConfig().space.cells
+    8
+    >>> SearchConfig(epochs=0)
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.UserError: epochs: 0 is not possible; allowed: >= 1
+    """
+
+    space: SpaceConfig = SpaceConfig()
+    method: MethodConfig = field(default_factory=MethodConfig)
+    weights: WeightsConfig = WeightsConfig()
+    arch: ArchConfig = ArchConfig()
+    data: DataConfig = DataConfig()
+    run: RunConfig = RunConfig()
+    epochs: int = 200  # over which tau and the learning rate go to their ends
+    batch_size: int = 128  # global, of each of the two halves
+    seed: int = 0  # of every random number: initialisation, split, batches, augmentation, gates
+    dtype: str = "float32"  # of activations; parameters, BN statistics and architecture parameters stay float32
+    local_batch_norm: bool = False  # BN statistics of each device's part of the batch, not of the whole batch
+    evaluate_every: int = 0  # epochs between full evaluations with the expected gates; 0 = never
+
+    def __post_init__(self) -> None:
+        minimum(self, "", epochs=1, batch_size=1, evaluate_every=0)
+        check_seed(self.seed)
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        if self.run.devices != "all":
+            devices = int(self.run.devices)
+            require(self.batch_size % devices == 0, "batch_size", self.batch_size, f"a multiple of {devices} (devices)")

@@ -1,0 +1,1 @@
+"""Devices, meshes, and the several processes of one run."""
