@@ -158,7 +158,7 @@ def step_correctness(given: Mapping[str, Any]) -> Iterator[Row]:
     import numpy as np
 
     from benchmarks.ours import search_parts
-    from prdarts_jax import bilevel
+    from prdarts_jax.ops.losses import cross_entropy
     from prdarts_jax.space import supernet
 
     case = SearchCase(**given["case"])
@@ -174,7 +174,7 @@ def step_correctness(given: Mapping[str, Any]) -> Iterator[Row]:
         def loss(weights: Any, arch: Any) -> Any:
             numbers = strategy.schedule(0, 2) | {"tau": case.tau}
             gates = strategy.sample(key, arch, {name: jnp.float32(value) for name, value in numbers.items()})
-            return bilevel.cross_entropy(supernet.apply(weights, gates, images, space=space)[0], labels)
+            return cross_entropy(supernet.apply(weights, gates, images, space=space)[0], labels)
 
         return jax.value_and_grad(loss, (0, 1))(weights, arch)
 

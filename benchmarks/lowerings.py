@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prdarts_jax.ops import depthwise, native
+from prdarts_jax.ops import depthwise, kernels
 from prdarts_jax.ops.depthwise import Window, wide_dtype
 
 LIBRARY = "library"  # what the library chooses for the platform
@@ -85,15 +85,15 @@ def using(name: str) -> Iterator[None]:
         "_backward_kernel": partial(jax.jit, static_argnums=(2,))(backward_kernel),
     }
     kept = {attribute: getattr(depthwise, attribute) for attribute in replaced}
-    kernels = native.kernels
+    available = kernels.kernels
     jax.clear_caches()  # traces of the other choice
-    native.kernels = lambda: native.Kernels(False, name)  # type: ignore[assignment]
+    kernels.kernels = lambda: kernels.Kernels(False, name)  # type: ignore[assignment]
     for attribute, function in replaced.items():
         setattr(depthwise, attribute, function)
     try:
         yield
     finally:
-        native.kernels = kernels
+        kernels.kernels = available
         for attribute, function in kept.items():
             setattr(depthwise, attribute, function)
         jax.clear_caches()

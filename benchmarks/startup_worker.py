@@ -27,11 +27,11 @@ def main() -> None:
 
     from prdarts_jax import search_inputs, search_loop, search_program, train_inputs, train_loop, train_program
     from prdarts_jax.devices import sharding
-    from prdarts_jax.ops import native
+    from prdarts_jax.ops import kernels
 
     del search_loop, train_loop  # what a run imports, too
     lap("import_s")
-    native.kernels()
+    kernels.kernels()
     lap("kernels_s")
 
     from prdarts_jax.data.sources import from_arrays

@@ -22,6 +22,7 @@ import optax
 from prdarts_jax.config.search import ArchConfig, WeightsConfig
 from prdarts_jax.devices.sharding import mean_over
 from prdarts_jax.gates import Gates
+from prdarts_jax.ops.losses import accuracy, cross_entropy
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies.base import Arch, Progress, Strategy
@@ -101,16 +102,6 @@ def init_state(
     weight_key, arch_key = jax.random.split(key)
     weights, arch = supernet.init(weight_key, space), strategy.init(arch_key)
     return SearchState(jnp.zeros((), jnp.int32), weights, arch, weight_tx.init(weights), arch_tx.init(arch))
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of float32[B,classes] and int32[B], in nats."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-
-def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Share of correct top-1 predictions, float32 scalar."""
-    return jnp.mean((jnp.argmax(logits, axis=1) == labels).astype(jnp.float32))
 
 
 def set_learning_rate(opt_state: Any, rate: Any) -> Any:

@@ -20,8 +20,8 @@ from flax import traverse_util
 from prdarts_jax.errors import UserError, unknown
 from prdarts_jax.network import DerivedNetwork
 from prdarts_jax.network_plan import STEMS, CellPlan, NetworkPlan
+from prdarts_jax.ops.batch_norm import BN_EPS
 from prdarts_jax.ops.layers import Weight
-from prdarts_jax.ops.moments import BN_EPS
 from prdarts_jax.space.genotype import CELL_INPUTS, Genotype
 
 _WRAPPERS = ("net", "state_dict")  # keys under which the programs save a state_dict beside the epoch and the optimizer

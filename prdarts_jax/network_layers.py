@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from prdarts_jax.ops.batch_norm import BN_EPS, Moments, batch_norm_moments, per_channel
 from prdarts_jax.ops.depthwise import depthwise_conv_reference, wide_dtype
-from prdarts_jax.ops.layers import Moments, Weight, batch_norm_moments, conv, factorized_reduce, linear, pointwise
-from prdarts_jax.ops.leaves import Leaves, composed_pointwise, composed_separable
-from prdarts_jax.ops.moments import BN_EPS, per_channel
+from prdarts_jax.ops.layer_set import Leaves, composed_pointwise, composed_separable
+from prdarts_jax.ops.layers import Weight, conv, factorized_reduce, linear, pointwise
 from prdarts_jax.ops.primitives import Params, Primitive
 
 BN_MOMENTUM = 0.1  # torch's: the weight of the new statistic
@@ -233,6 +233,7 @@ def _linear(params: Params, x: jax.Array) -> jax.Array:
 
 
 # --- batch normalisation ----------------------------------------------------------------------------------------------
+
 
 def batch_norm(
     x: jax.Array,

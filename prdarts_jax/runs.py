@@ -25,7 +25,7 @@ from prdarts_jax.config.source_digest import source_digest, uncomparable
 from prdarts_jax.data.streamed import AnyDataset
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import RunError, UserError, warn
-from prdarts_jax.ops import native
+from prdarts_jax.ops import kernels
 from prdarts_jax.workdir import WorkdirLock, atomic_write_text
 
 _PACKAGES = ("prdarts-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -254,7 +254,7 @@ def document(
         "platform": {
             "backend": jax.default_backend(),
             "cores": _cores(),
-            "cpu_kernels": native.kernels().description,
+            "cpu_kernels": kernels.kernels().description,
             "devices": mesh.size,
             "processes": jax.process_count(),
             # On CPU other collectives are used then, of one process as of many: their sums have another order.
@@ -267,7 +267,7 @@ def document(
 def warn_without_kernels(why: str) -> None:
     """One line, once, where a computer could have the CPU kernels and has not."""
     if not why.startswith(("native ", "off ")) and why != "no CPU":
-        warn(f"no CPU kernels ({why}): steps take twice as long or more; {native.SWITCH}=off says no more of it")
+        warn(f"no CPU kernels ({why}): steps take twice as long or more; {kernels.SWITCH}=off says no more of it")
 
 
 def compared(document: Mapping[str, Any], kind: type, files: Iterable[str]) -> dict[str, Any]:

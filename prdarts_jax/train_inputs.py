@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import bilevel, runs, trial
+from prdarts_jax import bilevel, runs
 from prdarts_jax.config import userfile
 from prdarts_jax.config.search import WeightsConfig
 from prdarts_jax.config.train import SCALE_BATCH, TrainConfig
@@ -24,6 +24,7 @@ from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.network import DerivedNetwork
 from prdarts_jax.network_plan import check_auxiliary
+from prdarts_jax.ops.check import primitives
 from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES
@@ -81,7 +82,7 @@ def prepare(
     normalization = (dataset.mean, dataset.std)
     problem = make_problem(config, found, dataset.num_classes, normalization, digests, weight_tx=weight_tx, table=table)
     problem.network.plan(channels)  # a genotype whose cell has no output is refused here
-    trial.primitives(
+    primitives(
         {name: one for name, one in table.items() if one is not PRIMITIVES.get(name)},
         _uses(found),
         channels=2 * config.network.channels,

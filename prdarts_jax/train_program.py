@@ -16,13 +16,14 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax.bilevel import Batch, accuracy, set_learning_rate
+from prdarts_jax.bilevel import Batch, set_learning_rate
 from prdarts_jax.config.search import DataConfig
 from prdarts_jax.data.augment import normalize
 from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import mean_over, on_mesh
 from prdarts_jax.dispatch import Images, Sums, load_images, run_steps
 from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.ops.losses import accuracy, smoothed_cross_entropy
 
 Progress = dict[str, Any]  # name -> float32[]: learning_rate, drop_path
 _AUGMENT, _DROP_PATH = range(2)  # purposes of a step's keys
@@ -69,23 +70,6 @@ class Problem(NamedTuple):
     label_smoothing: float
     ema: float  # decay; 0 = none
     local_batch_norm: bool = False
-
-
-def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """Mean cross-entropy, in nats, against the targets (1 - s) one-hot + s / K.
-
-    Args:
-      logits: float32[B,K].
-      labels: int32[B].
-      smoothing: s in [0,1).
-
-    Source: Szegedy et al., "Rethinking the Inception Architecture" (CVPR 2016), section 7.
-
-    >>> round(float(smoothed_cross_entropy(jnp.zeros((1, 4)), jnp.zeros(1, jnp.int32), 0.1)), 4)  # ln 4
-    1.3863
-    """
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype), smoothing)
-    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
 
 
 def average(old: Any, new: Any, decay: float) -> Any:

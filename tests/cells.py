@@ -12,7 +12,8 @@ import oracles
 
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.layers import draw
-from prdarts_jax.space.cell import declare_edges, mixed_nodes, mixed_nodes_reference
+from prdarts_jax.space.cell import declare_edges, mixed_nodes
+from prdarts_jax.space.cell_reference import mixed_nodes_reference
 from prdarts_jax.space.spec import Space
 
 CHANNELS = 4

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from prdarts_jax.ops import native
+from prdarts_jax.ops import kernels
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
 
@@ -32,7 +32,7 @@ def require_torch() -> Any:
 
 def require_kernels() -> None:
     """The CPU kernels; absent: skip with the reason, but fail where CI=true, whose machines have a compiler."""
-    found = native.kernels()
+    found = kernels.kernels()
     if not found.loaded:
         (pytest.fail if os.environ.get("CI", "").lower() == "true" else pytest.skip)(f"no CPU kernels: {found[1]}")
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prdarts_jax.space.branching import _loops, _switch, run_branch
+from prdarts_jax.ops.lowering import _loops, _switch, run_branch
 
 BRANCHES = (lambda s, x: s * x, None, lambda s, x: s + jnp.sin(x))
 STATE, OPERAND = 3.0, 2.0

@@ -15,7 +15,8 @@ import pytest
 from cells import ALL_OPS, SPACES, cell_data, dense_reference, random_slots, sparse
 
 from prdarts_jax.gates import Gates
-from prdarts_jax.space.cell import mixed_nodes, mixed_nodes_reference
+from prdarts_jax.space.cell import mixed_nodes
+from prdarts_jax.space.cell_reference import mixed_nodes_reference
 from prdarts_jax.space.spec import CELL_TYPES, Space
 
 

@@ -14,8 +14,8 @@ from cells import ALL_OPS, CHANNELS, SPACES, cell_data, dense_reference, random_
 from prdarts_jax.config.search import OPS
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
+from prdarts_jax.ops.layer_set import Leaves
 from prdarts_jax.ops.layers import draw
-from prdarts_jax.ops.leaves import Leaves
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
 from prdarts_jax.ops.separable import Unit
 from prdarts_jax.space.cell import declare_edges, mixed_nodes

@@ -11,7 +11,7 @@ import numpy as np
 import oracles
 import pytest
 
-from prdarts_jax.ops import layers
+from prdarts_jax.ops import batch_norm, layers, pools
 from prdarts_jax.ops.depthwise import depthwise_conv
 
 STRIDES = pytest.mark.parametrize("stride", [1, 2])
@@ -83,7 +83,7 @@ def test_batch_norm() -> None:
     layer = nn.BatchNorm(use_running_average=False, epsilon=1e-5, use_bias=False, use_scale=False)
     stats = {"batch_stats": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}
     _assert_same(
-        layers.batch_norm,
+        batch_norm.batch_norm,
         lambda x: layer.apply(stats, x, mutable=["batch_stats"])[0],
         2.0 + 3.0 * _normal(0, (4, 5, 4, 3)),
     )
@@ -93,9 +93,9 @@ def test_batch_norm() -> None:
 def test_pooling(stride: int) -> None:
     geometry = {"window_shape": (3, 3), "strides": (stride, stride), "padding": ((1, 1), (1, 1))}
     x = _normal(0, (2, 7, 6, 3))
-    _assert_same(lambda x: layers.max_pool(x, stride), lambda x: nn.max_pool(x, **geometry), x)
+    _assert_same(lambda x: pools.max_pool(x, stride), lambda x: nn.max_pool(x, **geometry), x)
     theirs = lambda x: nn.avg_pool(x, **geometry, count_include_pad=False)  # noqa: E731
-    _assert_same(lambda x: layers.avg_pool(x, stride), theirs, x)
+    _assert_same(lambda x: pools.avg_pool(x, stride), theirs, x)
 
 
 def test_linear() -> None:

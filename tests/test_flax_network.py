@@ -13,8 +13,8 @@ import oracles
 import pytest
 
 from prdarts_jax.gates import Gates
+from prdarts_jax.ops.layer_set import fast_leaves
 from prdarts_jax.ops.layers import draw
-from prdarts_jax.ops.leaves import fast_leaves
 from prdarts_jax.ops.primitives import PRIMITIVES
 from prdarts_jax.space import supernet
 from prdarts_jax.space.cell import declare_edges, mixed_nodes

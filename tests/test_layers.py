@@ -12,8 +12,8 @@ import oracles
 import pytest
 from jax.test_util import check_grads
 
-from prdarts_jax.ops import layers
-from prdarts_jax.ops import leaves as leaf_sets
+from prdarts_jax.ops import batch_norm, layers, pools
+from prdarts_jax.ops import layer_set as leaf_sets
 from prdarts_jax.ops.layers import Weight, draw
 
 
@@ -48,7 +48,7 @@ def test_pooling_by_loops(stride: int, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_max_pool_sends_the_whole_cotangent_to_the_first_maximum(stride: int) -> None:
     x = np.random.default_rng(1).integers(0, 2, (2, 7, 6, 2)).astype(np.float32)
-    y, pull = jax.vjp(lambda x: layers.max_pool(x, stride), jnp.asarray(x))
+    y, pull = jax.vjp(lambda x: pools.max_pool(x, stride), jnp.asarray(x))
     ct = _normal(2, y.shape)
     expected = np.zeros(x.shape)
     for (i, j), window, (top, left) in _windows(x, stride):
@@ -63,7 +63,7 @@ def test_batch_norm_is_its_definition() -> None:
     x = 3.0 + 2.0 * _normal(3, (4, 5, 3, 2))
     wide = x.astype(np.float64)
     expected = (wide - wide.mean((0, 1, 2))) / np.sqrt(wide.var((0, 1, 2)) + 1e-5)
-    np.testing.assert_allclose(layers.batch_norm(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(batch_norm.batch_norm(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_batch_norm_of_large_means_does_not_cancel() -> None:
@@ -71,7 +71,7 @@ def test_batch_norm_of_large_means_does_not_cancel() -> None:
     x = 4096.0 + _normal(4, (8, 6, 6, 1))
     wide = x.astype(np.float64)
     expected = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-5)
-    np.testing.assert_allclose(layers.batch_norm(jnp.asarray(x)), expected, atol=1e-2)
+    np.testing.assert_allclose(batch_norm.batch_norm(jnp.asarray(x)), expected, atol=1e-2)
 
 
 def test_rules_to_second_order() -> None:
@@ -81,7 +81,7 @@ def test_rules_to_second_order() -> None:
         small = ct[:, :3, :2]
         fast, plain = leaf_sets.fast_leaves(), leaf_sets.reference_leaves()
         pairs: list[tuple[Any, Any, jax.Array]] = [
-            (layers.batch_norm, layers.batch_norm_reference, ct),
+            (batch_norm.batch_norm, batch_norm.batch_norm_reference, ct),
             (lambda x: fast.max_pool(x, 1), lambda x: plain.max_pool(x, 1), ct),
             (lambda x: fast.max_pool(x, 2), lambda x: plain.max_pool(x, 2), small),
             (lambda x: fast.avg_pool(x, 2), lambda x: plain.avg_pool(x, 2), small),
@@ -99,7 +99,7 @@ def test_rules_to_second_order() -> None:
         for ours, theirs in both(x):
             for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
-        check_grads(jax.jit(lambda x: jnp.sum(layers.batch_norm(x) ** 3)), (x,), order=1, modes=["rev"])
+        check_grads(jax.jit(lambda x: jnp.sum(batch_norm.batch_norm(x) ** 3)), (x,), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize("leaves", [leaf_sets.fast_leaves, leaf_sets.reference_leaves])
@@ -116,7 +116,7 @@ def test_batch_norm_over_a_mapped_axis_is_that_of_the_whole_batch(leaves: Any) -
             parts = (a.reshape(4, 2, 3, 2, 2) for a in (x, ct))
             device = partial(gradient, lambda x: leaves("data").norm("", x))
             split = jax.vmap(device, axis_name="data")(*parts)
-            return [a.reshape(x.shape) for a in split], gradient(layers.batch_norm_reference, x, ct)
+            return [a.reshape(x.shape) for a in split], gradient(batch_norm.batch_norm_reference, x, ct)
 
         ours, whole = run(x, ct)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):

@@ -20,7 +20,7 @@ from prdarts_jax.config import schema
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.devices import sharding
-from prdarts_jax.ops.layers import batch_norm
+from prdarts_jax.ops.batch_norm import batch_norm
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import registry
 

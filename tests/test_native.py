@@ -18,11 +18,11 @@ import oracles
 import pytest
 
 from prdarts_jax import runs
-from prdarts_jax.ops import native
+from prdarts_jax.ops import kernels
+from prdarts_jax.ops.batch_norm import backward_means, batch_moments, batch_norm_reference, inner
 from prdarts_jax.ops.depthwise import depthwise_conv_reference
-from prdarts_jax.ops.layers import batch_norm_reference, pointwise
-from prdarts_jax.ops.leaves import reference_leaves
-from prdarts_jax.ops.moments import backward_means, batch_moments, inner
+from prdarts_jax.ops.layer_set import reference_leaves
+from prdarts_jax.ops.layers import pointwise
 from prdarts_jax.ops.separable import Affine, Unit, pointwise_unit, separable_units
 
 # (kernel, stride, dilation, height, width, channels in, out, batch): every compiled geometry; channels that fill
@@ -219,7 +219,7 @@ def test_without_kernels_the_values_are_the_same_to_rounding(tmp_path: Path) -> 
         "no C++ compiler": {"CXX": str(tmp_path / "absent"), "XDG_CACHE_HOME": str(tmp_path)},
         "the C++ compiler failed: ['no such thing']": {"CXX": str(failing), "XDG_CACHE_HOME": str(tmp_path)},
     }
-    expected = _on_one_thread()[3] if native.kernels().loaded else None
+    expected = _on_one_thread()[3] if kernels.kernels().loaded else None
     settings = [{"PRDARTS_CPU_KERNELS": "auto", **environment} for environment in cases.values()]
     for reason, (loaded, description, _, total) in zip(cases, _elsewhere(*settings), strict=True):
         assert (loaded, description) == (False, reason)
@@ -238,7 +238,7 @@ def test_a_command_says_once_that_there_are_none(capsys: pytest.CaptureFixture[s
 
 def test_a_damaged_file_is_compiled_again(tmp_path: Path) -> None:
     oracles.require_kernels()
-    kept = tmp_path / "prdarts_jax" / "kernels" / f"{native.kernels().description.split()[1]}.so"
+    kept = tmp_path / "prdarts_jax" / "kernels" / f"{kernels.kernels().description.split()[1]}.so"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"not a library")
     assert _elsewhere(XDG_CACHE_HOME=str(tmp_path))[0] is True
@@ -252,7 +252,7 @@ def test_other_kernels_are_a_reason_for_other_last_bits() -> None:
 
 @pytest.mark.parametrize("window", [(3, 5, 1, 1), (9, 9, 1, 1), (3, 3, 3, 1), (7, 7, 1, 2), (1, 1, 2, 1)])
 def test_other_geometries_are_left_to_xla(window: tuple[int, int, int, int]) -> None:
-    assert not native.compiled(*window)
+    assert not kernels.compiled(*window)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["kernels", "composed"])

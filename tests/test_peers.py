@@ -13,9 +13,12 @@ from oracles import quick_jit
 
 from benchmarks import ours
 from benchmarks.cases import FEW, SearchCase
-from prdarts_jax import bilevel, network
+from prdarts_jax import bilevel
 from prdarts_jax.gates import Gates
 from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.ops import drop_path
+from prdarts_jax.ops.drop_path import drop_path_draws
+from prdarts_jax.ops.losses import cross_entropy
 from prdarts_jax.space import Space, supernet
 from prdarts_jax.space.genotype import Genotype
 
@@ -79,7 +82,7 @@ def test_search_network_has_our_logits_and_gradients_for_the_same_gates() -> Non
         def loss(weights: Any, values: Any) -> jax.Array:
             gates = Gates(values, jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), executed))
             logits, _ = supernet.apply(weights, gates, jnp.asarray(images), space=space)
-            return bilevel.cross_entropy(logits, jnp.asarray(labels))
+            return cross_entropy(logits, jnp.asarray(labels))
 
         value, (d_weights, d_values) = quick_jit(jax.value_and_grad(loss, (0, 1)))(weights, values)
     leaves = {k: torch.from_numpy(v.copy()).requires_grad_() for k, v in values.items()}
@@ -208,7 +211,7 @@ def test_derived_network_has_our_outputs_with_drop_path(monkeypatch: pytest.Monk
         rate, key = 0.5, jax.random.key(5)
 
         caught: list[jax.Array] = []
-        real = network.drop_path_draws
+        real = drop_path_draws
 
         def catching(*args: Any) -> jax.Array:
             caught.append(real(*args))
@@ -220,7 +223,7 @@ def test_derived_network_has_our_outputs_with_drop_path(monkeypatch: pytest.Monk
             out = net.apply(variables, images, train=True, drop_path=rate, rngs=rngs, mutable=["batch_stats"])
             return out, caught[-1]
 
-        monkeypatch.setattr(network, "drop_path_draws", catching)
+        monkeypatch.setattr(drop_path, "drop_path_draws", catching)
         ((logits, auxiliary), state), drawn = quick_jit(apply)(variables, jnp.asarray(images))
         peer = peer_train.DerivedNetwork(genotype, 4, 3).double().train()
         load(derived_pairs(peer, variables["params"]) + derived_pairs(peer, variables["batch_stats"]))

@@ -11,11 +11,12 @@ import oracles
 import pytest
 
 from prdarts_jax.gates import Gates
+from prdarts_jax.ops.layer_set import Leaves, fast_leaves, reference_leaves
 from prdarts_jax.ops.layers import draw
-from prdarts_jax.ops.leaves import Leaves, fast_leaves, reference_leaves
 from prdarts_jax.ops.primitives import PRIMITIVES
 from prdarts_jax.space import supernet
-from prdarts_jax.space.cell import declare_edges, mixed_nodes, mixed_nodes_reference
+from prdarts_jax.space.cell import declare_edges, mixed_nodes
+from prdarts_jax.space.cell_reference import mixed_nodes_reference
 from prdarts_jax.space.spec import CELL_TYPES, Space
 
 pytestmark = pytest.mark.reference

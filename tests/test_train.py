@@ -26,6 +26,7 @@ from prdarts_jax.config.train import SgdConfig, TrainConfig
 from prdarts_jax.data.sources import from_arrays, load
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
+from prdarts_jax.ops.losses import smoothed_cross_entropy
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.train_program import Problem, TrainState, Variables
 
@@ -233,7 +234,7 @@ def test_label_smoothing_is_torchs():
     rng = np.random.default_rng(2)
     logits, labels = rng.normal(size=(8, 7)).astype(np.float32), rng.integers(0, 7, 8)
     loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(torch.tensor(logits), torch.tensor(labels))
-    found = train_program.smoothed_cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 0.1)
+    found = smoothed_cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 0.1)
     assert float(found) == pytest.approx(loss.item(), rel=1e-6)
 
 

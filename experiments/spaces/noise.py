@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from prdarts_jax.ops.layer_set import Leaves
 from prdarts_jax.ops.layers import Weight
-from prdarts_jax.ops.leaves import Leaves
 from prdarts_jax.ops.primitives import Primitive
 
 

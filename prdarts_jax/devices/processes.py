@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from prdarts_jax.checkpoint import Checkpointer, Restored
 from prdarts_jax.config import schema
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.ops import native
 
 T = TypeVar("T")
 
@@ -160,7 +159,7 @@ def _program(document: Mapping[str, Any]) -> dict[str, Any]:
     kernels = platform["cpu_kernels"]
     return {
         "backend": platform["backend"],
-        f"CPU kernels, of all or ({native.SWITCH}=off) of none": "native" if kernels.startswith("native ") else "XLA",
+        f"CPU kernels, of all or ({kernels.SWITCH}=off) of none": "native" if kernels.startswith("native ") else "XLA",
         **{name: str(getattr(jax.config, name)) for name in _NUMERICS},
     }
 

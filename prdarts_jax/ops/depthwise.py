@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prdarts_jax.ops import native
-from prdarts_jax.ops.materialised import materialised
+from prdarts_jax.ops import kernels
+from prdarts_jax.ops.lowering import materialised
 
 
 class Window(NamedTuple):
@@ -147,22 +147,22 @@ def _grouped_kernel_gradient(x: jax.Array, dy: jax.Array, *, window: Window) -> 
 
 def _native_forward(x: jax.Array, kernel: jax.Array, *, window: Window) -> jax.Array:
     shape = (x.shape[0], *window.output(*x.shape[1:3]), x.shape[3])
-    return native.call("depthwise_forward", [shape], x, kernel, stride=window.stride, dilation=window.dilation)[0]
+    return kernels.call("depthwise_forward", [shape], x, kernel, stride=window.stride, dilation=window.dilation)[0]
 
 
 def _native_input_gradient(dy: jax.Array, kernel: jax.Array, *, window: Window, size: tuple[int, int]) -> jax.Array:
     shape = (dy.shape[0], *size, dy.shape[3])
     name = "depthwise_input_gradient"
-    return native.call(name, [shape], dy, kernel, stride=window.stride, dilation=window.dilation)[0]
+    return kernels.call(name, [shape], dy, kernel, stride=window.stride, dilation=window.dilation)[0]
 
 
 def _native_kernel_gradient(x: jax.Array, dy: jax.Array, *, window: Window) -> jax.Array:
     shape = (window.height, window.width, x.shape[3])
-    return native.call("depthwise_kernel_gradient", [shape], x, dy, stride=window.stride, dilation=window.dilation)[0]
+    return kernels.call("depthwise_kernel_gradient", [shape], x, dy, stride=window.stride, dilation=window.dilation)[0]
 
 
 def _serves(window: Window, *arrays: jax.Array) -> bool:
-    return window.own_kernels and native.compiled(*window[:4]) and native.serve(*arrays)
+    return window.own_kernels and kernels.compiled(*window[:4]) and kernels.serve(*arrays)
 
 
 # Each leaf is jitted so that its trace is cached by shape: a search program holds hundreds of calls of few shapes.

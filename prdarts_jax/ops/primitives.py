@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prdarts_jax.ops.layers import Pool, Weight, conv, factorized_reduce
-from prdarts_jax.ops.leaves import Leaves
+from prdarts_jax.ops.layer_set import Leaves
+from prdarts_jax.ops.layers import Weight, conv, factorized_reduce
+from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.separable import Unit
 
 Params = dict[str, Any]

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from prdarts_jax.ops import native
+from prdarts_jax.ops import kernels
+from prdarts_jax.ops.batch_norm import backward_means, batch_moments, normalised, over_devices, per_channel
 from prdarts_jax.ops.depthwise import Window, depthwise_conv, wide_dtype
 from prdarts_jax.ops.layers import pointwise
-from prdarts_jax.ops.moments import backward_means, batch_moments, normalised, over_devices, per_channel
 
 # What a rematerialised program should keep: a 1x1 unit of few outputs takes the longest for every byte of z.
 WORTH_KEEPING = "pointwise_unit"
@@ -87,19 +87,19 @@ def _native_forward(*arrays: jax.Array, unit: _Static) -> list[jax.Array]:
     x, _, _, depthwise, matrix = arrays
     window, d = Window(depthwise.shape[0], depthwise.shape[1], unit.stride, unit.dilation), matrix.shape[1]
     shapes = [(x.shape[0], *window.output(*x.shape[1:3]), d), (d,), (d,)]
-    return native.call("separable_forward", shapes, *arrays, stride=unit.stride, dilation=unit.dilation)
+    return kernels.call("separable_forward", shapes, *arrays, stride=unit.stride, dilation=unit.dilation)
 
 
 def _compiled(unit: _Static, depthwise: jax.Array, *arrays: jax.Array) -> bool:
-    window = native.compiled(depthwise.shape[0], depthwise.shape[1], unit.stride, unit.dilation)
-    return unit.own_kernels and window and native.serve(depthwise, *arrays)
+    window = kernels.compiled(depthwise.shape[0], depthwise.shape[1], unit.stride, unit.dilation)
+    return unit.own_kernels and window and kernels.serve(depthwise, *arrays)
 
 
 def _forward(given: _Input, depthwise: jax.Array, matrix: jax.Array, unit: _Static) -> list[jax.Array]:
     """(z, mean, biased variance), of this device's part of the batch."""
     run: Callable[..., list[jax.Array]] = partial(_composed_forward, unit=unit)
     if _compiled(unit, depthwise, matrix, *given):
-        run = native.lowered(partial(_native_forward, unit=unit), run)
+        run = kernels.lowered(partial(_native_forward, unit=unit), run)
     return run(*given, depthwise, matrix)
 
 
@@ -130,7 +130,7 @@ def _native_gradients(*arrays: jax.Array, unit: _Static, weights: bool) -> list[
     x, _, _, depthwise, matrix, *_ = arrays
     name = "separable_backward" if weights else "separable_input_gradient"
     shapes = [x.shape, depthwise.shape, matrix.shape] if weights else [x.shape]
-    return native.call(name, shapes, *arrays, stride=unit.stride, dilation=unit.dilation)
+    return kernels.call(name, shapes, *arrays, stride=unit.stride, dilation=unit.dilation)
 
 
 def _backward(
@@ -151,7 +151,7 @@ def _backward(
     means = means if unit.axis_name is None else lax.pmean(means, unit.axis_name)
     run: Callable[..., list[jax.Array]] = partial(_composed_gradients, unit=unit, weights=weights)
     if _compiled(unit, kept.depthwise, matrix, *kept.given, *kept.out, dy):
-        run = native.lowered(partial(_native_gradients, unit=unit, weights=weights), run)
+        run = kernels.lowered(partial(_native_gradients, unit=unit, weights=weights), run)
     dx, *found = run(*kept.given, kept.depthwise, matrix, dy, *kept.out, *means)
     if not weights:
         return dx, jax.tree.map(jnp.zeros_like, (kept.depthwise, kept.matrix, affine))

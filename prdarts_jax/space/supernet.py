@@ -15,6 +15,7 @@ from jax import lax
 
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.depthwise import wide_dtype
+from prdarts_jax.ops.layer_set import Leaves, fast_leaves, reference_leaves
 from prdarts_jax.ops.layers import (
     Weight,
     conv,
@@ -22,8 +23,8 @@ from prdarts_jax.ops.layers import (
     factorized_reduce,
     linear,
 )
-from prdarts_jax.ops.leaves import Leaves, fast_leaves, reference_leaves
-from prdarts_jax.space.cell import declare_edges, mixed_nodes, mixed_nodes_reference
+from prdarts_jax.space.cell import declare_edges, mixed_nodes
+from prdarts_jax.space.cell_reference import mixed_nodes_reference
 from prdarts_jax.space.spec import Space
 
 Weights = dict[str, Any]

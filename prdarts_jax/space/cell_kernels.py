@@ -18,14 +18,15 @@ import numpy as np
 from jax import lax
 
 from prdarts_jax.errors import UserError
-from prdarts_jax.ops import native
-from prdarts_jax.ops.layers import Pool
-from prdarts_jax.ops.leaves import fast_leaves
-from prdarts_jax.ops.moments import BN_EPS, inner
+from prdarts_jax.ops import kernels
+from prdarts_jax.ops.batch_norm import BN_EPS, inner
+from prdarts_jax.ops.layer_set import fast_leaves
+from prdarts_jax.ops.lowering import Branch, run_branch
+from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.ops.separable import Unit
-from prdarts_jax.space.branching import Branch, run_branch
-from prdarts_jax.space.slots import (
+from prdarts_jax.space.spec import EdgeGroup
+from prdarts_jax.space.terms import (
     CellProgram,
     CellWeights,
     Slots,
@@ -37,7 +38,6 @@ from prdarts_jax.space.slots import (
     slots_of,
     weights_of,
 )
-from prdarts_jax.space.spec import EdgeGroup
 
 
 class _Table(NamedTuple):
@@ -60,7 +60,7 @@ class _Table(NamedTuple):
 
     def work(self, like: jax.Array) -> jax.Array:
         """Memory for what the units of one operation compute: rows of the shape of a node."""
-        return native.unwritten((max(1, *self.units), *like.shape[1:]), like)
+        return kernels.unwritten((max(1, *self.units), *like.shape[1:]), like)
 
 
 _POOLS = ("average", "maximum")
@@ -94,7 +94,7 @@ def _units_of(program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str,
                 f"units of {op!r}: weights of shapes {shapes[0]} and {shapes[1]}; "
                 f"allowed: ({rows}, k, k, C) and ({rows}, C, C), since those of {rows} edges are stacked"
             )
-        if not native.compiled(*shapes[0][1:3], unit.stride, unit.dilation):
+        if not kernels.compiled(*shapes[0][1:3], unit.stride, unit.dilation):
             return None
     return list(units)
 
@@ -132,11 +132,11 @@ def _numbers(slots: Slots) -> jax.Array:
 
 def serves(program: CellProgram, weights: CellWeights, *arrays: jax.Array) -> bool:
     """Whether a cell can be run so: kernels, their dtype, and statistics that no other device takes part in."""
-    return program.axis_name is None and native.serve(*arrays, *jax.tree.leaves(weights))
+    return program.axis_name is None and kernels.serve(*arrays, *jax.tree.leaves(weights))
 
 
 def _add(rows: jax.Array, y: jax.Array, index: jax.Array, value: jax.Array) -> jax.Array:
-    return native.call("add_to_row", [rows.shape], rows, y, index, value, in_place={0: 0})[0]
+    return kernels.call("add_to_row", [rows.shape], rows, y, index, value, in_place={0: 0})[0]
 
 
 def _nothing(x: jax.Array) -> jax.Array:
@@ -177,7 +177,7 @@ def _run_group(
         (nodes, work), (numbers, slot) = carry, of
         operands = (nodes, work, _nothing(nodes) if sources is None else sources, numbers, slot.value, *arrays)
         shapes = [nodes.shape, work.shape]
-        nodes, work = native.call("term_forward", shapes, *operands, in_place={0: 0, 1: 1}, **table.attributes())
+        nodes, work = kernels.call("term_forward", shapes, *operands, in_place={0: 0, 1: 1}, **table.attributes())
         return (run_branch(branches, slot.branch, nodes, (others, sources, slot)), work), None
 
     scanned = (_numbers(slots), jax.tree.map(jnp.asarray, slots))
@@ -263,7 +263,7 @@ def reverse_group(
         in_place = {0: 0, 1: 1} | {len(operands) + i: 3 + i for i in range(len(gradients))}
         shapes = [cts.shape, work.shape, (), *(g.shape for g in gradients)]
         name = "term_backward" if wanted.weights else "term_input_gradient"
-        cts, work, dvalue, *gradients = native.call(
+        cts, work, dvalue, *gradients = kernels.call(
             name, shapes, *operands, *gradients, in_place=in_place, **table.attributes()
         )
         state = run_branch(branches, slot.branch, (cts, dvalue, dothers), (others, inputs, ct_nodes, slot))

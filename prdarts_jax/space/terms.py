@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from prdarts_jax.ops.leaves import Leaves
+from prdarts_jax.ops.layer_set import Leaves
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.space.spec import EdgeGroup, Space
 

@@ -12,15 +12,10 @@ from typing import NamedTuple
 
 import jax
 
+from prdarts_jax.ops.batch_norm import batch_norm, batch_norm_reference
 from prdarts_jax.ops.depthwise import depthwise_conv, depthwise_conv_reference
-from prdarts_jax.ops.layers import (
-    avg_pool_by,
-    batch_norm,
-    batch_norm_reference,
-    max_pool,
-    max_pool_reference,
-    pointwise,
-)
+from prdarts_jax.ops.layers import pointwise
+from prdarts_jax.ops.pools import avg_pool_by, max_pool, max_pool_reference
 from prdarts_jax.ops.separable import Unit, pointwise_unit, separable_units
 
 Norm = Callable[[str, jax.Array], jax.Array]

@@ -1,0 +1,51 @@
+"""The mixed cell unrolled, with plain automatic differentiation: the oracle of the other lowerings."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from prdarts_jax.ops.layer_set import reference_leaves
+from prdarts_jax.space.spec import Space
+from prdarts_jax.space.terms import (
+    CellWeights,
+    apply_op,
+    output_shape,
+)
+
+
+def mixed_nodes_reference(
+    weights: CellWeights,
+    gates: jax.Array,
+    s0: jax.Array,
+    s1: jax.Array,
+    *,
+    space: Space,
+    kind: str,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """The same nodes from all operations, X_n = sum_{edges into n} sum_o g_o op_o(x), unrolled, with plain autodiff.
+
+    Args:
+      gates: float32[E,O]; zeros for what is not executed.
+      weights, s0, s1, space, kind, axis_name: as in `mixed_nodes`.
+
+    Returns:
+      [N,B,h,w,C]; any order and mode of derivative.
+    """
+    leaves = reference_leaves(axis_name)
+    nodes: dict[int, jax.Array] = {0: s0, 1: s1}
+    groups = space.edge_groups(kind)
+    for e, (j, n) in enumerate(space.edges):
+        group = next(g for g in groups if e in g.edges)
+        for o, op in enumerate(space.ops):
+            members = space.rows(kind, group)[op]
+            if e not in members:
+                continue
+            row = members.index(e)
+            params = {name: stack[row] for name, stack in weights[group.name].get(op, {}).items()}
+            y = apply_op(space, op, params, nodes[j], group.stride, leaves)
+            term = gates[e, o].astype(y.dtype) * y
+            nodes[n] = nodes[n] + term if n in nodes else term
+    shape = output_shape(s0, 1 if kind == "normal" else 2)
+    return jnp.stack([nodes.get(n, jnp.zeros(shape, s0.dtype)) for n in range(2, 2 + space.nodes)])
