@@ -28,10 +28,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import bilevel, strategies, train_inputs, train_program
-from prdarts_jax.bilevel import Batch, Batches
+from prdarts_jax import bilevel, optimizers, strategies, train_inputs, train_program
+from prdarts_jax.bilevel import Batches
 from prdarts_jax.config.search import OPS, ArchConfig, SpaceConfig, WeightsConfig
 from prdarts_jax.config.train import NetworkConfig, TrainConfig
+from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
 from prdarts_jax.space import Space
 from prdarts_jax.space.genotype import Genotype
@@ -156,8 +157,8 @@ def _search(case: Case, local: bool) -> Made:
     parts = {
         "space": space,
         "strategy": strategy,
-        "weight_tx": bilevel.weight_transform(WeightsConfig()),
-        "arch_tx": bilevel.arch_transform(ArchConfig()),
+        "weight_tx": optimizers.weight_transform(WeightsConfig()),
+        "arch_tx": optimizers.arch_transform(ArchConfig()),
     }
     init = jax.jit(lambda key: bilevel.init_state(key, **parts))
     shapes = jax.eval_shape(init, jax.random.key(0))

@@ -13,9 +13,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.cases import DepthwiseCase, SearchCase, TrainCase
-from prdarts_jax import bilevel, strategies
-from prdarts_jax.bilevel import Batch, Batches
+from prdarts_jax import bilevel, optimizers, strategies
+from prdarts_jax.bilevel import Batches
 from prdarts_jax.config.search import ArchConfig, SpaceConfig, WeightsConfig
+from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
 from prdarts_jax.space import Space
 
@@ -40,8 +41,8 @@ def search_parts(case: SearchCase) -> dict[str, Any]:
     return {
         "space": space,
         "strategy": strategies.get(case.method, space=space, **options),
-        "weight_tx": bilevel.weight_transform(WeightsConfig()),
-        "arch_tx": bilevel.arch_transform(ArchConfig()),
+        "weight_tx": optimizers.weight_transform(WeightsConfig()),
+        "arch_tx": optimizers.arch_transform(ArchConfig()),
     }
 
 

@@ -103,7 +103,7 @@ def _loading(config: Any, dataset: Any, batch: int) -> float:
     import jax
     import numpy as np
 
-    from prdarts_jax.dispatch import load_images
+    from prdarts_jax.data.augment import load_images
 
     def both(key: Any, data: Any, index: Any) -> Any:
         keys = jax.random.split(key)

@@ -34,8 +34,8 @@ def main() -> None:
     kernels.kernels()
     lap("kernels_s")
 
+    from prdarts_jax.data.batches import Images
     from prdarts_jax.data.sources import from_arrays
-    from prdarts_jax.dispatch import Images
     from prdarts_jax.space.genotype import Genotype
 
     rng, side, batch = np.random.default_rng(0), given["side"], given["batch"]

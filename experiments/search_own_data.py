@@ -23,8 +23,8 @@ import prdarts_jax
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.sources import Dataset, from_arrays
 from prdarts_jax.space.spec import Space
-from prdarts_jax.strategies.base import Strategy
 from prdarts_jax.strategies.prdarts import prdarts
+from prdarts_jax.strategy import Strategy
 
 # Scale and augmentation, by config path (`prdarts search --preset digits --print-config` lists all of them).
 SCALES = {

@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prdarts_jax.config.search import ArchConfig, WeightsConfig
+from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices.sharding import mean_over
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.losses import accuracy, cross_entropy
+from prdarts_jax.optimizers import set_learning_rate
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
-from prdarts_jax.strategies.base import Arch, Progress, Strategy
+from prdarts_jax.strategy import Arch, Progress, Strategy
 
 Metrics = dict[str, jax.Array]
 
@@ -41,53 +42,11 @@ class SearchState:
     arch_opt: Any  # state of arch_tx
 
 
-class Batch(NamedTuple):
-    """One batch, as the network sees it."""
-
-    images: jax.Array  # [B,H,W,C], normalised, compute dtype
-    labels: jax.Array  # int32[B]
-
-
 class Batches(NamedTuple):
     """The two batches of a step."""
 
     train: Batch
     val: Batch
-
-
-def weight_transform(config: WeightsConfig) -> optax.GradientTransformation:
-    """SGD as published: clip by global norm, then coupled L2, then (Nesterov) momentum, then the learning rate.
-
-    Learning rate, weight decay and momentum are hyperparameters of the state, so that searches with other values share
-    a compiled step; the step sets the learning rate from `progress["weight_learning_rate"]`.
-
-    >>> tx = weight_transform(WeightsConfig())
-    >>> {name: round(float(value), 6) for name, value in tx.init({"w": jnp.zeros(2)}).hyperparams.items()}
-    {'learning_rate': 0.025, 'weight_decay': 0.0005, 'momentum': 0.9}
-    """
-
-    def make(learning_rate: float, weight_decay: float, momentum: float) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(config.clip_norm) if config.clip_norm != float("inf") else optax.identity(),
-            optax.add_decayed_weights(weight_decay),
-            optax.sgd(learning_rate, momentum=momentum, nesterov=config.nesterov),
-        )
-
-    return optax.inject_hyperparams(make)(
-        learning_rate=config.learning_rate, weight_decay=config.weight_decay, momentum=config.momentum
-    )
-
-
-def arch_transform(config: ArchConfig) -> optax.GradientTransformation:
-    """Adam with coupled L2 (weight decay added to the gradient), as published."""
-
-    def make(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.add_decayed_weights(weight_decay),
-            optax.adam(learning_rate, b1=config.beta1, b2=config.beta2, eps=config.eps),
-        )
-
-    return optax.inject_hyperparams(make)(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def init_state(
@@ -102,30 +61,6 @@ def init_state(
     weight_key, arch_key = jax.random.split(key)
     weights, arch = supernet.init(weight_key, space), strategy.init(arch_key)
     return SearchState(jnp.zeros((), jnp.int32), weights, arch, weight_tx.init(weights), arch_tx.init(arch))
-
-
-def set_learning_rate(opt_state: Any, rate: Any) -> Any:
-    """Sets the learning rate of an `inject_hyperparams` state; a transformation without one keeps its own."""
-    if rate is None or not isinstance(getattr(opt_state, "hyperparams", None), dict):
-        return opt_state
-    if "learning_rate" not in opt_state.hyperparams:
-        return opt_state
-    old = opt_state.hyperparams["learning_rate"]
-    rate = jnp.asarray(rate, jnp.asarray(old).dtype)
-    return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
-
-
-def set_hyperparameters(opt_state: Any, tx: optax.GradientTransformation) -> Any:
-    """An `inject_hyperparams` state with the hyperparameters of another such transformation; other states as they are.
-
-    >>> tx = weight_transform(WeightsConfig(weight_decay=0.25))
-    >>> state = set_hyperparameters(weight_transform(WeightsConfig()).init({"w": jnp.zeros(2)}), tx)
-    >>> float(state.hyperparams["weight_decay"])
-    0.25
-    """
-    if not isinstance(getattr(opt_state, "hyperparams", None), dict):
-        return opt_state
-    return opt_state._replace(hyperparams=tx.init({"any": jnp.zeros((), jnp.float32)}).hyperparams)
 
 
 def make_search_step(

@@ -255,9 +255,9 @@ def _zoo(words: list[str]) -> int:
     from prdarts_jax.space import genotype
 
     def costs(found: genotype.Genotype) -> dict[str, dict[str, int]]:
-        from prdarts_jax import network_counts
+        from prdarts_jax.network import counts
 
-        return {data: network_counts.profile(found, data)._asdict() for data in network_counts.SCALES}
+        return {data: counts.profile(found, data)._asdict() for data in counts.SCALES}
 
     if args.name is None:
         if args.pictures:

@@ -42,7 +42,7 @@ def export_command(words: list[str]) -> int:
         raise UserError(f"WORKDIR: no directory or file {str(source)!r}")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out: {str(out)!r} is a folder, or in none that exists; allowed: a file in a folder")
-    from prdarts_jax import export
+    from prdarts_jax.interop import export
 
     network = _network(source, ema=args.ema)
     if args.format == "safetensors":
@@ -57,7 +57,8 @@ def export_command(words: list[str]) -> int:
 
 def _network(source: Path, *, ema: bool) -> Any:
     """The network of a file, of an import, or of a training, finished or not."""
-    from prdarts_jax import evaluation, export
+    from prdarts_jax import evaluation
+    from prdarts_jax.interop import export
 
     there = source.is_dir() and (source / export.NETWORK_FILE).is_file()
     if source.is_dir() and (source / "config.json").is_file():
@@ -115,10 +116,10 @@ def import_command(words: list[str]) -> int:
         raise UserError(f"--image-size: {args.image_size}; allowed: one integer >= 1")
     genotype, workdir = Genotype.load(args.genotype), Path(args.workdir)
     check_writable(workdir)
-    from prdarts_jax import export, import_torch
     from prdarts_jax.data.sources import NORMALIZATION
-    from prdarts_jax.network import DerivedNetwork
-    from prdarts_jax.network_plan import check_auxiliary
+    from prdarts_jax.interop import export, import_torch
+    from prdarts_jax.network.module import DerivedNetwork
+    from prdarts_jax.network.plan import check_auxiliary
 
     seeds = sorted(str(path.relative_to(workdir)) for path in workdir.glob("seed*/config.json"))
     there = [name for name in (export.NETWORK_FILE, "genotype.json", "config.json") if (workdir / name).exists()]

@@ -8,24 +8,14 @@ and where a resumed run begins, cannot change a bit of the result.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prdarts_jax.config.search import DataConfig
-from prdarts_jax.data.augment import augment
-
 Sums = dict[str, jax.Array]
 State = TypeVar("State")
-
-
-class Images(NamedTuple):
-    """A data set on the devices."""
-
-    images: Any  # uint8[N,H,W,C]
-    labels: Any  # int32[N]
 
 
 def run_steps(
@@ -61,27 +51,3 @@ def run_steps(
         return state, sums, rows
 
     return lax.fori_loop(0, count, body, (state, sums, rows))
-
-
-def load_images(
-    key: jax.Array,
-    images: jax.Array,
-    positions: jax.Array,
-    *,
-    data: DataConfig,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    dtype: str,
-) -> jax.Array:
-    """A batch as the network sees it: augmented as the config says, and normalised."""
-    return augment(
-        key,
-        images,
-        positions,
-        mean=mean,
-        std=std,
-        crop_padding=data.crop_padding,
-        flip=data.flip,
-        cutout=data.cutout,
-        dtype=dtype,
-    )

@@ -16,12 +16,11 @@ from prdarts_jax import runs, train_inputs, train_program
 from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.config import schema, userfile
 from prdarts_jax.config.train import TrainConfig, TrainDataConfig
-from prdarts_jax.data import stream
-from prdarts_jax.data.batches import check_batch, padded_batches
+from prdarts_jax.data import prefetch
+from prdarts_jax.data.batches import Images, check_batch, padded_batches
 from prdarts_jax.data.sources import Dataset
-from prdarts_jax.data.streamed import AnyDataset, StreamedDataset, choose
+from prdarts_jax.data.stream_source import AnyDataset, StreamedDataset, choose
 from prdarts_jax.devices import processes, sharding
-from prdarts_jax.dispatch import Images
 from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.train_program import Outputs, Problem, Variables
@@ -149,7 +148,7 @@ def _finite_figures(
 def measure_streamed(
     program: Callable[..., Outputs],
     variables: Variables,
-    batches: stream.TestBatches,
+    batches: prefetch.TestBatches,
     mesh: Mesh,
     *,
     workers: int,
@@ -171,10 +170,10 @@ def measure_streamed(
     """
     found: list[tuple[np.ndarray, ...]] = []
 
-    def place(batch: stream.Batch) -> Images:
+    def place(batch: prefetch.Batch) -> Images:
         return sharding.split_batch(mesh, Images(*batch))
 
-    with stream.prefetched(batches, place, workers=workers) as items:
+    with prefetch.prefetched(batches, place, workers=workers) as items:
         for data in items:
             found.append(tuple(processes.fetch((*program(variables, data), data.labels))))
     _, mask = padded_batches(len(batches.records), batches.batch_size)
@@ -234,7 +233,7 @@ def evaluate(
         raise UserError(f"data.source: {name!r} has {shown}; allowed: {wanted} as the network was trained with")
     if data is None:
         _same_classes(net.class_names, dataset.class_names, name)
-    figures_of = _measuring(net.problem, mesh, dataset, options, batch_size, stream.worker_count(workers))
+    figures_of = _measuring(net.problem, mesh, dataset, options, batch_size, prefetch.worker_count(workers))
 
     result = Evaluation(
         workdir=workdir,
@@ -268,7 +267,7 @@ def _measuring(
     classes = dataset.num_classes
     if isinstance(dataset, StreamedDataset):
         streamed = train_program.make_streamed_evaluation(problem, mesh)
-        batches = stream.test_batches(dataset, options, batch_size=batch_size)
+        batches = prefetch.test_batches(dataset, options, batch_size=batch_size)
         return lambda variables: measure_streamed(
             streamed, sharding.replicate(mesh, variables), batches, mesh, workers=workers, classes=classes
         )
@@ -360,7 +359,7 @@ def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> R
 
 def _imported(path: Path) -> Restored:
     """A network without a training behind it."""
-    from prdarts_jax import export
+    from prdarts_jax.interop import export
 
     net, variables, about = export.load_network(path)
     problem = train_inputs.make_problem(

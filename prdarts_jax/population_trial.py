@@ -14,7 +14,7 @@ from prdarts_jax.errors import UserError
 from prdarts_jax.search_inputs import Inputs
 from prdarts_jax.search_program import Problem
 from prdarts_jax.space import supernet
-from prdarts_jax.strategies.base import Strategy
+from prdarts_jax.strategy import Strategy
 
 
 def same_programs(members: Mapping[str, Inputs]) -> None:

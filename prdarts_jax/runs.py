@@ -16,13 +16,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from prdarts_jax.config import schema, userfile
+from prdarts_jax.config import schema
 from prdarts_jax.config.search import RunConfig
-from prdarts_jax.config.source_digest import source_digest, uncomparable
-from prdarts_jax.data.streamed import AnyDataset
+from prdarts_jax.config.source_digest import uncomparable
+from prdarts_jax.data.stream_source import AnyDataset
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.ops import kernels
@@ -183,43 +182,6 @@ def check_tensorboard(run: RunConfig) -> None:
 
 
 # --- the user's own code ----------------------------------------------------------------------------------------------
-
-
-def transformation(
-    config: Any,
-    group: str,
-    given: Any,
-    default: Callable[[], optax.GradientTransformation],
-    digests: dict[str, str],
-) -> optax.GradientTransformation:
-    """The optimizer of a group: the caller's, the one `GROUP.transform` names, or the default.
-
-    Args:
-      config: of the run; a function of the user is called with it.
-      group: the section of the config.
-      given: a transformation, a function of the config, or None.
-      default: makes the one of the config's numbers.
-      digests: receives the digest of the user's source.
-
-    Raises:
-      UserError: no optax transformation came of it.
-    """
-    spec, field = schema.get(config, f"{group}.transform"), f"{group}.transform"
-    if given is None and spec:
-        loaded = userfile.load(spec, field)
-        given, digests[field] = loaded.value, loaded.digest
-    elif given is not None:
-        digests[field] = source_digest(given)
-    if given is None:
-        return default()
-    made = given
-    if not isinstance(given, optax.GradientTransformation) and callable(given):
-        made = userfile.call(given, config, field=field)
-    if not isinstance(made, optax.GradientTransformation):
-        raise UserError(
-            f"{field}: got a {type(made).__name__}; allowed: an optax transformation, or a function of the config"
-        )
-    return made
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------

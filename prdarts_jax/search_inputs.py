@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import bilevel, runs, trial
+from prdarts_jax import optimizers, runs, trial
 from prdarts_jax.config import userfile
 from prdarts_jax.config.search import MethodConfig, SearchConfig
 from prdarts_jax.config.source_digest import source_digest
@@ -23,7 +23,7 @@ from prdarts_jax.errors import UserError
 from prdarts_jax.search_program import Problem
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import registry
-from prdarts_jax.strategies.base import Strategy
+from prdarts_jax.strategy import Strategy
 
 
 class Inputs(NamedTuple):
@@ -75,10 +75,12 @@ def prepare(
     problem = Problem(
         space=space,
         strategy=_strategy(config, space, strategy, digests),
-        weight_tx=runs.transformation(
-            config, "weights", weight_tx, lambda: bilevel.weight_transform(config.weights), digests
+        weight_tx=optimizers.transformation(
+            config, "weights", weight_tx, lambda: optimizers.weight_transform(config.weights), digests
         ),
-        arch_tx=runs.transformation(config, "arch", arch_tx, lambda: bilevel.arch_transform(config.arch), digests),
+        arch_tx=optimizers.transformation(
+            config, "arch", arch_tx, lambda: optimizers.arch_transform(config.arch), digests
+        ),
         data=config.data,
         mean=dataset.mean,
         std=dataset.std,

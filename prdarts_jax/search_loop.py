@@ -15,12 +15,11 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from prdarts_jax import bilevel, followers, runs, search_inputs
+from prdarts_jax import followers, optimizers, runs, search_inputs
 from prdarts_jax.config import userfile
 from prdarts_jax.config.search import SearchConfig
-from prdarts_jax.data import batches
+from prdarts_jax.data.batches import Images, epoch_order, padded_batches
 from prdarts_jax.devices import processes, sharding
-from prdarts_jax.dispatch import Images
 from prdarts_jax.epoch_loop import Done, Epoch, EpochLoop, Speed, Start, Work, drive
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.metrics import MetricsLog, Progress, check_finite
@@ -29,7 +28,7 @@ from prdarts_jax.search_inputs import Inputs
 from prdarts_jax.search_program import Carry, Orders, Programs, abstract_carry
 from prdarts_jax.signals import StopRequest
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.strategies.base import Stop
+from prdarts_jax.strategy import Stop
 from prdarts_jax.workdir import atomic_write_json, atomic_write_text, check_writable
 
 __all__ = ["RunError", "SearchResult", "UserError", "learning_rate", "search"]
@@ -210,9 +209,9 @@ class _Search(EpochLoop[Carry, SearchResult]):
         # The program may be that of a search with other numbers in its optimizers.
         weight_opt, arch_opt = carry.state.weight_opt, carry.state.arch_opt
         if "weights.transform" not in self.inputs.digests:
-            weight_opt = bilevel.set_hyperparameters(weight_opt, self.problem.weight_tx)
+            weight_opt = optimizers.set_hyperparameters(weight_opt, self.problem.weight_tx)
         if "arch.transform" not in self.inputs.digests:
-            arch_opt = bilevel.set_hyperparameters(arch_opt, self.problem.arch_tx)
+            arch_opt = optimizers.set_hyperparameters(arch_opt, self.problem.arch_tx)
         state = dataclasses.replace(carry.state, weight_opt=weight_opt, arch_opt=arch_opt)
         return sharding.replicate(self.mesh, dataclasses.replace(carry, state=state))
 
@@ -236,7 +235,7 @@ class _Search(EpochLoop[Carry, SearchResult]):
     def epoch(self, epoch: int) -> Epoch:
         orders = Orders(
             *(
-                batches.epoch_order(half, self.config.batch_size, self.config.seed, epoch, purpose)
+                epoch_order(half, self.config.batch_size, self.config.seed, epoch, purpose)
                 for half, purpose in ((self.train_half, "train"), (self.val_half, "val"))
             )
         )
@@ -291,7 +290,7 @@ class _Search(EpochLoop[Carry, SearchResult]):
 
     def evaluate(self, carry: Carry, progress: Mapping[str, Any]) -> tuple[float, float]:
         """Loss and accuracy on the whole validation half, with the expected gates."""
-        order, mask = batches.padded_batches(len(self.val_half), self.config.batch_size)
+        order, mask = padded_batches(len(self.val_half), self.config.batch_size)
         state = carry.state if self.shared.mesh == self.mesh else sharding.replicate(self.shared.mesh, carry.state)
         placed = sharding.place(self.shared.mesh, (self.val_half[order], mask), PartitionSpec(None, sharding.AXIS))
         loss, accuracy = self.shared.programs.evaluation(state, *placed, progress, self.shared.images)

@@ -14,15 +14,16 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from prdarts_jax import bilevel
-from prdarts_jax.bilevel import Batch, Batches, SearchState
+from prdarts_jax.bilevel import Batches, SearchState
 from prdarts_jax.config.search import DataConfig
-from prdarts_jax.data.augment import normalize
+from prdarts_jax.data.augment import load_images, normalize
+from prdarts_jax.data.batches import Batch, Images
 from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import on_mesh
-from prdarts_jax.dispatch import Images, Sums, load_images, run_steps
+from prdarts_jax.dispatch import Sums, run_steps
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
-from prdarts_jax.strategies.base import Progress, Strategy
+from prdarts_jax.strategy import Progress, Strategy
 
 _INITIAL = 2**32 - 1  # in the place of a step number: the first state shares no key with a step
 _TRAIN, _VAL, _GATES = range(3)  # purposes of a step's keys

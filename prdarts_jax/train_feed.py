@@ -12,11 +12,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from prdarts_jax import train_inputs, train_program
 from prdarts_jax.config.train import TrainConfig
-from prdarts_jax.data import batches, stream
+from prdarts_jax.data import prefetch
+from prdarts_jax.data.batches import Images, epoch_order
 from prdarts_jax.data.sources import Dataset
-from prdarts_jax.data.streamed import StreamedDataset
+from prdarts_jax.data.stream_source import StreamedDataset
 from prdarts_jax.devices import sharding
-from prdarts_jax.dispatch import Images
 from prdarts_jax.evaluation import Figures, measure, measure_streamed
 from prdarts_jax.train_inputs import Inputs
 from prdarts_jax.train_program import Carry, Sums, Variables
@@ -97,7 +97,7 @@ class _Resident:
         self.test = sharding.replicate(self.mesh, Images(data.test_images, data.test_labels))
 
     def order(self, epoch: int) -> np.ndarray:
-        return batches.epoch_order(self.indices, self.config.batch_size, self.config.seed, epoch, "train")
+        return epoch_order(self.indices, self.config.batch_size, self.config.seed, epoch, "train")
 
     def dispatch(
         self, carry: Carry, count: np.int32, fresh: np.bool_, order: np.ndarray, progress: Mapping[str, np.float32]
@@ -133,8 +133,8 @@ class _Streamed:
         self.config, self.mesh, self.dataset, self.programs, self.stack = config, inputs.mesh, dataset, programs, stack
         self.positions = _positions(inputs.mesh, config.batch_size)
         self.key = jax.random.key(config.seed)
-        self.workers = stream.worker_count(config.run.workers)
-        self.train = stream.train_batches(
+        self.workers = prefetch.worker_count(config.run.workers)
+        self.train = prefetch.train_batches(
             dataset,
             config.data,
             train_inputs.examples(config, dataset.train_size),
@@ -146,7 +146,7 @@ class _Streamed:
         )
         self.items: Iterator[Images] = iter(())
 
-    def _place(self, batch: stream.Batch) -> Images:
+    def _place(self, batch: prefetch.Batch) -> Images:
         return sharding.split_batch(self.mesh, Images(*batch))
 
     def open(self, step: int) -> None:
@@ -154,7 +154,7 @@ class _Streamed:
             return
         # A dispatch ahead: while one is computed, the batches of the next one arrive.
         ahead = min(self.config.run.steps_per_dispatch, self.train.epoch_steps)
-        waiting = stream.prefetched(self.train, self._place, workers=self.workers, ahead=ahead, start=step)
+        waiting = prefetch.prefetched(self.train, self._place, workers=self.workers, ahead=ahead, start=step)
         self.items = self.stack.enter_context(waiting)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -170,7 +170,7 @@ class _Streamed:
         return self.programs.dispatch(carry, count, fresh, tuple(found), self.positions, self.key, progress)
 
     def measure(self, variables: Variables) -> Figures:
-        found = stream.test_batches(
+        found = prefetch.test_batches(
             self.dataset,
             self.config.data,
             batch_size=self.config.batch_size,

@@ -12,20 +12,20 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import bilevel, runs
+from prdarts_jax import optimizers, runs
 from prdarts_jax.config import userfile
-from prdarts_jax.config.search import WeightsConfig
-from prdarts_jax.config.train import SCALE_BATCH, TrainConfig
+from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.augment import check_augment
 from prdarts_jax.data.batches import check_batch, split_indices
 from prdarts_jax.data.sources import Dataset
-from prdarts_jax.data.streamed import AnyDataset, StreamedDataset, choose
+from prdarts_jax.data.stream_source import AnyDataset, StreamedDataset, choose
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
-from prdarts_jax.network import DerivedNetwork
-from prdarts_jax.network_plan import check_auxiliary
+from prdarts_jax.network.module import DerivedNetwork
+from prdarts_jax.network.plan import check_auxiliary
 from prdarts_jax.ops.check import primitives
 from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
+from prdarts_jax.optimizers import sgd
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES
 from prdarts_jax.train_program import Problem
@@ -151,7 +151,7 @@ def make_problem(
     )
     return Problem(
         network=network,
-        tx=runs.transformation(config, "weights", weight_tx, lambda: sgd(config), digests),
+        tx=optimizers.transformation(config, "weights", weight_tx, lambda: sgd(config), digests),
         data=config.data,
         mean=normalization[0],
         std=normalization[1],
@@ -160,35 +160,6 @@ def make_problem(
         label_smoothing=config.label_smoothing,
         ema=config.ema,
         local_batch_norm=config.local_batch_norm,
-    )
-
-
-def base_rate(config: TrainConfig) -> float:
-    """The learning rate the schedule starts from: times batch_size / 128 where `weights.scale_lr` says so.
-
-    >>> base_rate(TrainConfig())
-    0.025
-    """
-    scale = config.batch_size / SCALE_BATCH if config.weights.scale_lr else 1.0
-    return config.weights.learning_rate * scale
-
-
-def sgd(config: TrainConfig) -> optax.GradientTransformation:
-    """SGD of the config's numbers, with the learning rate as a hyperparameter of the state.
-
-    >>> import jax.numpy as jnp
-    >>> print(sgd(TrainConfig()).init({"w": jnp.zeros(2)}).hyperparams["learning_rate"])
-    0.025
-    """
-    weights = config.weights
-    return bilevel.weight_transform(
-        WeightsConfig(
-            learning_rate=base_rate(config),
-            momentum=weights.momentum,
-            nesterov=weights.nesterov,
-            weight_decay=weights.weight_decay,
-            clip_norm=weights.clip_norm,
-        )
     )
 
 

@@ -14,10 +14,10 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from prdarts_jax import metrics, runs, schedules, train_feed, train_inputs, train_program
+from prdarts_jax import metrics, optimizers, runs, schedules, train_feed, train_inputs, train_program
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.sources import Dataset
-from prdarts_jax.data.streamed import describe
+from prdarts_jax.data.stream_source import describe
 from prdarts_jax.devices import processes
 from prdarts_jax.epoch_loop import Epoch, EpochLoop, Speed, Start
 from prdarts_jax.errors import RunError, UserError
@@ -268,7 +268,7 @@ class _Training(EpochLoop[Carry, TrainResult]):
 
     def numbers(self, epoch: int) -> dict[str, float]:
         """What changes between epochs."""
-        weights, high = self.config.weights, train_inputs.base_rate(self.config)
+        weights, high = self.config.weights, optimizers.base_rate(self.config)
         rate = schedules.learning_rate(weights.schedule, epoch, self.epochs, high, weights.warmup_epochs)
         return {
             "learning_rate": rate,
@@ -335,7 +335,7 @@ class _Training(EpochLoop[Carry, TrainResult]):
 
     def finish(self, carry: Carry, step: int, log: MetricsLog) -> TrainResult:
         """The network as a flat file, the final row, which is what makes a training finished, and the report."""
-        from prdarts_jax import export
+        from prdarts_jax.interop import export
 
         variables, data = jax.device_get(carry.state.variables), self.dataset
         about = export.describe(

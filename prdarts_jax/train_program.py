@@ -16,14 +16,15 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax.bilevel import Batch, set_learning_rate
 from prdarts_jax.config.search import DataConfig
-from prdarts_jax.data.augment import normalize
+from prdarts_jax.data.augment import load_images, normalize
+from prdarts_jax.data.batches import Batch, Images
 from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import mean_over, on_mesh
-from prdarts_jax.dispatch import Images, Sums, load_images, run_steps
-from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.dispatch import Sums, run_steps
+from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.ops.losses import accuracy, smoothed_cross_entropy
+from prdarts_jax.optimizers import set_learning_rate
 
 Progress = dict[str, Any]  # name -> float32[]: learning_rate, drop_path
 _AUGMENT, _DROP_PATH = range(2)  # purposes of a step's keys

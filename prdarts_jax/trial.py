@@ -19,7 +19,7 @@ from prdarts_jax.search_program import Problem
 from prdarts_jax.space import supernet
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
-from prdarts_jax.strategies.base import Strategy
+from prdarts_jax.strategy import Strategy
 
 
 def primitive_uses(space: Space) -> set[tuple[str, int]]:

@@ -15,14 +15,15 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from prdarts_jax import bilevel
-from prdarts_jax.bilevel import Batch, Batches, SearchState
+from prdarts_jax import bilevel, optimizers
+from prdarts_jax.bilevel import Batches, SearchState
 from prdarts_jax.config.search import ArchConfig, WeightsConfig
+from prdarts_jax.data.batches import Batch
 from prdarts_jax.gates import Gates
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import CELL_TYPES, Space
-from prdarts_jax.strategies.base import Strategy, Traits
 from prdarts_jax.strategies.prdarts import prdarts
+from prdarts_jax.strategy import Strategy, Traits
 
 SPACE = Space(nodes=1, cells=3, channels=2, classes=3, in_channels=1, ops=("skip_connect", "dil_conv_3x3", "none"))
 STRATEGY = prdarts(space=SPACE, init_scale=0.5)
@@ -61,8 +62,8 @@ def _made(**changes: Any) -> dict[str, Any]:
     made = {
         "space": SPACE,
         "strategy": STRATEGY,
-        "weight_tx": bilevel.weight_transform(WEIGHTS),
-        "arch_tx": _lenient(bilevel.arch_transform(ARCH)),
+        "weight_tx": optimizers.weight_transform(WEIGHTS),
+        "arch_tx": _lenient(optimizers.arch_transform(ARCH)),
     }
     return made | changes
 

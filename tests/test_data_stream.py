@@ -19,7 +19,7 @@ from PIL import Image
 from test_data_tfds import write_tfds
 
 from prdarts_jax.config.train import TrainDataConfig
-from prdarts_jax.data import sources, stream, streamed
+from prdarts_jax.data import prefetch, sources, stream_source
 from prdarts_jax.data.batches import epoch_order
 from prdarts_jax.data.records import PreparedRecords
 from prdarts_jax.errors import RunError, UserError
@@ -44,16 +44,16 @@ def folder(tmp_path_factory):
 
 def _set(folder, data=IMAGENET):
     data = dataclasses.replace(data, source=f"folder:{folder}")
-    return streamed.choose(data), data
+    return stream_source.choose(data), data
 
 
 def _train(folder, **more):
     dataset, data = _set(folder)
-    return stream.train_batches(dataset, data, np.arange(TRAIN), batch_size=BATCH, epochs=EPOCHS, seed=5, **more)
+    return prefetch.train_batches(dataset, data, np.arange(TRAIN), batch_size=BATCH, epochs=EPOCHS, seed=5, **more)
 
 
 def _all(batches, **options):
-    with stream.prefetched(batches, tuple, **options) as items:
+    with prefetch.prefetched(batches, tuple, **options) as items:
         return [(images.copy(), labels.copy()) for images, labels in items]
 
 
@@ -85,7 +85,7 @@ def test_processes_read_their_columns_of_the_global_batch(folder, count):
 def test_batches_hold_the_images_of_the_common_order(folder, tmp_path):
     root = write_folder(tmp_path / "one", sizes=((6, 7),))
     dataset, data = _set(root, TrainDataConfig(stream="always"))
-    batches = stream.train_batches(dataset, data, np.arange(TRAIN), batch_size=BATCH, epochs=2, seed=5)
+    batches = prefetch.train_batches(dataset, data, np.arange(TRAIN), batch_size=BATCH, epochs=2, seed=5)
     resident = sources.load(f"folder:{root}", cache_dir=tmp_path / "cache")
     orders = np.concatenate([epoch_order(np.arange(TRAIN), BATCH, 5, epoch, "train") for epoch in range(2)])
     _same(list(batches), [(resident.train_images[order], resident.train_labels[order]) for order in orders])
@@ -96,11 +96,11 @@ def test_batches_hold_the_images_of_the_common_order(folder, tmp_path):
 @pytest.mark.parametrize("batch", [1, 2, 4, 7])
 def test_every_test_image_counts_once(folder, batch):
     dataset, data = _set(folder)
-    found = _all(stream.test_batches(dataset, data, batch_size=batch), workers=0)
+    found = _all(prefetch.test_batches(dataset, data, batch_size=batch), workers=0)
     images = np.concatenate([images for images, _ in found])[:TEST]
     labels = np.concatenate([labels for _, labels in found])
     assert len(labels) == -(-TEST // batch) * batch
-    one = _all(stream.test_batches(dataset, data, batch_size=1), workers=0)
+    one = _all(prefetch.test_batches(dataset, data, batch_size=1), workers=0)
     _same([(images, labels[:TEST])], [tuple(np.concatenate(kind) for kind in zip(*one, strict=True))])
 
 
@@ -109,9 +109,9 @@ def test_a_prepared_set_of_any_size_is_streamed(tmp_path):
     rows["validation"], rows["test"] = rows["test"], [(random_image(14, 14, 3), -1)]
     write_tfds(tmp_path, "mine", rows)
     data = dataclasses.replace(IMAGENET, source="tfds:mine")
-    dataset = streamed.choose(data, str(tmp_path))
+    dataset = stream_source.choose(data, str(tmp_path))
     assert (dataset.train_size, dataset.test_size, dataset.image) == (6, 3, (12, 12, 3))  # the hidden split is left
-    batches = stream.train_batches(dataset, data, np.arange(6), batch_size=3, epochs=1, seed=0)
+    batches = prefetch.train_batches(dataset, data, np.arange(6), batch_size=3, epochs=1, seed=0)
     _same(_all(batches, workers=1), list(batches))
     expected = {(np.asarray(Image.fromarray(pixels)).tobytes(), k) for pixels, k in rows["train"]}
     assert {(np.asarray(image).tobytes(), k) for image, k in map(dataset.train.read, range(6))} == expected
@@ -123,13 +123,13 @@ def test_the_budget_decides(folder, tmp_path):
     size = (TRAIN + TEST) * 6 * 7 * 3 / 2**30
     for resident_gb, stream_, kind in (
         (size, "auto", sources.Dataset),
-        (size * 0.99, "auto", streamed.StreamedDataset),
+        (size * 0.99, "auto", stream_source.StreamedDataset),
         (0.0, "never", sources.Dataset),
-        (4.0, "always", streamed.StreamedDataset),
+        (4.0, "always", stream_source.StreamedDataset),
     ):
         found, _ = _set(root, TrainDataConfig(resident_gb=resident_gb, stream=stream_))
         assert isinstance(found, kind)
-    assert isinstance(_set(folder)[0], streamed.StreamedDataset)
+    assert isinstance(_set(folder)[0], stream_source.StreamedDataset)
 
 
 def test_val_is_the_test_set_where_there_is_no_other(tmp_path):
@@ -199,9 +199,9 @@ class _Failing:
     ids=["unpicklable", "thread", "not-unpickled", "killed", "killed-of-three"],
 )
 def test_every_failure_of_a_worker_is_one_line(error, workers, said):
-    batches = stream.TestBatches(_Failing(error), (12, 12, 3), 1, IMAGENET)
+    batches = prefetch.TestBatches(_Failing(error), (12, 12, 3), 1, IMAGENET)
     found = []
-    with pytest.raises(RunError) as caught, stream.prefetched(batches, tuple, workers=workers) as items:
+    with pytest.raises(RunError) as caught, prefetch.prefetched(batches, tuple, workers=workers) as items:
         for _, labels in items:
             found += labels.tolist()
     assert re.fullmatch(said, str(caught.value)), caught.value
@@ -209,8 +209,8 @@ def test_every_failure_of_a_worker_is_one_line(error, workers, said):
 
 
 def test_a_stream_is_left_at_once_with_large_batches_on_their_way():
-    batches = stream.TestBatches(_Failing("", side=1024, count=40), (1024, 1024, 3), 1, TrainDataConfig())
-    with stream.prefetched(batches, tuple, workers=2) as items:
+    batches = prefetch.TestBatches(_Failing("", side=1024, count=40), (1024, 1024, 3), 1, TrainDataConfig())
+    with prefetch.prefetched(batches, tuple, workers=2) as items:
         assert next(items)[1].tolist() == [0]
         began = time.monotonic()
     assert time.monotonic() - began < 10
@@ -234,8 +234,8 @@ def test_other_errors(tmp_path, folder):
     rows = {"train": [(random_image(6, 6, 3), 0), (random_image(6, 6, 3), 1)], "test": [(random_image(7, 6, 3), 1)]}
     write_tfds(tmp_path, "mine", rows)
     data = TrainDataConfig(source="tfds:mine", stream="always")
-    dataset = streamed.choose(data, str(tmp_path))
-    one_line(lambda: stream.test_batches(dataset, data, batch_size=1)[0], "split 'test': record 0: image [7, 6, 3]")
+    dataset = stream_source.choose(data, str(tmp_path))
+    one_line(lambda: prefetch.test_batches(dataset, data, batch_size=1)[0], "split 'test': record 0: image [7, 6, 3]")
     for wrong in (
         {"stream": "sometimes"},
         {"image_size": 8},  # with the padded crop of CIFAR
@@ -252,14 +252,14 @@ def test_other_errors(tmp_path, folder):
 _READER = """
 import sys, time
 import numpy as np
-from prdarts_jax.data import stream, streamed
-from prdarts_jax.train_config import TrainDataConfig
+from prdarts_jax.config.train import TrainDataConfig
+from prdarts_jax.data import prefetch, stream_source
 
 if __name__ == "__main__":
     data = TrainDataConfig(source="folder:" + sys.argv[1], image_size=12, crop_padding=0)
-    found = streamed.choose(data)
-    batches = stream.train_batches(found, data, np.arange(4), batch_size=1, epochs=10**6, seed=0)
-    with stream.prefetched(batches, tuple, workers=2) as items:
+    found = stream_source.choose(data)
+    batches = prefetch.train_batches(found, data, np.arange(4), batch_size=1, epochs=10**6, seed=0)
+    with prefetch.prefetched(batches, tuple, workers=2) as items:
         for _ in range(6):  # both workers have begun
             next(items)
         print("reading", flush=True)
@@ -270,7 +270,7 @@ if __name__ == "__main__":
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the workers in /proc")
 def test_workers_end_with_a_killed_parent(folder, tmp_path):
     (tmp_path / "reader.py").write_text(_READER)
-    here = {**os.environ, "PYTHONPATH": str(Path(stream.__file__).parents[2])}
+    here = {**os.environ, "PYTHONPATH": str(Path(prefetch.__file__).parents[2])}
     command = [sys.executable, "reader.py", str(folder)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=here)
 

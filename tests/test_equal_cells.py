@@ -12,9 +12,10 @@ import oracles
 import pytest
 from jax.extend import core
 
-from prdarts_jax import bilevel, strategies
-from prdarts_jax.bilevel import Batch, Batches
+from prdarts_jax import bilevel, optimizers, strategies
+from prdarts_jax.bilevel import Batches
 from prdarts_jax.config.search import ArchConfig, WeightsConfig
+from prdarts_jax.data.batches import Batch
 from prdarts_jax.gates import Gates
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import CELL_TYPES, Space
@@ -154,8 +155,8 @@ def _size(cells: int) -> tuple[int, int]:
     made = {
         "space": space,
         "strategy": strategies.get("prdarts", space=space),
-        "weight_tx": bilevel.weight_transform(WeightsConfig()),
-        "arch_tx": bilevel.arch_transform(ArchConfig()),
+        "weight_tx": optimizers.weight_transform(WeightsConfig()),
+        "arch_tx": optimizers.arch_transform(ArchConfig()),
     }
     state = jax.eval_shape(lambda key: bilevel.init_state(key, **made), jax.random.key(0))
     batch = Batch(jnp.zeros((2, 7, 6, 1)), jnp.zeros((2,), jnp.int32))

@@ -15,9 +15,10 @@ import train_cases
 from search_cases import one_error, rows
 from train_cases import TEST, digits, final_state, train
 
-from prdarts_jax import cli, evaluation, export, train_program
+from prdarts_jax import cli, evaluation, train_program
 from prdarts_jax.data.sources import from_arrays
 from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.interop import export
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,10 @@ import safetensors
 from oracles import quick_jit
 from safetensors.numpy import save_file
 
-from prdarts_jax import cli_export, export
+from prdarts_jax import cli_export
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.interop import export
+from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.space.genotype import Genotype
 
 IMAGE, MEAN, STD = (8, 8, 3), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

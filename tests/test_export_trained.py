@@ -14,7 +14,8 @@ import train_cases
 from search_cases import one_error
 from train_cases import TEST, digits
 
-from prdarts_jax import cli, evaluation, export
+from prdarts_jax import cli, evaluation
+from prdarts_jax.interop import export
 from prdarts_jax.space.genotype import Genotype
 
 # An operation in place of one of ours: three times the input, negated, every second pixel where the stride is 2.

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from oracles import quick_jit
 
-from prdarts_jax import cli_export, export, import_torch
+from prdarts_jax import cli_export
 from prdarts_jax.data.sources import NORMALIZATION
 from prdarts_jax.errors import UserError
-from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.interop import export, import_torch
+from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.space.genotype import Genotype
 
 if os.environ.get("CI") == "true":

@@ -15,10 +15,11 @@ import train_cases
 from jax.sharding import PartitionSpec
 
 from prdarts_jax import bilevel, search_inputs, train_inputs, train_program
-from prdarts_jax.bilevel import Batch, Batches, SearchState
+from prdarts_jax.bilevel import Batches, SearchState
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.config.train import TrainConfig
+from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
 from prdarts_jax.ops.batch_norm import batch_norm
 from prdarts_jax.space.spec import Space

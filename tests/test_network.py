@@ -14,8 +14,8 @@ import pytest
 from oracles import quick_jit
 
 from prdarts_jax.errors import UserError
-from prdarts_jax.network import DerivedNetwork
-from prdarts_jax.network_layers import batch_norm
+from prdarts_jax.network.layers import batch_norm
+from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.ops.drop_path import drop_path, drop_path_draws
 from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
 from prdarts_jax.space.genotype import Genotype

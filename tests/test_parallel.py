@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 from search_cases import BATCH, final_state, rows, search
 
 from prdarts_jax import bilevel
-from prdarts_jax.bilevel import Batch, Batches, SearchState
+from prdarts_jax.bilevel import Batches, SearchState
+from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.metrics import comparable

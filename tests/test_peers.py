@@ -14,8 +14,9 @@ from oracles import quick_jit
 from benchmarks import ours
 from benchmarks.cases import FEW, SearchCase
 from prdarts_jax import bilevel
+from prdarts_jax.data.batches import Batch
 from prdarts_jax.gates import Gates
-from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.ops import drop_path
 from prdarts_jax.ops.drop_path import drop_path_draws
 from prdarts_jax.ops.losses import cross_entropy
@@ -119,7 +120,7 @@ def test_darts_step_changes_weights_and_architecture_as_ours() -> None:
             for i, kind in enumerate(peer_search.KINDS):
                 peer.arch[i] = torch.from_numpy(np.array(state.arch[kind])).requires_grad_()
         peer.arch_opt = torch.optim.Adam(peer.arch, 3e-4, (0.5, 0.999), weight_decay=1e-3)
-        batches = bilevel.Batches(*(bilevel.Batch(jnp.asarray(x), jnp.asarray(y)) for x, y in (train, val)))
+        batches = bilevel.Batches(*(Batch(jnp.asarray(x), jnp.asarray(y)) for x, y in (train, val)))
         step = quick_jit(bilevel.make_search_step(**parts))
         after, _ = step(state, batches, jax.random.key(2), {})
         peer.step(_torch(train), _torch(val))

@@ -15,8 +15,8 @@ import pytest
 import search_cases
 
 from prdarts_jax import bilevel, search_inputs, search_program
+from prdarts_jax.data.batches import Images
 from prdarts_jax.data.sources import Dataset, from_arrays
-from prdarts_jax.dispatch import Images
 
 SIZE, BATCH, STEPS = (6, 8), 8, 5
 

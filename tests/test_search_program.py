@@ -14,8 +14,8 @@ from search_cases import BATCH, EPOCH_STEPS, EPOCHS, FLAGS, IMAGES, TOTAL, digit
 from prdarts_jax import presets, search_inputs, search_program
 from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.config import schema
-from prdarts_jax.data import batches
 from prdarts_jax.data.augment import normalize
+from prdarts_jax.data.batches import epoch_order, padded_batches, split_indices
 from prdarts_jax.search_program import Images
 from prdarts_jax.space import supernet
 
@@ -87,9 +87,9 @@ def test_batches_depend_on_seed_epoch_and_step_alone(tmp_path, dispatches, seed)
         found = [
             np.concatenate([orders[kind][:count] for count, _, orders, _ in calls]) for calls in (first, dispatches)
         ]
-        half = batches.split_indices(IMAGES, seed)[kind]
+        half = split_indices(IMAGES, seed)[kind]
         name = ("train", "val")[kind]
-        expected = [batches.epoch_order(half, BATCH, seed, epoch, name) for epoch in range(epochs)]
+        expected = [epoch_order(half, BATCH, seed, epoch, name) for epoch in range(epochs)]
         for order in found:
             np.testing.assert_array_equal(order, np.concatenate(expected))
         assert sorted(expected[0].ravel()) == sorted(expected[1].ravel()) == sorted(half)  # the whole half, anew
@@ -206,7 +206,7 @@ def _by_hand(inputs, state, tau, order, counted):
 def test_evaluations_fall_due_and_are_right(finished):
     epochs = rows(finished, "epoch")
     assert ["eval_loss" in row for row in epochs] == [False, True, True]  # every second, and the last
-    val = batches.split_indices(IMAGES, 0)[1].reshape(EPOCH_STEPS, BATCH)
+    val = split_indices(IMAGES, 0)[1].reshape(EPOCH_STEPS, BATCH)
     inputs = search_inputs.prepare(search_cases.config(), data=digits())
     everything = np.ones(val.shape, bool)
     loss, accuracy = _by_hand(inputs, final_state(finished).state, epochs[-1]["progress/tau"], val, everything)
@@ -217,7 +217,7 @@ def test_evaluations_fall_due_and_are_right(finished):
 def test_an_evaluation_counts_every_image_once(finished):
     """A set that does not fill its last batch: the images that fill it up pass through, and are not counted."""
     inputs = search_inputs.prepare(search_cases.config(), data=digits())
-    order, mask = batches.padded_batches(EPOCH_STEPS * BATCH - 5, BATCH)
+    order, mask = padded_batches(EPOCH_STEPS * BATCH - 5, BATCH)
     assert mask.sum() == EPOCH_STEPS * BATCH - 5
     state = final_state(finished).state
     program = search_program.make_evaluation(inputs.problem, inputs.mesh)

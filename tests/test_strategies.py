@@ -13,14 +13,15 @@ import oracles
 import pytest
 
 from prdarts_jax import bilevel
-from prdarts_jax.bilevel import Batch, Batches
+from prdarts_jax.bilevel import Batches
 from prdarts_jax.config.search import OPS
+from prdarts_jax.data.batches import Batch
 from prdarts_jax.errors import UserError
 from prdarts_jax.space.spec import CELL_TYPES, Space
 from prdarts_jax.strategies import registry
-from prdarts_jax.strategies.base import Strategy
 from prdarts_jax.strategies.darts import darts
 from prdarts_jax.strategies.prdarts import prdarts
+from prdarts_jax.strategy import Strategy
 
 _LISTS = (("skip_connect",), ("none", "max_pool_3x3"), OPS, ("sep_conv_3x3", "skip_connect"), ("dil_conv_5x5",))
 SPACES = {

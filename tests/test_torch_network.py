@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from oracles import quick_jit
 
-from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.space.genotype import Genotype
 
 if os.environ.get("CI") == "true":

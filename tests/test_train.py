@@ -20,9 +20,9 @@ from search_cases import one_error, rows, snapshot, standard_promotion
 from train_cases import EPOCH_STEPS, EPOCHS, GENOTYPE, TOTAL, digits, final_state, outcome, train, words
 
 import prdarts_jax
-from prdarts_jax import cli, metrics, report, train_inputs, train_loop, train_presets, train_program
-from prdarts_jax.bilevel import Batch
+from prdarts_jax import cli, metrics, optimizers, report, train_inputs, train_loop, train_presets, train_program
 from prdarts_jax.config.train import SgdConfig, TrainConfig
+from prdarts_jax.data.batches import Batch
 from prdarts_jax.data.sources import from_arrays, load
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
@@ -215,7 +215,7 @@ def test_the_optimizer_is_torchs(nesterov):
     theirs = torch.nn.Parameter(torch.tensor(start))
     optimizer = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
     with jax.enable_x64(True):
-        tx, ours = train_inputs.sgd(config), {"w": jnp.asarray(start)}
+        tx, ours = optimizers.sgd(config), {"w": jnp.asarray(start)}
         state = tx.init(ours)
         for gradient, rate in zip(gradients, rates, strict=True):
             state = train_program.set_learning_rate(state, rate)
@@ -300,7 +300,7 @@ def test_a_transformation_of_the_user(tmp_path):
     first = train_program.initial_carry(inputs.problem, inputs.mesh, jax.random.key(0), (8, 8, 1))
     head = json.loads((tmp_path / "w" / "config.json").read_text())
     assert "weights.transform" in head["digests"]
-    from prdarts_jax import export
+    from prdarts_jax.interop import export
 
     network = export.load_network(tmp_path / "w")
     jax.tree.map(np.testing.assert_array_equal, network.variables["params"], dict(first.state.variables.params))

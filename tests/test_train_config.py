@@ -10,11 +10,11 @@ import jax
 import optax
 import pytest
 
-from prdarts_jax import cli, cli_train, schedules, train_inputs, train_presets
+from prdarts_jax import cli, cli_train, optimizers, schedules, train_inputs, train_presets
 from prdarts_jax.config import schema
 from prdarts_jax.config.train import NetworkConfig, SgdConfig, TrainConfig
 from prdarts_jax.errors import UserError
-from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.space.genotype import Genotype
 
 # The recipe, written down a second time.
@@ -180,8 +180,8 @@ def test_drop_path_goes_up_in_a_line_and_never_reaches_its_rate():
 
 def test_the_linear_rule_scales_the_learning_rate():
     on = SgdConfig(learning_rate=0.1, scale_lr=True)
-    assert train_inputs.base_rate(TrainConfig(batch_size=512, weights=on)) == pytest.approx(0.4)
-    assert train_inputs.base_rate(TrainConfig(batch_size=512)) == 0.025
+    assert optimizers.base_rate(TrainConfig(batch_size=512, weights=on)) == pytest.approx(0.4)
+    assert optimizers.base_rate(TrainConfig(batch_size=512)) == 0.025
 
 
 def test_examples_are_a_seeded_subset_without_repetition():

@@ -12,8 +12,8 @@ import pytest
 
 from prdarts_jax import cli
 from prdarts_jax.errors import UserError
-from prdarts_jax.network import DerivedNetwork, profile
-from prdarts_jax.network_counts import SCALES, Profile, jaxpr_macs
+from prdarts_jax.network.counts import SCALES, Profile, jaxpr_macs
+from prdarts_jax.network.module import DerivedNetwork, profile
 from prdarts_jax.space.genotype import Genotype, names
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_genotypes.json").read_text(encoding="utf-8"))

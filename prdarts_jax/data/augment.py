@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from prdarts_jax.config.search import DataConfig
 from prdarts_jax.errors import UserError
 
 
@@ -186,3 +187,27 @@ def _holes(centres: jax.Array, height: int, width: int, side: int) -> jax.Array:
     columns = jnp.arange(width)[None, :] - first[:, 1:]
     in_rows, in_columns = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
     return in_rows[:, :, None] & in_columns[:, None, :]
+
+
+def load_images(
+    key: jax.Array,
+    images: jax.Array,
+    positions: jax.Array,
+    *,
+    data: DataConfig,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: str,
+) -> jax.Array:
+    """A batch as the network sees it: augmented as the config says, and normalised."""
+    return augment(
+        key,
+        images,
+        positions,
+        mean=mean,
+        std=std,
+        crop_padding=data.crop_padding,
+        flip=data.flip,
+        cutout=data.cutout,
+        dtype=dtype,
+    )

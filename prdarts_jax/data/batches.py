@@ -7,10 +7,14 @@ a batch depends on neither the number of devices nor that of processes.
 from __future__ import annotations
 
 import zlib
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from prdarts_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 
 def _rng(seed: int, *words: int) -> np.random.Generator:
@@ -170,3 +174,17 @@ def padded_batches(n: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     flat = np.arange(steps * batch_size)
     shape = (steps, batch_size)
     return (flat % n).astype(np.int32).reshape(shape), (flat < n).reshape(shape)
+
+
+class Batch(NamedTuple):
+    """One batch, as the network sees it."""
+
+    images: jax.Array  # [B,H,W,C], normalised, compute dtype
+    labels: jax.Array  # int32[B]
+
+
+class Images(NamedTuple):
+    """A data set on the devices."""
+
+    images: Any  # uint8[N,H,W,C]
+    labels: Any  # int32[N]

@@ -11,7 +11,7 @@ from prdarts_jax.strategies import registry
 
 if TYPE_CHECKING:
     from prdarts_jax.space.spec import Space
-    from prdarts_jax.strategies.base import Strategy
+    from prdarts_jax.strategy import Strategy
 
 
 def get(name: str, *, space: Space, **options: Any) -> Strategy:

@@ -18,7 +18,8 @@ from prdarts_jax.config.schema import require
 from prdarts_jax.gates import Gates
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
-from prdarts_jax.strategies.base import Arch, Progress, Strategy, Traits, derive_pairs, init_normal
+from prdarts_jax.strategies.derive import derive_pairs, init_normal
+from prdarts_jax.strategy import Arch, Progress, Strategy, Traits
 
 
 def darts(*, space: Space, init_scale: float = 1e-3) -> Strategy:

@@ -21,7 +21,8 @@ from prdarts_jax.errors import unknown
 from prdarts_jax.gates import Gates
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
-from prdarts_jax.strategies.base import Arch, Progress, Strategy, Traits, derive_pairs, init_normal
+from prdarts_jax.strategies.derive import derive_pairs, init_normal
+from prdarts_jax.strategy import Arch, Progress, Strategy, Traits
 
 SUBSAMPLES = ("topk_gate", "uniform", "all")
 SCORES = ("probability", "softmax")

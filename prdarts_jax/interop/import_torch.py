@@ -18,8 +18,8 @@ import numpy as np
 from flax import traverse_util
 
 from prdarts_jax.errors import UserError, unknown
-from prdarts_jax.network import DerivedNetwork
-from prdarts_jax.network_plan import STEMS, CellPlan, NetworkPlan
+from prdarts_jax.network.module import DerivedNetwork
+from prdarts_jax.network.plan import STEMS, CellPlan, NetworkPlan
 from prdarts_jax.ops.batch_norm import BN_EPS
 from prdarts_jax.ops.layers import Weight
 from prdarts_jax.space.genotype import CELL_INPUTS, Genotype

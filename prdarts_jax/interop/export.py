@@ -21,7 +21,7 @@ from jax import export as jax_export
 
 from prdarts_jax.data.augment import normalize
 from prdarts_jax.errors import RunError, UserError, unknown
-from prdarts_jax.network import DerivedNetwork
+from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
 from prdarts_jax.space.genotype import Genotype
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from prdarts_jax.errors import unknown
-from prdarts_jax.network_layers import Layer, abstract, shape_leaves
-from prdarts_jax.network_plan import CellPlan, Edge, NetworkPlan, make_plan, wire
+from prdarts_jax.network.layers import Layer, abstract, shape_leaves
+from prdarts_jax.network.plan import CellPlan, Edge, NetworkPlan, make_plan, wire
 from prdarts_jax.ops.primitives import PRIMITIVES
 from prdarts_jax.space.genotype import Genotype
 

@@ -24,7 +24,7 @@ import numpy as np
 from prdarts_jax.config.train import TrainDataConfig
 from prdarts_jax.data.batches import epoch_order, padded_batches, process_slice
 from prdarts_jax.data.records import Records
-from prdarts_jax.data.streamed import StreamedDataset
+from prdarts_jax.data.stream_source import StreamedDataset
 from prdarts_jax.data.tfds_source import reason
 from prdarts_jax.data.transforms import Jitter, draw, for_test, for_training
 from prdarts_jax.errors import RunError, UserError

@@ -10,7 +10,7 @@ from functools import reduce
 from typing import NamedTuple, TypeVar
 
 from prdarts_jax.errors import UserError, unknown
-from prdarts_jax.network_layers import (
+from prdarts_jax.network.layers import (
     AUX_STRIDES,
     Layer,
     auxiliary_fits,

@@ -17,9 +17,9 @@ from flax.core import unfreeze
 from jax import lax
 
 from prdarts_jax.errors import UserError
-from prdarts_jax.network_counts import Profile, profile
-from prdarts_jax.network_layers import Layer, batch_norm, dense_preprocess, preprocess, running_statistics, widened
-from prdarts_jax.network_plan import CellPlan, Edge, NetworkPlan, check_auxiliary, make_plan, wire
+from prdarts_jax.network.counts import Profile, profile
+from prdarts_jax.network.layers import Layer, batch_norm, dense_preprocess, preprocess, running_statistics, widened
+from prdarts_jax.network.plan import CellPlan, Edge, NetworkPlan, check_auxiliary, make_plan, wire
 from prdarts_jax.ops.drop_path import drop_path, drop_path_draws
 from prdarts_jax.ops.layer_set import composed_pointwise, composed_separable, fast_leaves
 from prdarts_jax.ops.layers import Weight, draw

@@ -1,0 +1,1 @@
+"""Networks that leave the library or come into it: StableHLO, safetensors, PyTorch."""

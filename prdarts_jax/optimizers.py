@@ -1,0 +1,140 @@
+"""The optax transformations of the two parameter groups, and their hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from prdarts_jax.config import schema, userfile
+from prdarts_jax.config.search import ArchConfig, WeightsConfig
+from prdarts_jax.config.source_digest import source_digest
+from prdarts_jax.config.train import SCALE_BATCH, TrainConfig
+from prdarts_jax.errors import UserError
+
+
+def weight_transform(config: WeightsConfig) -> optax.GradientTransformation:
+    """SGD as published: clip by global norm, then coupled L2, then (Nesterov) momentum, then the learning rate.
+
+    Learning rate, weight decay and momentum are hyperparameters of the state, so that searches with other values share
+    a compiled step; the step sets the learning rate from `progress["weight_learning_rate"]`.
+
+    >>> tx = weight_transform(WeightsConfig())
+    >>> {name: round(float(value), 6) for name, value in tx.init({"w": jnp.zeros(2)}).hyperparams.items()}
+    {'learning_rate': 0.025, 'weight_decay': 0.0005, 'momentum': 0.9}
+    """
+
+    def make(learning_rate: float, weight_decay: float, momentum: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(config.clip_norm) if config.clip_norm != float("inf") else optax.identity(),
+            optax.add_decayed_weights(weight_decay),
+            optax.sgd(learning_rate, momentum=momentum, nesterov=config.nesterov),
+        )
+
+    return optax.inject_hyperparams(make)(
+        learning_rate=config.learning_rate, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+
+
+def arch_transform(config: ArchConfig) -> optax.GradientTransformation:
+    """Adam with coupled L2 (weight decay added to the gradient), as published."""
+
+    def make(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.add_decayed_weights(weight_decay),
+            optax.adam(learning_rate, b1=config.beta1, b2=config.beta2, eps=config.eps),
+        )
+
+    return optax.inject_hyperparams(make)(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def set_learning_rate(opt_state: Any, rate: Any) -> Any:
+    """Sets the learning rate of an `inject_hyperparams` state; a transformation without one keeps its own."""
+    if rate is None or not isinstance(getattr(opt_state, "hyperparams", None), dict):
+        return opt_state
+    if "learning_rate" not in opt_state.hyperparams:
+        return opt_state
+    old = opt_state.hyperparams["learning_rate"]
+    rate = jnp.asarray(rate, jnp.asarray(old).dtype)
+    return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
+
+
+def set_hyperparameters(opt_state: Any, tx: optax.GradientTransformation) -> Any:
+    """An `inject_hyperparams` state with the hyperparameters of another such transformation; other states as they are.
+
+    >>> tx = weight_transform(WeightsConfig(weight_decay=0.25))
+    >>> state = set_hyperparameters(weight_transform(WeightsConfig()).init({"w": jnp.zeros(2)}), tx)
+    >>> float(state.hyperparams["weight_decay"])
+    0.25
+    """
+    if not isinstance(getattr(opt_state, "hyperparams", None), dict):
+        return opt_state
+    return opt_state._replace(hyperparams=tx.init({"any": jnp.zeros((), jnp.float32)}).hyperparams)
+
+
+def transformation(
+    config: Any,
+    group: str,
+    given: Any,
+    default: Callable[[], optax.GradientTransformation],
+    digests: dict[str, str],
+) -> optax.GradientTransformation:
+    """The optimizer of a group: the caller's, the one `GROUP.transform` names, or the default.
+
+    Args:
+      config: of the run; a function of the user is called with it.
+      group: the section of the config.
+      given: a transformation, a function of the config, or None.
+      default: makes the one of the config's numbers.
+      digests: receives the digest of the user's source.
+
+    Raises:
+      UserError: no optax transformation came of it.
+    """
+    spec, field = schema.get(config, f"{group}.transform"), f"{group}.transform"
+    if given is None and spec:
+        loaded = userfile.load(spec, field)
+        given, digests[field] = loaded.value, loaded.digest
+    elif given is not None:
+        digests[field] = source_digest(given)
+    if given is None:
+        return default()
+    made = given
+    if not isinstance(given, optax.GradientTransformation) and callable(given):
+        made = userfile.call(given, config, field=field)
+    if not isinstance(made, optax.GradientTransformation):
+        raise UserError(
+            f"{field}: got a {type(made).__name__}; allowed: an optax transformation, or a function of the config"
+        )
+    return made
+
+
+def base_rate(config: TrainConfig) -> float:
+    """The learning rate the schedule starts from: times batch_size / 128 where `weights.scale_lr` says so.
+
+    >>> base_rate(TrainConfig())
+    0.025
+    """
+    scale = config.batch_size / SCALE_BATCH if config.weights.scale_lr else 1.0
+    return config.weights.learning_rate * scale
+
+
+def sgd(config: TrainConfig) -> optax.GradientTransformation:
+    """SGD of the config's numbers, with the learning rate as a hyperparameter of the state.
+
+    >>> import jax.numpy as jnp
+    >>> print(sgd(TrainConfig()).init({"w": jnp.zeros(2)}).hyperparams["learning_rate"])
+    0.025
+    """
+    weights = config.weights
+    return weight_transform(
+        WeightsConfig(
+            learning_rate=base_rate(config),
+            momentum=weights.momentum,
+            nesterov=weights.nesterov,
+            weight_decay=weights.weight_decay,
+            clip_norm=weights.clip_norm,
+        )
+    )

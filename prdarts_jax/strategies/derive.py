@@ -1,0 +1,62 @@
+"""What strategies share: the start of the architecture, and the derivation of a genotype from scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.space.spec import CELL_TYPES, Space
+
+
+def init_normal(key: jax.Array, space: Space, scale: float) -> dict[str, jax.Array]:
+    """{"normal", "reduce"} -> scale * N(0,1), float32[E,O]: the usual start of architecture parameters."""
+    shape = (space.num_edges, space.num_ops)
+    return {kind: scale * jax.random.normal(jax.random.fold_in(key, i), shape) for i, kind in enumerate(CELL_TYPES)}
+
+
+def derive_pairs(
+    scores: Mapping[str, np.ndarray], space: Space, *, distinct_inputs: bool = True, pairs: int = 2
+) -> Genotype:
+    """Per node the best (operation, input) pairs by score, `none` left out.
+
+    With distinct inputs this is the rule of DARTS: the edges with the best operation, each with that operation.
+
+    Args:
+      scores: {"normal", "reduce"} -> [E,O]; equal scores keep the order of edges and operations.
+      space: the search space.
+      distinct_inputs: at most one pair an input.
+      pairs: pairs kept a node.
+
+    >>> scores = {kind: np.arange(112.0).reshape(14, 8) for kind in ("normal", "reduce")}
+    >>> derive_pairs(scores, Space()).normal[0]
+    (('dil_conv_5x5', 1), ('dil_conv_5x5', 0))
+    >>> derive_pairs(scores, Space(), distinct_inputs=False).normal[0]
+    (('dil_conv_5x5', 1), ('dil_conv_3x3', 1))
+    """
+    none = space.group("none")
+
+    def cell(kind: str) -> tuple[tuple[tuple[str, int], ...], ...]:
+        table = np.asarray(scores[kind], np.float64)
+        usable = space.allowed[kind] & ~none[None, :]
+        nodes = []
+        for node in range(2, 2 + space.nodes):
+            candidates = [
+                (-table[e, o], e, o)
+                for e, (_, target) in enumerate(space.edges)
+                if target == node
+                for o in range(space.num_ops)
+                if usable[e, o]
+            ]
+            chosen: list[tuple[str, int]] = []
+            for _, e, o in sorted(candidates):
+                source = space.edges[e][0]
+                if len(chosen) < pairs and not (distinct_inputs and source in [j for _, j in chosen]):
+                    chosen.append((space.ops[o], source))
+            nodes.append(tuple(chosen))
+        return tuple(nodes)
+
+    concat = tuple(range(2, 2 + space.nodes))
+    return Genotype(cell("normal"), concat, cell("reduce"), concat)
