@@ -105,8 +105,8 @@ def import_command(words: list[str]) -> int:
     parser.add_argument("--image-size", metavar="PIXELS", help="default: 32, or 224 for ImageNet")
     parser.add_argument("--overwrite", action="store_true", help="replace the network that is in DIR")
     args = parser.parse_args(words)
+    from prdarts_jax.run.workdir import check_writable
     from prdarts_jax.space.genotype import Genotype
-    from prdarts_jax.workdir import check_writable
 
     given = {name: _numbers(f"--{name}", getattr(args, name)) for name in ("mean", "std")}
     if any(value <= 0 for value in given["std"] or ()):

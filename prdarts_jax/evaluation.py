@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from prdarts_jax import runs, train_inputs, train_program
-from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax import train_inputs, train_program
 from prdarts_jax.config import schema, userfile
 from prdarts_jax.config.train import TrainConfig, TrainDataConfig
 from prdarts_jax.data import prefetch
@@ -22,9 +21,10 @@ from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.stream_source import AnyDataset, StreamedDataset, choose
 from prdarts_jax.devices import processes, sharding
 from prdarts_jax.errors import RunError, UserError, warn
+from prdarts_jax.run.checkpoint import Checkpointer
+from prdarts_jax.run.workdir import NOUNS, atomic_write_json
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.train_program import Outputs, Problem, Variables
-from prdarts_jax.workdir import atomic_write_json
 
 BINS = 15  # of the calibration error
 _TOP = 5
@@ -387,5 +387,5 @@ def _read_config(workdir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"WORKDIR: {path} is not the config of a training ({reason})") from None
-    noun = runs.NOUNS.get(kind, kind)
+    noun = NOUNS.get(kind, kind)
     raise UserError(f"WORKDIR: {str(workdir)!r} holds a {noun}; allowed: the workdir of a training")

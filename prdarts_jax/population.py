@@ -18,19 +18,26 @@ from typing import IO, Any, NamedTuple
 
 import jax
 
-from prdarts_jax import population_trial, runs, search_inputs, search_loop
+from prdarts_jax import population_trial, search_inputs, search_loop
 from prdarts_jax import sweep as sweeps
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.devices import sharding
-from prdarts_jax.epoch_loop import Done, Start, Work
 from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.population_program import SideBySide
 from prdarts_jax.report_data import POPULATION, POPULATION_SCHEMA
+from prdarts_jax.run.loop import Done, Start, Work
+from prdarts_jax.run.signals import StopRequest
+from prdarts_jax.run.workdir import (
+    atomic_write_json,
+    check_workdir,
+    check_writable,
+    locked,
+    no_report,
+    report_path,
+)
 from prdarts_jax.search_inputs import Inputs
 from prdarts_jax.search_loop import SearchResult, Shared
-from prdarts_jax.signals import StopRequest
 from prdarts_jax.sweep import Member
-from prdarts_jax.workdir import atomic_write_json, check_writable
 
 Run = Generator[Work, Done, SearchResult]
 
@@ -129,7 +136,7 @@ def search_population(
         "members": [member.name for member in members],
     }
     _check(workdir, prepared)
-    with runs.lock(workdir), StopRequest() as stop:
+    with locked(workdir), StopRequest() as stop:
         _check(workdir, prepared)  # again, now that no other process can change it
         changed = _read(workdir) != listed
         if config.run.overwrite:
@@ -169,7 +176,7 @@ def _check(workdir: Path, prepared: Sequence[_Prepared]) -> None:
             raise UserError(f"workdir: {workdir} holds {foreign[0]!r} and no {POPULATION}; {allowed}")
     for member, _, document in prepared:
         overwrite, compared = member.config.run.overwrite, search_inputs.compared
-        runs.check_workdir(workdir / member.name, document, overwrite=overwrite, compared=compared)
+        check_workdir(workdir / member.name, document, overwrite=overwrite, compared=compared)
 
 
 class _Population:
@@ -257,12 +264,12 @@ class _Population:
         result = PopulationResult(status, self.results, self.failures, self.workdir, None, self.stop.signum)
         if not ended:
             return result
-        path = runs.report_path(self.workdir)
+        path = report_path(self.workdir)
         if path is None or changed or status != "already-finished":
             from prdarts_jax import report
 
             try:
                 path = report.report([self.workdir])
             except (OSError, RunError, UserError) as error:
-                raise runs.no_report("population", error) from error
+                raise no_report("population", error) from error
         return result._replace(report=path)

@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prdarts_jax.data.batches import Images
 from prdarts_jax.data.sources import Dataset
-from prdarts_jax.digests import is_key
-from prdarts_jax.epoch_loop import Done, Work
+from prdarts_jax.run.digests import is_key
+from prdarts_jax.run.loop import Done, Work
 from prdarts_jax.search_program import Carry, Problem, dispatch_program
 
 AXIS = "search"

@@ -23,8 +23,8 @@ from prdarts_jax import plots
 from prdarts_jax.errors import UserError
 from prdarts_jax.report_data import Run, population, read
 from prdarts_jax.report_sweep import FIGURES, label, settings, spread
+from prdarts_jax.run.workdir import atomic_write_text
 from prdarts_jax.space.genotype import CELLS
-from prdarts_jax.workdir import atomic_write_text
 
 # The figures that are compared and averaged; a run shows those it has. Accuracies are shares of 1.
 _HEADLINES = (

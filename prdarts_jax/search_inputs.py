@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import optimizers, runs, trial
+from prdarts_jax import optimizers, trial
 from prdarts_jax.config import userfile
 from prdarts_jax.config.search import MethodConfig, SearchConfig
 from prdarts_jax.config.source_digest import source_digest
@@ -20,6 +20,8 @@ from prdarts_jax.data.batches import check_batch, split_indices
 from prdarts_jax.data.sources import Dataset, load
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
+from prdarts_jax.run import provenance
+from prdarts_jax.run.metrics import check_tensorboard
 from prdarts_jax.search_program import Problem
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import registry
@@ -56,7 +58,7 @@ def prepare(
     Raises:
       UserError: anything that is not possible, named by its field.
     """
-    runs.check_tensorboard(config.run)
+    check_tensorboard(config.run)
     digests: dict[str, str] = {}
     mesh = sharding.make_mesh(sharding.choose_devices(config.run.devices))
     data = like.dataset if like is not None else data
@@ -157,7 +159,7 @@ def check_method(config: SearchConfig) -> None:
 def document(config: SearchConfig, inputs: Inputs, sources: Mapping[str, str] | None) -> dict[str, Any]:
     """The content of config.json."""
     space = inputs.problem.space
-    return runs.document(
+    return provenance.document(
         "search",
         config,
         sources=sources,
@@ -175,7 +177,7 @@ def compared(document: Mapping[str, Any]) -> dict[str, Any]:
     Data is compared by its digest, not by where it lies; the user's own code by the digest of its source.
     """
     files = ("data.source", "space.primitives", "weights.transform", "arch.transform")
-    flat = runs.compared(document, SearchConfig, files)
+    flat = provenance.compared(document, SearchConfig, files)
     if userfile.is_path(flat["method.strategy"]):
         flat["method.strategy"] = flat["method.strategy"].rpartition(":")[2]
     return flat

@@ -15,21 +15,32 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from prdarts_jax import followers, optimizers, runs, search_inputs
+from prdarts_jax import optimizers, search_inputs
 from prdarts_jax.config import userfile
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.batches import Images, epoch_order, padded_batches
 from prdarts_jax.devices import processes, sharding
-from prdarts_jax.epoch_loop import Done, Epoch, EpochLoop, Speed, Start, Work, drive
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.metrics import MetricsLog, Progress, check_finite
+from prdarts_jax.run import followers, provenance
+from prdarts_jax.run.loop import Done, Epoch, EpochLoop, Speed, Start, Work, drive
+from prdarts_jax.run.metrics import MetricsLog, check_finite
+from prdarts_jax.run.progress import Progress
+from prdarts_jax.run.signals import StopRequest
+from prdarts_jax.run.workdir import (
+    atomic_write_json,
+    atomic_write_text,
+    check_workdir,
+    check_writable,
+    clear,
+    locked,
+    no_report,
+    report_path,
+)
 from prdarts_jax.schedules import cosine as learning_rate
 from prdarts_jax.search_inputs import Inputs
 from prdarts_jax.search_program import Carry, Orders, Programs, abstract_carry
-from prdarts_jax.signals import StopRequest
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.strategy import Stop
-from prdarts_jax.workdir import atomic_write_json, atomic_write_text, check_writable
 
 __all__ = ["RunError", "SearchResult", "UserError", "learning_rate", "search"]
 
@@ -127,18 +138,18 @@ def dispatches(
     workdir, document = start.workdir, start.document
     overwrite, compared = config.run.overwrite, search_inputs.compared
     processes.same(config, compared(document), document)
-    runs.warn_without_kernels(document["platform"]["cpu_kernels"])
+    provenance.warn_without_kernels(document["platform"]["cpu_kernels"])
 
     def check() -> dict[str, Any] | None:
-        return runs.check_workdir(workdir, document, overwrite=overwrite, compared=compared)
+        return check_workdir(workdir, document, overwrite=overwrite, compared=compared)
 
     def begin() -> list[Any]:
         """(config.json of the search in the workdir or None, its genotype if it is finished)."""
         check()
-        lock.enter_context(runs.lock(workdir))
+        lock.enter_context(locked(workdir))
         old = check()  # again, now that no other process can change it
         if overwrite:
-            runs.clear(workdir, _OWN)
+            clear(workdir, _OWN)
         if old is not None and (workdir / "genotype.json").is_file():
             return [old, json.loads(Genotype.load(workdir).to_json())]
         if old is None:
@@ -301,13 +312,13 @@ class _Search(EpochLoop[Carry, SearchResult]):
 
     def finish(self, carry: Carry, step: int, log: MetricsLog) -> SearchResult:
         """The final row, the genotype, its diagrams and the report."""
-        from prdarts_jax import metrics
+        from prdarts_jax.run.metrics import read
 
         stopped = self.stopped
         genotype = stopped.genotype if stopped else self.problem.strategy.derive(jax.device_get(carry.state.arch))
         if stopped:
             self.say(f"the strategy ends the search: {stopped.reason}")
-        rows = [row for row in metrics.read(self.workdir / "metrics.jsonl") if row["kind"] == "epoch"]
+        rows = [row for row in read(self.workdir / "metrics.jsonl") if row["kind"] == "epoch"]
         last = {k: v for k, v in rows[-1].items() if k not in ("kind", "epoch", "step")} if rows else {}
         total = sum(row.get("time_epoch_s", 0.0) for row in rows)
         log.write("final", max((step - 1) // self.epoch_steps, 0), step, **last, time_search_s=total)
@@ -322,7 +333,7 @@ def _pictures(workdir: Path, genotype: Genotype, *, again: bool) -> Path | None:
     from prdarts_jax import plots, report
 
     folder = workdir / "plots"
-    again = again or runs.report_path(workdir) is None  # it is written last: without it a diagram may be half a file
+    again = again or report_path(workdir) is None  # it is written last: without it a diagram may be half a file
     try:
         folder.mkdir(exist_ok=True)
         for kind in ("normal", "reduce"):
@@ -330,6 +341,6 @@ def _pictures(workdir: Path, genotype: Genotype, *, again: bool) -> Path | None:
                 path = folder / f"genotype_{kind}.{suffix}"
                 if again or not path.is_file():
                     plots.save(plots.cell_diagram(genotype, kind), path)
-        return report.report([workdir]) if again else runs.report_path(workdir)
+        return report.report([workdir]) if again else report_path(workdir)
     except (OSError, RunError, UserError) as error:
-        raise runs.no_report("search", error) from error
+        raise no_report("search", error) from error

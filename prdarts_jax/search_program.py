@@ -20,7 +20,7 @@ from prdarts_jax.data.augment import load_images, normalize
 from prdarts_jax.data.batches import Batch, Images
 from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import on_mesh
-from prdarts_jax.dispatch import Sums, run_steps
+from prdarts_jax.run.steps import Sums, run_steps
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategy import Progress, Strategy

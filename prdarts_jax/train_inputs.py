@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import optimizers, runs
+from prdarts_jax import optimizers
 from prdarts_jax.config import userfile
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.augment import check_augment
@@ -26,6 +26,8 @@ from prdarts_jax.network.plan import check_auxiliary
 from prdarts_jax.ops.check import primitives
 from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
 from prdarts_jax.optimizers import sgd
+from prdarts_jax.run import provenance
+from prdarts_jax.run.metrics import check_tensorboard
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES
 from prdarts_jax.train_program import Problem
@@ -61,7 +63,7 @@ def prepare(
     Raises:
       UserError: anything that is not possible, named by its field.
     """
-    runs.check_tensorboard(config.run)
+    check_tensorboard(config.run)
     found = genotype if isinstance(genotype, Genotype) else Genotype.load(genotype)
     digests = {"genotype": hashlib.sha256(found.to_json().encode()).hexdigest()}
     mesh = sharding.make_mesh(sharding.choose_devices(config.run.devices))
@@ -165,7 +167,7 @@ def make_problem(
 
 def document(config: TrainConfig, inputs: Inputs, sources: Mapping[str, str] | None) -> dict[str, Any]:
     """The content of config.json."""
-    return runs.document(
+    return provenance.document(
         "train",
         config,
         sources=sources,
@@ -179,4 +181,4 @@ def document(config: TrainConfig, inputs: Inputs, sources: Mapping[str, str] | N
 
 def compared(document: Mapping[str, Any]) -> dict[str, Any]:
     """The flat fields of a config.json that a resumed run must share: what is computed."""
-    return runs.compared(document, TrainConfig, ("data.source", "network.primitives", "weights.transform"))
+    return provenance.compared(document, TrainConfig, ("data.source", "network.primitives", "weights.transform"))

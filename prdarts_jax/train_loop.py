@@ -14,20 +14,31 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from prdarts_jax import metrics, optimizers, runs, schedules, train_feed, train_inputs, train_program
+from prdarts_jax import optimizers, schedules, train_feed, train_inputs, train_program
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.stream_source import describe
 from prdarts_jax.devices import processes
-from prdarts_jax.epoch_loop import Epoch, EpochLoop, Speed, Start
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.metrics import MetricsLog, Progress, check_finite
-from prdarts_jax.signals import StopRequest
+from prdarts_jax.run import provenance
+from prdarts_jax.run.loop import Epoch, EpochLoop, Speed, Start
+from prdarts_jax.run.metrics import MetricsLog, check_finite, read
+from prdarts_jax.run.progress import Progress
+from prdarts_jax.run.signals import StopRequest
+from prdarts_jax.run.workdir import (
+    atomic_write_json,
+    atomic_write_text,
+    check_workdir,
+    check_writable,
+    clear,
+    locked,
+    no_report,
+    report_path,
+)
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.train_feed import Feed, Programs
 from prdarts_jax.train_inputs import Inputs
 from prdarts_jax.train_program import Carry
-from prdarts_jax.workdir import atomic_write_json, atomic_write_text, check_writable
 
 # Everything a training writes: what --overwrite may remove, and nothing else. The config goes last: while it is there,
 # a folder that a kill left half-cleared is known as that of a training.
@@ -203,7 +214,7 @@ def _check(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(config.json of now, that of the training in the workdir or None)."""
     document = train_inputs.document(config, inputs, sources)
-    old = runs.check_workdir(workdir, document, overwrite=config.run.overwrite, compared=train_inputs.compared)
+    old = check_workdir(workdir, document, overwrite=config.run.overwrite, compared=train_inputs.compared)
     return document, old
 
 
@@ -217,19 +228,19 @@ def _train(
 ) -> TrainResult:
     document = train_inputs.document(config, inputs, sources)
     processes.same(config, train_inputs.compared(document), document)
-    runs.warn_without_kernels(document["platform"]["cpu_kernels"])
+    provenance.warn_without_kernels(document["platform"]["cpu_kernels"])
 
     def begin() -> list[Any]:
         """(config.json of the training in the workdir or None, final row and report of a finished one)."""
         _check(config, inputs, workdir, sources)
-        lock.enter_context(runs.lock(workdir))
+        lock.enter_context(locked(workdir))
         _, old = _check(config, inputs, workdir, sources)  # again, now that no other process can change it
         if config.run.overwrite:
-            runs.clear(workdir, _OWN)
+            clear(workdir, _OWN)
         if old is not None:
-            final = [row for row in metrics.read(workdir / "metrics.jsonl") if row["kind"] == "final"]
+            final = [row for row in read(workdir / "metrics.jsonl") if row["kind"] == "final"]
             if final:
-                return [old, _values(final[-1]), str(runs.report_path(workdir) or _report(workdir) or "")]
+                return [old, _values(final[-1]), str(report_path(workdir) or _report(workdir) or "")]
         else:
             atomic_write_json(workdir / "config.json", document)
         if not (workdir / "genotype.json").is_file():
@@ -343,7 +354,7 @@ class _Training(EpochLoop[Carry, TrainResult]):
         )
         export.safetensors(variables._asdict(), self.workdir / export.NETWORK_FILE, about)
 
-        rows = [row for row in metrics.read(self.workdir / "metrics.jsonl") if row["kind"] == "epoch"]
+        rows = [row for row in read(self.workdir / "metrics.jsonl") if row["kind"] == "epoch"]
         last = _values(rows[-1])
         evaluated = [row for row in rows if "test_accuracy" in row]
         if evaluated:
@@ -362,4 +373,4 @@ def _report(workdir: Path) -> Path:
     try:
         return report.report([workdir])
     except (OSError, RunError, UserError) as error:
-        raise runs.no_report("training", error) from error
+        raise no_report("training", error) from error

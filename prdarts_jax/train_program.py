@@ -21,10 +21,10 @@ from prdarts_jax.data.augment import load_images, normalize
 from prdarts_jax.data.batches import Batch, Images
 from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import mean_over, on_mesh
-from prdarts_jax.dispatch import Sums, run_steps
 from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.ops.losses import accuracy, smoothed_cross_entropy
 from prdarts_jax.optimizers import set_learning_rate
+from prdarts_jax.run.steps import Sums, run_steps
 
 Progress = dict[str, Any]  # name -> float32[]: learning_rate, drop_path
 _AUGMENT, _DROP_PATH = range(2)  # purposes of a step's keys

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax.run.checkpoint import Checkpointer
 
 
 @struct.dataclass

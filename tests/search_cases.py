@@ -17,12 +17,13 @@ import jax
 import numpy as np
 import pytest
 
-from prdarts_jax import cli, metrics, plots, presets, report, search_inputs, search_loop, search_program, sweep
-from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax import cli, plots, presets, report, search_inputs, search_loop, search_program, sweep
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.sources import Dataset, from_arrays, load
-from prdarts_jax.digests import host_leaves
+from prdarts_jax.run.checkpoint import Checkpointer
+from prdarts_jax.run.digests import host_leaves
+from prdarts_jax.run.metrics import comparable, read
 from prdarts_jax.search_loop import SearchResult
 from prdarts_jax.search_program import Carry
 
@@ -104,7 +105,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
         "genotype": (workdir / "genotype.json").read_text(),
         "genotypes": (workdir / "genotypes.jsonl").read_text(),
         "probabilities": (workdir / "probabilities.jsonl").read_text(),
-        "rows": [metrics.comparable(row) for row in metrics.read(workdir / "metrics.jsonl")],
+        "rows": [comparable(row) for row in read(workdir / "metrics.jsonl")],
         "leaves": {path: (leaf.dtype, leaf.shape, leaf.value.tobytes()) for path, leaf in leaves.items()},
     }
 
@@ -115,7 +116,7 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 
 def rows(workdir: Path, kind: str) -> list[dict[str, Any]]:
-    return [row for row in metrics.read(workdir / "metrics.jsonl") if row["kind"] == kind]
+    return [row for row in read(workdir / "metrics.jsonl") if row["kind"] == kind]
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -17,8 +17,8 @@ from checkpoint_cases import State, bits, odd_floats, restore_with_warnings, sta
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prdarts_jax.checkpoint import Checkpointer, flatten_digests
 from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.run.checkpoint import Checkpointer, flatten_digests
 
 
 @pytest.fixture(scope="module")

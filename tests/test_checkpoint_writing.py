@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import pytest
 from checkpoint_cases import bits, restore_with_warnings, state_at
 
-from prdarts_jax import checkpoint
-from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.errors import RunError
+from prdarts_jax.run import checkpoint
+from prdarts_jax.run.checkpoint import Checkpointer
 
 
 def test_an_exception_right_after_save_keeps_the_checkpoint(tmp_path: Path) -> None:

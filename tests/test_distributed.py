@@ -24,9 +24,9 @@ from distributed_cases import together
 from search_cases import EPOCH_STEPS, assert_same, one_error, rows
 
 from prdarts_jax import cli_distributed
-from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.devices import launch, processes
 from prdarts_jax.errors import RunError
+from prdarts_jax.run.checkpoint import Checkpointer
 
 GLOO = {"gloo", "rank", "is", "connected", "to", "peer", "ranks", "expected", "number", "of"}
 several = [pytest.mark.slow, pytest.mark.multidevice, pytest.mark.timeout(3600)]

@@ -14,7 +14,7 @@ import pytest
 import search_cases
 
 from prdarts_jax import cli, presets
-from prdarts_jax.metrics import read
+from prdarts_jax.run.metrics import read
 from prdarts_jax.space.genotype import Genotype
 
 FOLDER = Path(__file__).parent.parent / "experiments"

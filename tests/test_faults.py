@@ -17,8 +17,9 @@ import search_cases
 import train_cases
 from search_cases import assert_same
 
-from prdarts_jax import cli, epoch_loop
-from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax import cli
+from prdarts_jax.run import loop
+from prdarts_jax.run.checkpoint import Checkpointer
 
 CASES: dict[str, Any] = {"search": search_cases, "train": train_cases}
 START: dict[str, Any] = {"search": search_cases.search, "train": train_cases.train}
@@ -100,7 +101,7 @@ def test_a_bad_disk_is_one_line_and_the_run_goes_on_later(
 ):
     """The disk goes bad in the second epoch: the disk of the checkpoints alone, or that of the whole workdir."""
     disk, workdir = tmp_path / "disk", tmp_path / "w"
-    update, seen = epoch_loop.Progress.update, []
+    update, seen = loop.Progress.update, []
 
     def goes_bad(self, n, **fields):
         seen.append(n)
@@ -121,7 +122,7 @@ def test_a_bad_disk_is_one_line_and_the_run_goes_on_later(
         command = CASES[kind].words(workdir, npz)
         capsys.readouterr()
         with monkeypatch.context() as patch:
-            patch.setattr(epoch_loop.Progress, "update", goes_bad)
+            patch.setattr(loop.Progress, "update", goes_bad)
             assert cli.main(command) == 1
         said = capsys.readouterr().err
         assert said.startswith("prdarts: error: ") and said.count("\n") == 1, said

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prdarts_jax import metrics
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.metrics import MetricsLog, Progress, check_finite, comparable, read
+from prdarts_jax.run.metrics import MetricsLog, check_finite, comparable, importlib, read
+from prdarts_jax.run.progress import Progress, time
 
 
 def test_importing_it_does_not_import_jax() -> None:
-    code = "import sys, prdarts_jax.metrics, prdarts_jax.workdir; sys.exit('jax' in sys.modules)"
+    code = "import sys, prdarts_jax.run.metrics, prdarts_jax.run.progress; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -145,7 +145,7 @@ def test_the_first_value_that_is_not_finite_is_named() -> None:
 
 
 def test_without_tensorboardx_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboardX"):
         MetricsLog(tmp_path / "m", tensorboard_dir=tmp_path / "tb")
     assert os.listdir(tmp_path) == []
@@ -167,7 +167,7 @@ def test_the_mirror_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Mo
     module = types.ModuleType("tensorboardX")
     module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorboardX", module)
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with MetricsLog(tmp_path / "m", tensorboard_dir=tmp_path / "tb") as log:
         log.truncate_after(4)
         log.write("epoch", 1, 6, train_loss=0.5, skips=2)
@@ -192,7 +192,7 @@ class Terminal(io.StringIO):
 
 def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     stream = io.StringIO()
     with Progress(400, initial=100, stream=stream) as progress:
         progress.epoch_line("resumed")

@@ -17,13 +17,13 @@ import numpy as np
 import oracles
 import pytest
 
-from prdarts_jax import runs
 from prdarts_jax.ops import kernels
 from prdarts_jax.ops.batch_norm import backward_means, batch_moments, batch_norm_reference, inner
 from prdarts_jax.ops.depthwise import depthwise_conv_reference
 from prdarts_jax.ops.layer_set import reference_leaves
 from prdarts_jax.ops.layers import pointwise
 from prdarts_jax.ops.separable import Affine, Unit, pointwise_unit, separable_units
+from prdarts_jax.run import provenance
 
 # (kernel, stride, dilation, height, width, channels in, out, batch): every compiled geometry; channels that fill
 # vectors, that leave one lane over, that are fewer than one; odd sizes; images smaller than the kernel; more images
@@ -227,7 +227,7 @@ def test_without_kernels_the_values_are_the_same_to_rounding(tmp_path: Path) -> 
 
 
 def test_a_command_says_once_that_there_are_none(capsys: pytest.CaptureFixture[str]) -> None:
-    say = runs.warn_without_kernels.__wrapped__  # without the memory of what was said
+    say = provenance.warn_without_kernels.__wrapped__  # without the memory of what was said
     for why in ("native 0123", "off (PRDARTS_CPU_KERNELS)", "no CPU"):
         say(why)
     assert capsys.readouterr().err == ""
@@ -247,7 +247,7 @@ def test_a_damaged_file_is_compiled_again(tmp_path: Path) -> None:
 
 def test_other_kernels_are_a_reason_for_other_last_bits() -> None:
     old, new = ({"platform": {"cpu_kernels": name}} for name in ("native 0", "off"))
-    assert runs.tolerance(old, new) == ["cpu_kernels native 0 -> off"]
+    assert provenance.tolerance(old, new) == ["cpu_kernels native 0 -> off"]
 
 
 @pytest.mark.parametrize("window", [(3, 5, 1, 1), (9, 9, 1, 1), (3, 3, 3, 1), (7, 7, 1, 2), (1, 1, 2, 1)])

@@ -16,7 +16,7 @@ from prdarts_jax.bilevel import Batches, SearchState
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
-from prdarts_jax.metrics import comparable
+from prdarts_jax.run.metrics import comparable
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import registry
 

@@ -28,10 +28,10 @@ from prdarts_jax import (
     search_loop,
 )
 from prdarts_jax import sweep as sweeps
-from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.errors import UserError
+from prdarts_jax.run.checkpoint import Checkpointer
+from prdarts_jax.run.workdir import WorkdirLock
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.workdir import WorkdirLock
 
 MOMENT = 1e-9  # minutes: over as soon as the first dispatch is
 SWEEP = {"seed": [0, 1], "lambda1": [0.01, 5.0]}

@@ -21,8 +21,8 @@ import search_cases
 from search_cases import EPOCH_STEPS, TOTAL, assert_same, one_error, outcome, search, snapshot, words
 
 from prdarts_jax import cli, presets, search_loop
-from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.errors import UserError
+from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies.prdarts import prdarts
@@ -231,7 +231,7 @@ def test_only_damaged_checkpoints(stopped, npz, tmp_path, capsys):
 
 
 def test_a_second_process_is_refused(npz, tmp_path, capsys):
-    hold = "import sys; from prdarts_jax.workdir import WorkdirLock; from pathlib import Path\n"
+    hold = "import sys; from prdarts_jax.run.workdir import WorkdirLock; from pathlib import Path\n"
     hold += "with WorkdirLock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "w")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -12,9 +12,10 @@ import pytest
 import search_cases
 from search_cases import EPOCH_STEPS, FLAGS, final_state, one_error, rows, words
 
-from prdarts_jax import cli, storage_errors
-from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax import cli
 from prdarts_jax.errors import UserError
+from prdarts_jax.run import storage_errors
+from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.space.genotype import Genotype
 
 

@@ -12,10 +12,10 @@ import search_cases
 from search_cases import BATCH, EPOCH_STEPS, EPOCHS, FLAGS, IMAGES, TOTAL, digits, final_state, rows, search
 
 from prdarts_jax import presets, search_inputs, search_program
-from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.config import schema
 from prdarts_jax.data.augment import normalize
 from prdarts_jax.data.batches import epoch_order, padded_batches, split_indices
+from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.search_program import Images
 from prdarts_jax.space import supernet
 

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from prdarts_jax.signals import StopRequest
+from prdarts_jax.run.signals import StopRequest
 
 LOOP = """
     import sys, time

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from prdarts_jax import runs
 from prdarts_jax.config.source_digest import source_digest, uncomparable
+from prdarts_jax.run import provenance
 from prdarts_jax.space import Space
 from prdarts_jax.strategies.prdarts import prdarts
 
@@ -124,9 +124,9 @@ def test_the_digest_is_the_same_in_another_process():
 def test_what_cannot_be_seen_into_is_said_and_ends_the_claim_of_equal_bits():
     digest = source_digest(closure(threading.Lock()))
     assert "lock" in uncomparable(digest)
-    (said,) = runs.tolerance({}, {"digests": {"weights.transform": digest}})
+    (said,) = provenance.tolerance({}, {"digests": {"weights.transform": digest}})
     assert said.startswith("uncomparable: ") and said.endswith("lock in weights.transform")
-    assert runs.tolerance({}, {"digests": {"weights.transform": source_digest(closure(1))}}) == []
+    assert provenance.tolerance({}, {"digests": {"weights.transform": source_digest(closure(1))}}) == []
 
 
 @pytest.mark.parametrize("field", prdarts(space=SPACE)._fields[:8])

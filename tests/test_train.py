@@ -20,13 +20,14 @@ from search_cases import one_error, rows, snapshot, standard_promotion
 from train_cases import EPOCH_STEPS, EPOCHS, GENOTYPE, TOTAL, digits, final_state, outcome, train, words
 
 import prdarts_jax
-from prdarts_jax import cli, metrics, optimizers, report, train_inputs, train_loop, train_presets, train_program
+from prdarts_jax import cli, optimizers, report, train_inputs, train_loop, train_presets, train_program
 from prdarts_jax.config.train import SgdConfig, TrainConfig
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.data.sources import from_arrays, load
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.ops.losses import smoothed_cross_entropy
+from prdarts_jax.run.metrics import comparable
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.train_program import Problem, TrainState, Variables
 
@@ -278,8 +279,8 @@ def test_evaluations_can_be_rarer(tmp_path, finished):
     train(tmp_path / "w", evaluate_every=2)
     found = rows(tmp_path / "w", "epoch")
     assert ["test_accuracy" in row for row in found] == [False, True, True]  # the last epoch always
-    shared = [row for row in (metrics.comparable(row) for row in rows(finished, "step"))]
-    assert [metrics.comparable(row) for row in rows(tmp_path / "w", "step")] == shared
+    shared = [row for row in (comparable(row) for row in rows(finished, "step"))]
+    assert [comparable(row) for row in rows(tmp_path / "w", "step")] == shared
 
 
 def test_a_set_without_test_images(tmp_path):

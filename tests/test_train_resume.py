@@ -18,8 +18,8 @@ from search_cases import assert_same, one_error, snapshot
 from train_cases import EPOCH_STEPS, GENOTYPE, TOTAL, digits, outcome, train, words
 
 from prdarts_jax import cli, report, train_loop
-from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.space.genotype import Genotype
 
 

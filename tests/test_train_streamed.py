@@ -19,7 +19,8 @@ from search_cases import assert_same, one_error
 from test_data_tfds import write_tfds
 from train_cases import TOTAL, digits, outcome, train
 
-from prdarts_jax import cli, evaluation, metrics, train_presets
+from prdarts_jax import cli, evaluation, train_presets
+from prdarts_jax.run.metrics import comparable, read
 
 MOMENT = 1e-9  # minutes: over as soon as the first dispatch is
 SIDE = 193  # pixels: the least that ImageNet's auxiliary head fits
@@ -68,7 +69,7 @@ def test_four_devices_split_every_batch(streamed, tmp_path):
     more = {"data__stream": "always", "run__workers": "0", "run__devices": "4"}
     assert train(tmp_path / "w", **more).status == "finished"
     found, expected = (
-        [row for row in metrics.read(workdir / "metrics.jsonl") if row["kind"] == "step"]
+        [row for row in read(workdir / "metrics.jsonl") if row["kind"] == "step"]
         for workdir in (tmp_path / "w", streamed)
     )
     assert len(found) == len(expected) == TOTAL
@@ -113,7 +114,7 @@ def test_ended_and_started_again_with_other_workers(streamed, tmp_path, capsys, 
 
 def test_evaluate_gives_the_figures_of_the_last_epoch(streamed):
     found = evaluation.evaluate(streamed, data=digits(), workers="0")
-    last = [row for row in metrics.read(streamed / "metrics.jsonl") if row["kind"] == "final"][-1]
+    last = [row for row in read(streamed / "metrics.jsonl") if row["kind"] == "final"][-1]
     assert found.figures.loss == pytest.approx(last["test_loss"], rel=1e-6)
     assert (found.figures.accuracy, found.figures.top5) == (last["test_accuracy"], last["test_top5"])
     assert found.images == len(digits().test_images)
@@ -162,7 +163,7 @@ def test_imagenet_from_end_to_end(preset, tmp_path, capsys):
     found, whole = (
         [
             (workdir / "network.safetensors").read_bytes(),
-            *(metrics.comparable(row) for row in metrics.read(workdir / "metrics.jsonl")),
+            *(comparable(row) for row in read(workdir / "metrics.jsonl")),
         ]
         for workdir in (tmp_path / "again", tmp_path / "w")
     )
@@ -170,7 +171,7 @@ def test_imagenet_from_end_to_end(preset, tmp_path, capsys):
 
     evaluate = ["evaluate", str(tmp_path / "w"), "--workers=0", "--devices=1"]
     assert cli.main(evaluate) == 0
-    last = [row for row in metrics.read(tmp_path / "w" / "metrics.jsonl") if row["kind"] == "final"][-1]
+    last = [row for row in read(tmp_path / "w" / "metrics.jsonl") if row["kind"] == "final"][-1]
     made = json.loads((tmp_path / "w" / "evaluation.json").read_text())
     assert made["images"] == sum(made["class_images"]) == 7 and made["accuracy"] == last["test_accuracy"]
     for wrong, words in (

@@ -15,9 +15,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from prdarts_jax import runs
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable
+from prdarts_jax.run.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable, lock
 
 HOLDER = """
     import sys
@@ -168,9 +167,9 @@ def test_a_file_cannot_be_locked(tmp_path: Path) -> None:
 
 
 def test_only_the_first_process_of_a_run_takes_the_lock(tmp_path, monkeypatch):
-    with runs.lock(tmp_path / "w"):
-        with pytest.raises(UserError, match="in use by process"), runs.lock(tmp_path / "w"):
+    with lock(tmp_path / "w"):
+        with pytest.raises(UserError, match="in use by process"), lock(tmp_path / "w"):
             raise AssertionError("locked twice")
         monkeypatch.setattr(jax, "process_index", lambda: 1)
-        with runs.lock(tmp_path / "w"), runs.lock(tmp_path / "v"):
+        with lock(tmp_path / "w"), lock(tmp_path / "v"):
             assert not (tmp_path / "v").exists()

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from prdarts_jax import metrics, report, train_inputs, train_loop, train_presets, train_program
-from prdarts_jax.checkpoint import Checkpointer
+from prdarts_jax import report, train_inputs, train_loop, train_presets, train_program
 from prdarts_jax.config import schema
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.sources import Dataset, from_arrays, load
-from prdarts_jax.digests import host_leaves
+from prdarts_jax.run.checkpoint import Checkpointer
+from prdarts_jax.run.digests import host_leaves
+from prdarts_jax.run.metrics import comparable, read
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.train_loop import TrainResult
 from prdarts_jax.train_program import Carry
@@ -111,7 +112,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
     return {
         "genotype": Genotype.load(workdir / "genotype.json"),
         "network": (workdir / "network.safetensors").read_bytes(),
-        "rows": [metrics.comparable(row) for row in metrics.read(workdir / "metrics.jsonl")],
+        "rows": [comparable(row) for row in read(workdir / "metrics.jsonl")],
         "leaves": {path: (leaf.dtype, leaf.shape, leaf.value.tobytes()) for path, leaf in leaves.items()},
     }
 

@@ -7,11 +7,16 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+
+from prdarts_jax.config import schema
 from prdarts_jax.errors import RunError, UserError
 
 
@@ -128,3 +133,117 @@ class WorkdirLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+NOUNS: Mapping[str, str] = {"search": "search", "train": "training"}  # kind in config.json -> what messages call it
+
+
+def check_workdir(
+    workdir: Path,
+    document: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    compared: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> dict[str, Any] | None:
+    """The config.json of the run in the workdir, or None where a run can start anew.
+
+    Args:
+      workdir: the folder; nothing in it is changed.
+      document: config.json of the run that is to start.
+      overwrite: whether a run of the same kind may be replaced.
+      compared: from such a document to the flat fields that a resumed run must share.
+
+    Raises:
+      UserError: the folder holds another run, a run of another kind, or something else.
+    """
+    path, noun = workdir / "config.json", NOUNS[document["kind"]]
+    if not workdir.is_dir():
+        return None
+    if not path.is_file():
+        foreign = _others(workdir)
+        if foreign:
+            raise UserError(
+                f"workdir: {workdir} holds {foreign[0]!r} and no config.json; allowed: a new folder or one of a {noun}"
+            )
+        return None
+    text = path.read_bytes().decode("utf-8", "replace")
+    try:
+        old = json.loads(text)
+    except ValueError:
+        old = None
+    if not isinstance(old, dict):
+        if not _is_torn(text, workdir, document):
+            raise _no_run(path, noun)
+        if not overwrite:
+            raise UserError(f"workdir: {path} is half a config of a {noun}; --overwrite starts again")
+        return None
+    kind, version = old.get("kind"), old.get("schema_version")
+    if kind != document["kind"]:
+        if isinstance(kind, str) and kind in NOUNS:
+            raise UserError(f"workdir: {workdir} holds a {NOUNS[kind]}; allowed: a new folder or one of a {noun}")
+        raise _no_run(path, noun)
+    if version != document["schema_version"]:
+        known = document["schema_version"]
+        raise UserError(f"workdir: {path} has schema_version {version!r}; allowed: a new folder or one with {known}")
+    if overwrite:
+        return None
+    try:
+        before = compared(old)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        damaged = f"{path} is a damaged config of a {noun} ({reason})"
+        raise UserError(f"workdir: {damaged}; --overwrite starts again") from None
+    differences = schema.differences(before, compared(document))
+    if differences:
+        raise UserError(
+            f"workdir: {workdir} holds another {noun} ({'; '.join(differences)}); "
+            "use another --workdir, or --overwrite to start again"
+        )
+    return old
+
+
+# What a process leaves that was killed in its first moment: its lock, perhaps a half-written config.
+_UNFINISHED = (".lock", ".config.json.*.tmp")
+
+
+def _others(workdir: Path) -> list[str]:
+    """Names in the folder, but for those of a run killed in its first moment."""
+    return sorted(p.name for p in workdir.iterdir() if not any(p.match(name) for name in _UNFINISHED))
+
+
+def _is_torn(text: str, workdir: Path, document: Mapping[str, Any]) -> bool:
+    """Whether a config.json that is no JSON is the beginning of one of ours: only then may its folder be cleared."""
+    head = json.dumps({name: document[name] for name in ("schema_version", "kind")}, indent=2).removesuffix("\n}")
+    # A few characters say little: then nothing else may be there that could be somebody's.
+    return text.startswith(head) or (head.startswith(text) and _others(workdir) == ["config.json"])
+
+
+def _no_run(path: Path, noun: str) -> UserError:
+    # Without a word of --overwrite: what lies beside a foreign config.json may bear the names of our files.
+    return UserError(f"workdir: {path} is not the config of a {noun}; allowed: a new folder or one of a {noun}")
+
+
+def clear(workdir: Path, own: Iterable[str]) -> None:
+    """Removes a run's own files and folders, in this order, and nothing else."""
+    for name in own:
+        path = workdir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def report_path(workdir: Path) -> Path | None:
+    """WORKDIR/report.html if it is there."""
+    path = workdir / "report.html"
+    return path if path.is_file() else None
+
+
+def no_report(noun: str, error: Exception) -> RunError:
+    """The error of a run that is finished but for its report; the next start makes it."""
+    return RunError(f"the {noun} is finished, its report could not be written: {error}; start it again for the report")
+
+
+def locked(workdir: Path) -> contextlib.AbstractContextManager[object]:
+    """The lock on a workdir; processes of one distributed run share it, so only the first of them takes it."""
+    return WorkdirLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()

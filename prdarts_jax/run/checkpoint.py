@@ -26,12 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from prdarts_jax import digests
-from prdarts_jax.digests import HostLeaf, by_path, dtype_name, flatten_digests, host_leaves, is_key, json_digest
+from prdarts_jax.devices.processes import is_first, share, together
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.storage_errors import reason, require_room, silence_writers
-from prdarts_jax.workdir import atomic_write_text
+from prdarts_jax.run import digests
+from prdarts_jax.run.digests import HostLeaf, by_path, dtype_name, flatten_digests, host_leaves, is_key, json_digest
+from prdarts_jax.run.storage_errors import reason, require_room, silence_writers
+from prdarts_jax.run.workdir import atomic_write_text
 
 __all__ = ["Checkpointer", "Restored", "flatten_digests"]
 
@@ -397,3 +399,39 @@ def _move(source: Path, destination: Path) -> None:
         if destination.is_dir():
             shutil.rmtree(destination)
         source.rename(destination)
+
+
+def restore_latest(saved: Checkpointer, target: Any) -> Restored | None:
+    """`saved.restore_latest(target)`, read by the first process and sent to the others, who need not see its disk.
+
+    Args:
+      saved: checkpoints of the run; those of the other processes are not looked at.
+      target: the state as `jax.ShapeDtypeStruct` with shardings over all devices.
+
+    Raises:
+      UserError, RunError: see `Checkpointer.restore_latest`; on every process.
+    """
+    if jax.process_count() == 1:
+        return saved.restore_latest(target)
+    host = jax.tree.map(lambda like: np.zeros(like.shape, like.dtype), target)
+    found: Restored | None = together(lambda: saved.restore_latest(host) if is_first() else None)
+    head = json.loads(share(json.dumps(None if found is None else [found.step, found.info]))[0])
+    if head is None:
+        return None
+    state = _from_first(host if found is None else found.state)
+
+    def place(like: Any, value: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
+
+    return Restored(head[0], jax.tree.map(place, target, state), head[1])
+
+
+def _from_first(tree: Any) -> Any:
+    """A tree of host arrays as the first process has it: as bytes, since a sum of floats would lose -0 and NaNs."""
+
+    def send(value: np.ndarray) -> np.ndarray:
+        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        sent = np.asarray(multihost_utils.broadcast_one_to_all(data))
+        return sent.view(value.dtype).reshape(value.shape)
+
+    return jax.tree.map(send, tree)

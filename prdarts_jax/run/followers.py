@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.devices import processes
 from prdarts_jax.errors import warn
-from prdarts_jax.metrics import Kind, MetricsLog
-from prdarts_jax.runs import EpochLog
+from prdarts_jax.run.checkpoint import Checkpointer
+from prdarts_jax.run.metrics import EpochLog, Kind, MetricsLog
 
 
 class _NoCheckpoints(Checkpointer):

@@ -17,12 +17,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import followers, runs
-from prdarts_jax.checkpoint import Checkpointer
 from prdarts_jax.config.search import RunConfig
 from prdarts_jax.devices import processes, sharding
-from prdarts_jax.metrics import MetricsLog, Progress, check_finite
-from prdarts_jax.signals import StopRequest
+from prdarts_jax.run import checkpoint, followers, provenance
+from prdarts_jax.run.checkpoint import Checkpointer
+from prdarts_jax.run.metrics import MetricsLog, check_finite
+from prdarts_jax.run.progress import Progress
+from prdarts_jax.run.signals import StopRequest
 
 Carry = TypeVar("Carry")
 Result = TypeVar("Result")
@@ -184,10 +185,10 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                 return (yield from self._loop(carry, step, saved, log, bar))
 
     def _restore(self, saved: Checkpointer) -> tuple[Carry, int]:
-        found = processes.restore_latest(saved, self.target())
+        found = checkpoint.restore_latest(saved, self.target())
         if found is None:
             return self.first(), 0
-        changed = runs.tolerance(self.start.old or {}, self.start.document)
+        changed = provenance.tolerance(self.start.old or {}, self.start.document)
         how = f"to float tolerance only ({'; '.join(changed)})" if changed else "bit for bit"
         where = f"step {found.step} of {self.total_steps} (epoch {found.step // self.epoch_steps})"
         self.say(f"resuming at {where}; the result is that of an uninterrupted {self.noun} {how}")
@@ -210,7 +211,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
             now = self.epoch(epoch)
             for start in range(first, self.epoch_steps, length):
                 count = min(length, self.epoch_steps - start)
-                chunk = jax.tree.map(lambda b, s=start, n=count: runs.padded(b[s : s + n], length), now.batches)
+                chunk = jax.tree.map(lambda b, s=start, n=count: padded(b[s : s + n], length), now.batches)
                 chunk = sharding.place(self.mesh, chunk, PartitionSpec(None, sharding.AXIS))
                 began = time.monotonic()
                 carry, rows = yield Work(self, carry, np.int32(count), np.bool_(start == 0), chunk, now.progress)
@@ -256,3 +257,12 @@ class EpochLoop(ABC, Generic[Carry, Result]):
             check_finite(found, number)
             if number % self.start.run.log_every == 0:
                 log.write("step", epoch, number, **found)
+
+
+def padded(order: np.ndarray, length: int) -> np.ndarray:
+    """Batches [S,B] up to the fixed length of a dispatch; the loop never reaches the repeated ones.
+
+    >>> padded(np.array([[3, 4]]), 2).tolist()
+    [[3, 4], [3, 4]]
+    """
+    return np.concatenate([order, np.repeat(order[:1], length - len(order), axis=0)]) if len(order) < length else order

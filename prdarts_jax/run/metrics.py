@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
 import numbers
 import os
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self, SupportsFloat
 
+from prdarts_jax.config.search import RunConfig
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.workdir import atomic_write_text
+from prdarts_jax.run.workdir import atomic_write_text
 
 Row = dict[str, Any]
 Kind = Literal["step", "epoch", "final"]
@@ -201,98 +201,36 @@ class MetricsLog:
             self._mirror = None
 
 
-def _short(value: Any) -> str:
-    return f"{float(value):.4g}" if isinstance(value, float) or hasattr(value, "dtype") else str(value)
+class EpochLog:
+    """A file of one JSON row an epoch; on resume the rows of epochs that are computed again are dropped."""
+
+    def __init__(self, path: Path, epochs_done: int) -> None:
+        self._path = path
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            with contextlib.suppress(ValueError):  # the last line of a killed process
+                if json.loads(line)["epoch"] < epochs_done:
+                    kept.append(line)
+        if path.is_file():
+            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, epoch: int, **values: Any) -> None:
+        """Append the row of an epoch.
+
+        Raises:
+          RunError: the file could not be written.
+        """
+        try:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"epoch": epoch, **values}) + "\n")
+        except OSError as error:
+            raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
 
 
-def _duration(seconds: float) -> str:
+def check_tensorboard(run: RunConfig) -> None:
+    """Refuses `run.tensorboard` without the package that writes it.
+
+    >>> check_tensorboard(cfg.RunConfig(tensorboard=False))
     """
-    >>> _duration(3725.2), _duration(65)
-    ('1:02:05', '1:05')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class Progress:
-    """What a person sees of a run: a bar on a terminal, one line an epoch elsewhere.
-
-    Args:
-        total_steps: steps of the whole run.
-        initial: steps done before, by the run this one resumes; they do not count for the speed.
-        enabled: auto (bar if `stream` is a terminal, lines otherwise) | bar | lines | off.
-        stream: where it goes.
-        label: the run's name among several, before everything shown of it.
-
-    Raises:
-        UserError: `enabled` is none of these.
-
-    >>> progress = Progress(100, enabled="lines", stream=sys.stdout)
-    >>> progress.update(50, loss=1.25); progress.epoch_line("epoch 0")  # doctest: +ELLIPSIS
-    epoch 0 | step 50/100 | loss 1.25 | ... left
-    """
-
-    def __init__(
-        self,
-        total_steps: int,
-        *,
-        initial: int = 0,
-        enabled: str = "auto",
-        stream: IO[str] | None = None,
-        label: str = "",
-    ) -> None:
-        if enabled not in ("auto", "bar", "lines", "off"):
-            raise UserError(f"progress: {enabled!r} is not a mode; allowed: auto | bar | lines | off")
-        self._stream = sys.stderr if stream is None else stream
-        if enabled == "auto":
-            enabled = "bar" if self._stream.isatty() else "lines"
-        self._mode, self._label = enabled, f"{label}: " if label else ""
-        self._total, self._initial, self._done = total_steps, initial, initial
-        self._began = time.monotonic()
-        self._fields: dict[str, Any] = {}
-        self._bar: Any = None
-        if enabled == "bar":
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total_steps,
-                initial=initial,
-                file=self._stream,
-                unit="step",
-                dynamic_ncols=True,
-                desc=label or None,
-            )
-
-    def update(self, n: int, **fields: Any) -> None:
-        """Advance by n steps; fields (loss, accuracy, tau, skips, images/s ...) replace those shown before."""
-        self._done += n
-        self._fields.update(fields)
-        if self._bar is not None:
-            self._bar.set_postfix({name: _short(value) for name, value in self._fields.items()}, refresh=False)
-            self._bar.update(n)
-
-    def epoch_line(self, text: str) -> None:
-        """A line that stays: above the bar, or with the step, the last fields and the time left where there is none."""
-        if self._bar is not None:
-            self._bar.write(f"{self._label}{text}", file=self._stream)
-        elif self._mode == "lines":
-            parts = [f"{self._label}{text}", f"step {self._done}/{self._total}"]
-            parts += [f"{name} {_short(value)}" for name, value in self._fields.items() if f"{name} " not in text]
-            if self._done > self._initial:
-                each = (time.monotonic() - self._began) / (self._done - self._initial)
-                parts.append(f"{_duration(each * max(self._total - self._done, 0))} left")
-            print(" | ".join(parts), file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-            self._mode = "off"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close()
+    if run.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise UserError("run.tensorboard: True needs the package tensorboardX; allowed: false, or install tensorboardX")

@@ -1,0 +1,1 @@
+"""A run of any kind: its loop, its workdir, its checkpoints and its logs."""
