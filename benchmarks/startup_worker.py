@@ -79,7 +79,8 @@ def main() -> None:
 
 
 def _config(given: dict[str, Any]) -> Any:
-    from prdarts_jax import presets, train_presets
+    from prdarts_jax import presets
+    from prdarts_jax.presets import train as train_presets
 
     flags = {"batch_size": given["batch"], "space.cells": given["cells"], "space.channels": given["channels"]}
     if given["kind"] == "search":

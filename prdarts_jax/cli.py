@@ -224,9 +224,9 @@ def _report(words: list[str]) -> int:
     for workdir in workdirs:
         if not workdir.is_dir():
             raise UserError(f"WORKDIR: no directory {str(workdir)!r}")
-    from prdarts_jax import report
+    from prdarts_jax.report import page as report_page
 
-    print(f"report: {report.report(workdirs, args.out)}")
+    print(f"report: {report_page.report(workdirs, args.out)}")
     return 0
 
 
@@ -298,8 +298,8 @@ def _zoo(words: list[str]) -> int:
 
 def _pictures(found: Any, folder: Path) -> list[Path]:
     """The cells of a genotype as pictures."""
-    from prdarts_jax import plots
     from prdarts_jax.errors import RunError
+    from prdarts_jax.report import plots
     from prdarts_jax.space import genotype
 
     written = []

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from prdarts_jax import presets
 from prdarts_jax.config import schema
 from prdarts_jax.errors import UserError
+from prdarts_jax.presets import merge
 
 # The flags worth a short name in every command that runs something: flag -> config path.
 COMMON: Mapping[str, str] = {
@@ -47,7 +48,7 @@ class Command:
     aliases: Mapping[str, str]  # short flag -> config path; every other field is its path, `--arch.beta1 0.9`
     own: Mapping[str, str]  # flags that are no config fields -> help; "NAME VALUE" takes a value
     intro: str  # of the help
-    presets: Mapping[str, presets.Preset]
+    presets: Mapping[str, merge.Preset]
 
     @property
     def own_names(self) -> dict[str, bool]:

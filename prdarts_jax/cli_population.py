@@ -11,7 +11,7 @@ from prdarts_jax import sweep as sweeps
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.errors import UserError
-from prdarts_jax.presets import Resolved
+from prdarts_jax.presets.merge import Resolved
 
 if TYPE_CHECKING:
     from prdarts_jax.population import PopulationResult
@@ -64,7 +64,8 @@ def table(
 
 def finish(result: PopulationResult, command: str) -> int:
     """The last lines of a population, and its exit status."""
-    from prdarts_jax import report_data, report_sweep
+    from prdarts_jax.report import data as report_data
+    from prdarts_jax.report import sweep as report_sweep
 
     number, workdir = len(result.members), result.workdir
     if (status := cli_flags.interrupted(result, workdir, command)) is not None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prdarts_jax import cli_distributed, train_presets
+from prdarts_jax import cli_distributed
 from prdarts_jax.cli_flags import (
     COMMON,
     Command,
@@ -25,6 +25,7 @@ from prdarts_jax.config import schema
 from prdarts_jax.config.train import TrainConfig, TrainRunConfig
 from prdarts_jax.devices import launch
 from prdarts_jax.errors import UserError, unknown
+from prdarts_jax.presets import train as train_presets
 
 if TYPE_CHECKING:
     from prdarts_jax.evaluation import Evaluation

@@ -24,7 +24,7 @@ from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.population_program import SideBySide
-from prdarts_jax.report_data import POPULATION, POPULATION_SCHEMA
+from prdarts_jax.report.data import POPULATION, POPULATION_SCHEMA
 from prdarts_jax.run.loop import Done, Start, Work
 from prdarts_jax.run.signals import StopRequest
 from prdarts_jax.run.workdir import (
@@ -266,10 +266,10 @@ class _Population:
             return result
         path = report_path(self.workdir)
         if path is None or changed or status != "already-finished":
-            from prdarts_jax import report
+            from prdarts_jax.report import page as report_page
 
             try:
-                path = report.report([self.workdir])
+                path = report_page.report([self.workdir])
             except (OSError, RunError, UserError) as error:
                 raise no_report("population", error) from error
         return result._replace(report=path)

@@ -330,7 +330,8 @@ class _Search(EpochLoop[Carry, SearchResult]):
 
 def _pictures(workdir: Path, genotype: Genotype, *, again: bool) -> Path | None:
     """Diagrams and report of a finished search; those that a killed process did not write, or (again) all of them."""
-    from prdarts_jax import plots, report
+    from prdarts_jax.report import page as report_page
+    from prdarts_jax.report import plots
 
     folder = workdir / "plots"
     again = again or report_path(workdir) is None  # it is written last: without it a diagram may be half a file
@@ -341,6 +342,6 @@ def _pictures(workdir: Path, genotype: Genotype, *, again: bool) -> Path | None:
                 path = folder / f"genotype_{kind}.{suffix}"
                 if again or not path.is_file():
                     plots.save(plots.cell_diagram(genotype, kind), path)
-        return report.report([workdir]) if again else report_path(workdir)
+        return report_page.report([workdir]) if again else report_path(workdir)
     except (OSError, RunError, UserError) as error:
         raise no_report("search", error) from error

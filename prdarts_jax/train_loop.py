@@ -176,9 +176,9 @@ def train_seeds(
 
 
 def _common_report(folders: Sequence[Path], workdir: Path) -> Path:
-    from prdarts_jax import report
+    from prdarts_jax.report import page as report_page
 
-    return report.report(folders, workdir / "report.html")
+    return report_page.report(folders, workdir / "report.html")
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -368,9 +368,9 @@ class _Training(EpochLoop[Carry, TrainResult]):
 
 def _report(workdir: Path) -> Path:
     """The report of a finished training, which can be made at any time."""
-    from prdarts_jax import report
+    from prdarts_jax.report import page as report_page
 
     try:
-        return report.report([workdir])
+        return report_page.report([workdir])
     except (OSError, RunError, UserError) as error:
         raise no_report("training", error) from error

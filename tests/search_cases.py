@@ -17,10 +17,12 @@ import jax
 import numpy as np
 import pytest
 
-from prdarts_jax import cli, plots, presets, report, search_inputs, search_loop, search_program, sweep
+from prdarts_jax import cli, presets, search_inputs, search_loop, search_program, sweep
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.sources import Dataset, from_arrays, load
+from prdarts_jax.report import page as report_page
+from prdarts_jax.report import plots
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.run.digests import host_leaves
 from prdarts_jax.run.metrics import comparable, read
@@ -182,5 +184,5 @@ def shared_programs() -> Iterator[None]:
             patch.setattr(module, name, value)
         patch.setattr(plots, "cell_diagram", lambda *_, **__: None)
         patch.setattr(plots, "save", lambda *_, **__: None)
-        patch.setattr(report, "report", lambda *_, **__: None)
+        patch.setattr(report_page, "report", lambda *_, **__: None)
         yield

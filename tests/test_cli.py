@@ -454,10 +454,10 @@ def test_strategies_show_options_and_settings(capsys):
 )
 def test_report_of_one_or_several(monkeypatch, capsys, tmp_path, words, arguments):
     called = []
-    module = types.ModuleType("prdarts_jax.report")
+    module = types.ModuleType("prdarts_jax.report.page")
     module.report = lambda workdirs, out: called.append((workdirs, out)) or "page.html"
-    monkeypatch.setitem(sys.modules, "prdarts_jax.report", module)
-    monkeypatch.setattr(prdarts_jax, "report", module, raising=False)
+    monkeypatch.setitem(sys.modules, "prdarts_jax.report.page", module)
+    monkeypatch.setattr("prdarts_jax.report.page", module, raising=False)
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         Path(name).mkdir()

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.transforms import Bbox
 
-from prdarts_jax import plots
-from prdarts_jax.cell_layout import _spread, lay_out
 from prdarts_jax.errors import UserError
+from prdarts_jax.report import plots
+from prdarts_jax.report.cell_layout import _spread, lay_out
 from prdarts_jax.space.genotype import CELLS, Genotype, names
 
 USER_CELL = Genotype(

@@ -18,17 +18,12 @@ import pytest
 import search_cases
 from search_cases import EPOCH_STEPS, assert_same, one_error, outcome, search, snapshot, words
 
-from prdarts_jax import (
-    cli,
-    population,
-    population_program,
-    report,
-    report_data,
-    report_sweep,
-    search_loop,
-)
+from prdarts_jax import cli, population, population_program, search_loop
 from prdarts_jax import sweep as sweeps
 from prdarts_jax.errors import UserError
+from prdarts_jax.report import data as report_data
+from prdarts_jax.report import page as report_page
+from prdarts_jax.report import sweep as report_sweep
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.run.workdir import WorkdirLock
 from prdarts_jax.space.genotype import Genotype
@@ -37,7 +32,7 @@ MOMENT = 1e-9  # minutes: over as soon as the first dispatch is
 SWEEP = {"seed": [0, 1], "lambda1": [0.01, 5.0]}
 NAMES = ("seed=0,lambda1=0.01", "seed=1,lambda1=0.01", "seed=0,lambda1=5.0", "seed=1,lambda1=5.0")
 SIDE = "1 of 2 side by side"
-REPORT = report.report  # the real one; searches of these tests draw none
+REPORT = report_page.report  # the real one; searches of these tests draw none
 
 
 @pytest.fixture(autouse=True)
@@ -260,7 +255,7 @@ def test_killed_and_started_again(folder, npz, tmp_path, monkeypatch):
 
     where = f"killed {delay:.3f} s after the second member began"
     with monkeypatch.context() as patch:
-        patch.setattr(report, "report", lambda workdirs: REPORT(workdirs) if workdirs == [workdir] else None)
+        patch.setattr(report_page, "report", lambda workdirs: REPORT(workdirs) if workdirs == [workdir] else None)
         assert cli.main(command[3:]) == 0, where
     assert (workdir / "report.html").is_file()
     for seed in range(3):
@@ -312,7 +307,7 @@ def test_a_finished_population_is_reported_again(npz, tmp_path, capsys, monkeypa
         path.write_text("a page")
         return path
 
-    monkeypatch.setattr(report, "report", page)
+    monkeypatch.setattr(report_page, "report", page)
     command = [*words(tmp_path / "w", npz, epochs=1), "--population=2"]
     assert cli.main(command) == 0
     first, before = capsys.readouterr().out, snapshot(tmp_path / "w")
@@ -464,7 +459,7 @@ def test_the_report_has_mean_and_deviation_by_setting(finished, tmp_path, capsys
             assert deviation == pytest.approx(statistics.stdev(values))
     out = tmp_path / "page.html"
     with pytest.MonkeyPatch.context() as patch:  # undone before what it replaces is
-        patch.setattr(report, "report", REPORT)
+        patch.setattr(report_page, "report", REPORT)
         assert cli.main(["report", str(finished), "--out", str(out)]) == 0
     page = out.read_text()
     assert "<h2>Sweep</h2>" in page and "2 of 2" in page

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from prdarts_jax.errors import UserError
-from prdarts_jax.report import report
+from prdarts_jax.report.page import report
 from prdarts_jax.space.genotype import Genotype
 
 EDGES = [[0, 2], [1, 2]]

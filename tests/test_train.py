@@ -20,13 +20,15 @@ from search_cases import one_error, rows, snapshot, standard_promotion
 from train_cases import EPOCH_STEPS, EPOCHS, GENOTYPE, TOTAL, digits, final_state, outcome, train, words
 
 import prdarts_jax
-from prdarts_jax import cli, optimizers, report, train_inputs, train_loop, train_presets, train_program
+from prdarts_jax import cli, optimizers, train_inputs, train_loop, train_program
 from prdarts_jax.config.train import SgdConfig, TrainConfig
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.data.sources import from_arrays, load
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.ops.losses import smoothed_cross_entropy
+from prdarts_jax.presets import train as train_presets
+from prdarts_jax.report import page as report_page
 from prdarts_jax.run.metrics import comparable
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.train_program import Problem, TrainState, Variables
@@ -367,7 +369,7 @@ def test_bfloat16_keeps_the_state_in_float32(tmp_path):
 
 def test_seeds_are_ordinary_trainings_with_a_mean(finished, npz, tmp_path, capsys, monkeypatch):
     pages = []
-    monkeypatch.setattr(report, "report", lambda folders, out=None: pages.append((folders, out)) or out)
+    monkeypatch.setattr(report_page, "report", lambda folders, out=None: pages.append((folders, out)) or out)
     command = [*words(tmp_path / "w", npz), "--seeds", "0..1"]
     assert cli.main([*command, "--time-limit", "1e-9"]) == 0
     assert f"to go on: prdarts {shlex.join(command)}\n" in capsys.readouterr().out

@@ -17,8 +17,9 @@ import train_cases
 from search_cases import assert_same, one_error, snapshot
 from train_cases import EPOCH_STEPS, GENOTYPE, TOTAL, digits, outcome, train, words
 
-from prdarts_jax import cli, report, train_loop
+from prdarts_jax import cli, train_loop
 from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.report import page as report_page
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.space.genotype import Genotype
 
@@ -243,12 +244,12 @@ def test_a_report_that_could_not_be_written_is_made_by_the_next_start(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "report", full)
+        patch.setattr(report_page, "report", full)
         for _ in range(2):
             with pytest.raises(RunError, match=r"the training is finished, its report could not be .*: .*No space"):
                 train(tmp_path / "w")
     made = []
-    monkeypatch.setattr(report, "report", lambda folders: made.append(folders) or folders[0] / "report.html")
+    monkeypatch.setattr(report_page, "report", lambda folders: made.append(folders) or folders[0] / "report.html")
     found = train(tmp_path / "w")
     assert (found.status, found.report) == ("already-finished", tmp_path / "w" / "report.html")
     assert made == [[tmp_path / "w"]]

@@ -19,7 +19,8 @@ from search_cases import assert_same, one_error
 from test_data_tfds import write_tfds
 from train_cases import TOTAL, digits, outcome, train
 
-from prdarts_jax import cli, evaluation, train_presets
+from prdarts_jax import cli, evaluation
+from prdarts_jax.presets import train as train_presets
 from prdarts_jax.run.metrics import comparable, read
 
 MOMENT = 1e-9  # minutes: over as soon as the first dispatch is

@@ -13,10 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from prdarts_jax import report, train_inputs, train_loop, train_presets, train_program
+from prdarts_jax import train_inputs, train_loop, train_program
 from prdarts_jax.config import schema
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.sources import Dataset, from_arrays, load
+from prdarts_jax.presets import train as train_presets
+from prdarts_jax.report import page as report_page
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.run.digests import host_leaves
 from prdarts_jax.run.metrics import comparable, read
@@ -159,5 +161,5 @@ def shared_programs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for (module, name), value in _shared().items():
             patch.setattr(module, name, value)
-        patch.setattr(report, "report", lambda *_, **__: None)
+        patch.setattr(report_page, "report", lambda *_, **__: None)
         yield

@@ -25,8 +25,8 @@ from matplotlib.path import Path as Curve
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
-from prdarts_jax.cell_layout import Box, Layout, Line, lay_out, state_name
 from prdarts_jax.errors import UserError
+from prdarts_jax.report.cell_layout import Box, Layout, Line, lay_out, state_name
 from prdarts_jax.space.genotype import Genotype
 
 # Okabe and Ito's palette: told apart with any colour vision, and the op's name stands on every edge anyway.

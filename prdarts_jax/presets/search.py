@@ -9,40 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import OPS, SearchConfig
 from prdarts_jax.errors import UserError, unknown
+from prdarts_jax.presets.merge import Preset, Resolved
 from prdarts_jax.strategies import registry
 
 OPTIONS = "method.options."
 _OPS_FILES = ("space.ops", "space.edge_ops")  # may be given as a JSON file
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Data and scale by dotted config path, and a method with options; what is not named keeps its earlier value.
-
-    `method_settings` are fields outside `method.*` that are part of the preset's method, and go with it when another
-    strategy takes its place.
-    """
-
-    summary: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    method: str = "prdarts"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    method_settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A complete config, and per dotted path what decided the value (in words, for people)."""
-
-    config: SearchConfig
-    sources: Mapping[str, str]
 
 
 PRESETS: Mapping[str, Preset] = {

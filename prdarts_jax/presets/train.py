@@ -12,7 +12,7 @@ from typing import Any
 from prdarts_jax.config import schema
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.errors import unknown
-from prdarts_jax.presets import Preset
+from prdarts_jax.presets.merge import Preset
 
 _CIFAR100 = {"data.source": "tfds:cifar100"}
 _IMAGENET = {

@@ -19,10 +19,10 @@ from urllib.parse import quote
 import numpy as np
 from matplotlib.figure import Figure
 
-from prdarts_jax import plots
 from prdarts_jax.errors import UserError
-from prdarts_jax.report_data import Run, population, read
-from prdarts_jax.report_sweep import FIGURES, label, settings, spread
+from prdarts_jax.report import plots
+from prdarts_jax.report.data import Run, population, read
+from prdarts_jax.report.sweep import FIGURES, label, settings, spread
 from prdarts_jax.run.workdir import atomic_write_text
 from prdarts_jax.space.genotype import CELLS
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from prdarts_jax.report_data import Run
+from prdarts_jax.report.data import Run
 
 # What a sweep is read for; accuracies are shares of 1.
 FIGURES = ("val_accuracy", "val_loss", "eval_accuracy", "normal_skips", "normal_depth", "reduce_skips", "reduce_depth")
