@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import bilevel, optimizers, strategies, train_inputs, train_program
+from prdarts_jax import bilevel, optimizers, strategies
 from prdarts_jax.bilevel import Batches
 from prdarts_jax.config.search import OPS, ArchConfig, SpaceConfig, WeightsConfig
 from prdarts_jax.config.train import NetworkConfig, TrainConfig
@@ -36,6 +36,8 @@ from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
 from prdarts_jax.space import Space
 from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.training import inputs as train_inputs
+from prdarts_jax.training import program as train_program
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec(sharding.AXIS)
 _SUMS = ("psum", "psum2", "psum_invariant")  # what lax.pmean is traced to

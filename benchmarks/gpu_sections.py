@@ -249,11 +249,12 @@ def epochs(given: Mapping[str, Any]) -> Iterator[Row]:
     import jax
     import numpy as np
 
-    from prdarts_jax import search_inputs, search_program
     from prdarts_jax.config.search import DataConfig, RunConfig, SearchConfig, SpaceConfig
     from prdarts_jax.data.batches import Images
     from prdarts_jax.data.sources import from_arrays
     from prdarts_jax.devices import sharding
+    from prdarts_jax.searching import inputs as search_inputs
+    from prdarts_jax.searching import program as search_program
 
     case, precision, steps = SearchCase(**given["case"]), given["precision"], given["steps"]
     images = np.random.default_rng(0).integers(0, 256, (2 * steps * case.batch, case.side, case.side, 3), np.uint8)

@@ -117,9 +117,10 @@ def _dispatched(
 
 def train(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     """The SGD step of a `TrainCase`; drop-path is drawn afresh in each step."""
-    from prdarts_jax import train_inputs, train_program
     from prdarts_jax.config.train import NetworkConfig, TrainConfig
     from prdarts_jax.space.genotype import Genotype
+    from prdarts_jax.training import inputs as train_inputs
+    from prdarts_jax.training import program as train_program
 
     case = TrainCase(**fields)
     network = NetworkConfig(channels=case.channels, cells=case.cells)

@@ -48,8 +48,9 @@ def measure(given: dict[str, Any]) -> Row:
     import jax
     import numpy as np
 
-    from prdarts_jax import presets, search_loop
+    from prdarts_jax import presets
     from prdarts_jax.data.sources import from_arrays
+    from prdarts_jax.searching import loop as search_loop
 
     side, batch, steps = given["side"], given["batch"], given["steps"]
     images = np.random.default_rng(0).integers(0, 256, (2 * steps * batch, side, side, 3), dtype=np.uint8)

@@ -25,9 +25,14 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from prdarts_jax import search_inputs, search_loop, search_program, train_inputs, train_loop, train_program
     from prdarts_jax.devices import sharding
     from prdarts_jax.ops import kernels
+    from prdarts_jax.searching import inputs as search_inputs
+    from prdarts_jax.searching import loop as search_loop
+    from prdarts_jax.searching import program as search_program
+    from prdarts_jax.training import inputs as train_inputs
+    from prdarts_jax.training import loop as train_loop
+    from prdarts_jax.training import program as train_program
 
     del search_loop, train_loop  # what a run imports, too
     lap("import_s")

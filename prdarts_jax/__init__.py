@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from prdarts_jax.config.search import SearchConfig
     from prdarts_jax.config.train import TrainConfig
     from prdarts_jax.errors import RunError, UserError
-    from prdarts_jax.evaluation import Evaluation, evaluate
-    from prdarts_jax.population import PopulationResult, search_population
     from prdarts_jax.presets import resolve
-    from prdarts_jax.search_loop import SearchResult, search
+    from prdarts_jax.searching.loop import SearchResult, search
+    from prdarts_jax.searching.population import PopulationResult, search_population
     from prdarts_jax.space.genotype import Genotype
-    from prdarts_jax.train_loop import TrainResult, train
+    from prdarts_jax.training.evaluation import Evaluation, evaluate
+    from prdarts_jax.training.loop import TrainResult, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,20 +42,20 @@ __all__ = [
 ]
 
 _HOME = {
-    "Evaluation": "evaluation",
+    "Evaluation": "training.evaluation",
     "Genotype": "space.genotype",
-    "PopulationResult": "population",
+    "PopulationResult": "searching.population",
     "RunError": "errors",
     "SearchConfig": "config.search",
-    "SearchResult": "search_loop",
+    "SearchResult": "searching.loop",
     "TrainConfig": "config.train",
-    "TrainResult": "train_loop",
+    "TrainResult": "training.loop",
     "UserError": "errors",
-    "evaluate": "evaluation",
+    "evaluate": "training.evaluation",
     "resolve": "presets",
-    "search": "search_loop",
-    "search_population": "population",
-    "train": "train_loop",
+    "search": "searching.loop",
+    "search_population": "searching.population",
+    "train": "training.loop",
 }
 
 

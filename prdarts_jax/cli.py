@@ -154,7 +154,7 @@ def _search(words: list[str]) -> int:
         config = schema.replace(config, {"run.workdir": f"runs/{name}"})
         resolved = dataclasses.replace(resolved, config=config)
     if args.print_config:
-        from prdarts_jax import search_inputs
+        from prdarts_jax.searching import inputs as search_inputs
 
         search_inputs.check_method(config)
         print_config(cli_population.table(presets.table(resolved), sweep, resolved), args.json)
@@ -164,11 +164,11 @@ def _search(words: list[str]) -> int:
     def work() -> int:
         workdir = Path(config.run.workdir)
         if sweep:
-            from prdarts_jax import population
+            from prdarts_jax.searching import population
 
             found = population.search_population(config, workdir, sweep, sources=resolved.sources)
             return cli_population.finish(found, again)
-        from prdarts_jax import search_loop
+        from prdarts_jax.searching import loop as search_loop
 
         return _finish(search_loop.search(config, workdir, sources=resolved.sources), workdir, again)
 

@@ -57,8 +57,8 @@ def export_command(words: list[str]) -> int:
 
 def _network(source: Path, *, ema: bool) -> Any:
     """The network of a file, of an import, or of a training, finished or not."""
-    from prdarts_jax import evaluation
     from prdarts_jax.interop import export
+    from prdarts_jax.training import evaluation
 
     there = source.is_dir() and (source / export.NETWORK_FILE).is_file()
     if source.is_dir() and (source / "config.json").is_file():

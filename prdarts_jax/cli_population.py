@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prdarts_jax import cli_flags
-from prdarts_jax import sweep as sweeps
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.errors import UserError
 from prdarts_jax.presets.merge import Resolved
+from prdarts_jax.searching import sweep as sweeps
 
 if TYPE_CHECKING:
-    from prdarts_jax.population import PopulationResult
+    from prdarts_jax.searching.population import PopulationResult
 
 FLAGS: Mapping[str, str] = {
     "--sweep NAME=VALUES": "a search for each value, A,B,C or A..B; several --sweep: for each combination",

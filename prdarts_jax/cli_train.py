@@ -28,7 +28,7 @@ from prdarts_jax.errors import UserError, unknown
 from prdarts_jax.presets import train as train_presets
 
 if TYPE_CHECKING:
-    from prdarts_jax.evaluation import Evaluation
+    from prdarts_jax.training.evaluation import Evaluation
 
 TRAIN = Command(
     name="train",
@@ -106,7 +106,7 @@ def train(words: list[str]) -> int:
     compilation_cache()  # before JAX is imported
 
     def work() -> int:
-        from prdarts_jax import train_loop
+        from prdarts_jax.training import loop as train_loop
 
         workdir = Path(config.run.workdir)
         command = shlex.join(["prdarts", "train", *to_go_on(words, TRAIN)])
@@ -182,7 +182,7 @@ def evaluate(words: list[str]) -> int:
     batch_size = None if args.batch_size is None else schema.convert_scalar(int, args.batch_size, "batch_size")
     TrainRunConfig(devices=args.devices, workers=args.workers)  # refuses what is neither a number nor all, or auto
     compilation_cache()
-    from prdarts_jax import evaluation
+    from prdarts_jax.training import evaluation
 
     found = evaluation.evaluate(
         args.workdir,

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from prdarts_jax import cli, presets, search_inputs, search_loop, search_program, sweep
+from prdarts_jax import cli, presets
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.sources import Dataset, from_arrays, load
@@ -26,8 +26,12 @@ from prdarts_jax.report import plots
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.run.digests import host_leaves
 from prdarts_jax.run.metrics import comparable, read
-from prdarts_jax.search_loop import SearchResult
-from prdarts_jax.search_program import Carry
+from prdarts_jax.searching import inputs as search_inputs
+from prdarts_jax.searching import loop as search_loop
+from prdarts_jax.searching import program as search_program
+from prdarts_jax.searching import sweep
+from prdarts_jax.searching.loop import SearchResult
+from prdarts_jax.searching.program import Carry
 
 IMAGES, BATCH, EPOCHS = 112, 8, 3
 EPOCH_STEPS = IMAGES // 2 // BATCH  # 7, a prime: dispatches of 3 leave a remainder

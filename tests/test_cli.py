@@ -53,10 +53,10 @@ class _Search:
 def search(monkeypatch, tmp_path):
     """No search runs, and the current directory is an empty one."""
     stand_in = _Search()
-    module = types.ModuleType("prdarts_jax.search_loop")
+    module = types.ModuleType("prdarts_jax.searching.loop")
     module.search = stand_in
-    monkeypatch.setitem(sys.modules, "prdarts_jax.search_loop", module)
-    monkeypatch.setattr(prdarts_jax, "search_loop", module, raising=False)
+    monkeypatch.setitem(sys.modules, "prdarts_jax.searching.loop", module)
+    monkeypatch.setattr("prdarts_jax.searching.loop", module, raising=False)
     monkeypatch.chdir(tmp_path)
     return stand_in
 

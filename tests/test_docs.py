@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import pytest
 
-from prdarts_jax import cli, presets, search_inputs, search_loop
+from prdarts_jax import cli, presets
 from prdarts_jax.config import schema, userfile
 from prdarts_jax.config.search import OPS, SearchConfig
+from prdarts_jax.searching import inputs as search_inputs
+from prdarts_jax.searching import loop as search_loop
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.strategies import registry
 

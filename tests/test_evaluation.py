@@ -15,10 +15,12 @@ import train_cases
 from search_cases import one_error, rows
 from train_cases import TEST, digits, final_state, train
 
-from prdarts_jax import cli, evaluation, train_program
+from prdarts_jax import cli
 from prdarts_jax.data.sources import from_arrays
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.interop import export
+from prdarts_jax.training import evaluation
+from prdarts_jax.training import program as train_program
 
 
 @pytest.fixture(autouse=True)

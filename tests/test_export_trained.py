@@ -14,9 +14,10 @@ import train_cases
 from search_cases import one_error
 from train_cases import TEST, digits
 
-from prdarts_jax import cli, evaluation
+from prdarts_jax import cli
 from prdarts_jax.interop import export
 from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.training import evaluation
 
 # An operation in place of one of ours: three times the input, negated, every second pixel where the stride is 2.
 OWN = """

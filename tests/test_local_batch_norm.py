@@ -14,7 +14,7 @@ import search_cases
 import train_cases
 from jax.sharding import PartitionSpec
 
-from prdarts_jax import bilevel, search_inputs, train_inputs, train_program
+from prdarts_jax import bilevel
 from prdarts_jax.bilevel import Batches, SearchState
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import SearchConfig
@@ -22,8 +22,11 @@ from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
 from prdarts_jax.ops.batch_norm import batch_norm
+from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import registry
+from prdarts_jax.training import inputs as train_inputs
+from prdarts_jax.training import program as train_program
 
 pytestmark = pytest.mark.multidevice
 

@@ -18,14 +18,16 @@ import pytest
 import search_cases
 from search_cases import EPOCH_STEPS, assert_same, one_error, outcome, search, snapshot, words
 
-from prdarts_jax import cli, population, population_program, search_loop
-from prdarts_jax import sweep as sweeps
+from prdarts_jax import cli
 from prdarts_jax.errors import UserError
 from prdarts_jax.report import data as report_data
 from prdarts_jax.report import page as report_page
 from prdarts_jax.report import sweep as report_sweep
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.run.workdir import WorkdirLock
+from prdarts_jax.searching import loop as search_loop
+from prdarts_jax.searching import population, side_by_side
+from prdarts_jax.searching import sweep as sweeps
 from prdarts_jax.space.genotype import Genotype
 
 MOMENT = 1e-9  # minutes: over as soon as the first dispatch is
@@ -358,7 +360,7 @@ def test_members_of_another_population_are_refused(finished):
 
 
 @pytest.fixture
-def side_by_side(folder, mapped):
+def on_two_devices(folder, mapped):
     if jax.device_count() < 2:
         pytest.skip(f"{jax.device_count()} devices of 2")
     workdir = folder / "side-by-side"
@@ -370,7 +372,7 @@ def side_by_side(folder, mapped):
 @pytest.fixture(scope="module")
 def mapped():
     """The program of two devices, which the tests of this file share, and its text."""
-    original, known = population_program._mapped, {}
+    original, known = side_by_side._mapped, {}
 
     def remembered(problem, mesh, kinds):
         key = (problem, mesh)
@@ -387,28 +389,28 @@ def mapped():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(population_program, "_mapped", remembered)
+        patch.setattr(side_by_side, "_mapped", remembered)
         yield known
 
 
 @pytest.mark.multidevice
-def test_members_on_several_devices_are_their_single_searches(folder, side_by_side):
+def test_members_on_several_devices_are_their_single_searches(folder, on_two_devices):
     """To float tolerance: the compiler may fuse the program of an axis otherwise."""
     for name, want in singles(folder, epochs=2, evaluate_every=2).items():
-        found = outcome(side_by_side / name)
+        found = outcome(on_two_devices / name)
         assert found["genotype"] == want["genotype"]
         assert found["leaves"].keys() == want["leaves"].keys()
         for mine, single_ in zip(found["rows"], want["rows"], strict=True):
             assert mine.keys() == single_.keys()
             for field in mine.keys() - {"kind"}:
                 assert mine[field] == pytest.approx(single_[field], rel=1e-4, abs=1e-5), (name, field)
-        document = json.loads((side_by_side / name / "config.json").read_text())
+        document = json.loads((on_two_devices / name / "config.json").read_text())
         assert document["platform"]["devices"] == SIDE and len(document["devices"]) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.multidevice
-def test_stopped_side_by_side(side_by_side, tmp_path, capsys):
+def test_stopped_side_by_side(on_two_devices, tmp_path, capsys):
     """Members at different steps, and a device without a member, compute what they compute side by side."""
     flags = {"run__devices": "2", "epochs": 2, "evaluate_every": 2}
     statuses = []
@@ -420,7 +422,7 @@ def test_stopped_side_by_side(side_by_side, tmp_path, capsys):
         assert len(statuses) < 30
     assert len(statuses) > 10
     for name in NAMES:
-        assert_same(outcome(tmp_path / "w" / name), outcome(side_by_side / name))
+        assert_same(outcome(tmp_path / "w" / name), outcome(on_two_devices / name))
     capsys.readouterr()
     os.remove(tmp_path / "w" / NAMES[0] / "genotype.json")
     assert search(tmp_path / "w" / NAMES[0], epochs=2, evaluate_every=2).status == "finished"

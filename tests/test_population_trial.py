@@ -7,7 +7,7 @@ import pytest
 import search_cases
 
 from prdarts_jax.errors import UserError
-from prdarts_jax.population import search_population
+from prdarts_jax.searching.population import search_population
 
 
 @pytest.fixture(autouse=True)

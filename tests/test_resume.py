@@ -20,9 +20,10 @@ import pytest
 import search_cases
 from search_cases import EPOCH_STEPS, TOTAL, assert_same, one_error, outcome, search, snapshot, words
 
-from prdarts_jax import cli, presets, search_loop
+from prdarts_jax import cli, presets
 from prdarts_jax.errors import UserError
 from prdarts_jax.run.checkpoint import Checkpointer
+from prdarts_jax.searching import loop as search_loop
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies.prdarts import prdarts

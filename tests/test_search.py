@@ -14,9 +14,11 @@ import search_cases
 from search_cases import EPOCH_STEPS, FLAGS, assert_same, digits, final_state, one_error, outcome, rows, words
 
 import prdarts_jax
-from prdarts_jax import cli, population, presets, search_inputs
+from prdarts_jax import cli, presets
 from prdarts_jax.config import userfile
 from prdarts_jax.errors import UserError
+from prdarts_jax.searching import inputs as search_inputs
+from prdarts_jax.searching import population
 from prdarts_jax.space.genotype import Genotype
 
 # A user's file with everything: nothing learns, the search stops after its second epoch with a cell of its own.

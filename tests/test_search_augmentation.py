@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import search_cases
 
-from prdarts_jax import bilevel, search_inputs, search_program
+from prdarts_jax import bilevel
 from prdarts_jax.data.batches import Images
 from prdarts_jax.data.sources import Dataset, from_arrays
+from prdarts_jax.searching import inputs as search_inputs
+from prdarts_jax.searching import program as search_program
 
 SIZE, BATCH, STEPS = (6, 8), 8, 5
 

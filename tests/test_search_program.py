@@ -11,12 +11,14 @@ import pytest
 import search_cases
 from search_cases import BATCH, EPOCH_STEPS, EPOCHS, FLAGS, IMAGES, TOTAL, digits, final_state, rows, search
 
-from prdarts_jax import presets, search_inputs, search_program
+from prdarts_jax import presets
 from prdarts_jax.config import schema
 from prdarts_jax.data.augment import normalize
 from prdarts_jax.data.batches import epoch_order, padded_batches, split_indices
 from prdarts_jax.run.checkpoint import Checkpointer
-from prdarts_jax.search_program import Images
+from prdarts_jax.searching import inputs as search_inputs
+from prdarts_jax.searching import program as search_program
+from prdarts_jax.searching.program import Images
 from prdarts_jax.space import supernet
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from prdarts_jax import cli, presets, sweep
+from prdarts_jax import cli, presets
 from prdarts_jax.config import schema
 from prdarts_jax.errors import UserError
+from prdarts_jax.searching import sweep
 from prdarts_jax.strategies import registry
 
 DIGITS = presets.resolve("digits").config

@@ -20,7 +20,7 @@ from search_cases import one_error, rows, snapshot, standard_promotion
 from train_cases import EPOCH_STEPS, EPOCHS, GENOTYPE, TOTAL, digits, final_state, outcome, train, words
 
 import prdarts_jax
-from prdarts_jax import cli, optimizers, train_inputs, train_loop, train_program
+from prdarts_jax import cli, optimizers
 from prdarts_jax.config.train import SgdConfig, TrainConfig
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.data.sources import from_arrays, load
@@ -31,7 +31,10 @@ from prdarts_jax.presets import train as train_presets
 from prdarts_jax.report import page as report_page
 from prdarts_jax.run.metrics import comparable
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.train_program import Problem, TrainState, Variables
+from prdarts_jax.training import inputs as train_inputs
+from prdarts_jax.training import loop as train_loop
+from prdarts_jax.training import program as train_program
+from prdarts_jax.training.program import Problem, TrainState, Variables
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,14 @@ import jax
 import optax
 import pytest
 
-from prdarts_jax import cli, cli_train, optimizers, schedules, train_inputs
+from prdarts_jax import cli, cli_train, optimizers, schedules
 from prdarts_jax.config import schema
 from prdarts_jax.config.train import NetworkConfig, SgdConfig, TrainConfig
 from prdarts_jax.errors import UserError
 from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.presets import train as train_presets
 from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.training import inputs as train_inputs
 
 # The recipe, written down a second time.
 CIFAR = {

@@ -17,11 +17,12 @@ import train_cases
 from search_cases import assert_same, one_error, snapshot
 from train_cases import EPOCH_STEPS, GENOTYPE, TOTAL, digits, outcome, train, words
 
-from prdarts_jax import cli, train_loop
+from prdarts_jax import cli
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.report import page as report_page
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.training import loop as train_loop
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,10 @@ from search_cases import assert_same, one_error
 from test_data_tfds import write_tfds
 from train_cases import TOTAL, digits, outcome, train
 
-from prdarts_jax import cli, evaluation
+from prdarts_jax import cli
 from prdarts_jax.presets import train as train_presets
 from prdarts_jax.run.metrics import comparable, read
+from prdarts_jax.training import evaluation
 
 MOMENT = 1e-9  # minutes: over as soon as the first dispatch is
 SIDE = 193  # pixels: the least that ImageNet's auxiliary head fits

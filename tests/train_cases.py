@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-from prdarts_jax import train_inputs, train_loop, train_program
 from prdarts_jax.config import schema
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.sources import Dataset, from_arrays, load
@@ -23,8 +22,11 @@ from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.run.digests import host_leaves
 from prdarts_jax.run.metrics import comparable, read
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.train_loop import TrainResult
-from prdarts_jax.train_program import Carry
+from prdarts_jax.training import inputs as train_inputs
+from prdarts_jax.training import loop as train_loop
+from prdarts_jax.training import program as train_program
+from prdarts_jax.training.loop import TrainResult
+from prdarts_jax.training.program import Carry
 
 IMAGES, TEST, BATCH, EPOCHS = 112, 37, 16, 3
 EPOCH_STEPS = IMAGES // BATCH  # 7, a prime: dispatches of 3 leave a remainder

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from prdarts_jax import optimizers, schedules, train_feed, train_inputs, train_program
+from prdarts_jax import optimizers, schedules
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.stream_source import describe
@@ -36,9 +36,12 @@ from prdarts_jax.run.workdir import (
     report_path,
 )
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.train_feed import Feed, Programs
-from prdarts_jax.train_inputs import Inputs
-from prdarts_jax.train_program import Carry
+from prdarts_jax.training import feed as train_feed
+from prdarts_jax.training import inputs as train_inputs
+from prdarts_jax.training import program as train_program
+from prdarts_jax.training.feed import Feed, Programs
+from prdarts_jax.training.inputs import Inputs
+from prdarts_jax.training.program import Carry
 
 # Everything a training writes: what --overwrite may remove, and nothing else. The config goes last: while it is there,
 # a folder that a kill left half-cleared is known as that of a training.

@@ -30,7 +30,7 @@ from prdarts_jax.run import provenance
 from prdarts_jax.run.metrics import check_tensorboard
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES
-from prdarts_jax.train_program import Problem
+from prdarts_jax.training.program import Problem
 
 Transformation: TypeAlias = optax.GradientTransformation | Callable[[TrainConfig], optax.GradientTransformation]
 

@@ -21,7 +21,7 @@ from prdarts_jax.data.batches import Images
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.run.digests import is_key
 from prdarts_jax.run.loop import Done, Work
-from prdarts_jax.search_program import Carry, Problem, dispatch_program
+from prdarts_jax.searching.program import Carry, Problem, dispatch_program
 
 AXIS = "search"
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import optimizers, trial
+from prdarts_jax import optimizers
 from prdarts_jax.config import userfile
 from prdarts_jax.config.search import MethodConfig, SearchConfig
 from prdarts_jax.config.source_digest import source_digest
@@ -22,7 +22,8 @@ from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.run import provenance
 from prdarts_jax.run.metrics import check_tensorboard
-from prdarts_jax.search_program import Problem
+from prdarts_jax.searching import dry_run
+from prdarts_jax.searching.program import Problem
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import registry
 from prdarts_jax.strategy import Strategy
@@ -97,7 +98,7 @@ def prepare(
     }
     given = {field: value for field, value in made.items() if field in digests}
     if like is None:
-        trial.search(problem, mesh, images.shape[1:], config.epochs, primitives or {}, given)
+        dry_run.search(problem, mesh, images.shape[1:], config.epochs, primitives or {}, given)
     return Inputs(problem, dataset, mesh, digests)
 
 

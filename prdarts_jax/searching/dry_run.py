@@ -11,11 +11,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from prdarts_jax import search_program
 from prdarts_jax.config import userfile
 from prdarts_jax.errors import UserError
 from prdarts_jax.ops.check import primitives
-from prdarts_jax.search_program import Problem
+from prdarts_jax.searching import program as search_program
+from prdarts_jax.searching.program import Problem
 from prdarts_jax.space import supernet
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space

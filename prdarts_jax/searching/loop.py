@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from prdarts_jax import optimizers, search_inputs
+from prdarts_jax import optimizers
 from prdarts_jax.config import userfile
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.batches import Images, epoch_order, padded_batches
@@ -37,8 +37,9 @@ from prdarts_jax.run.workdir import (
     report_path,
 )
 from prdarts_jax.schedules import cosine as learning_rate
-from prdarts_jax.search_inputs import Inputs
-from prdarts_jax.search_program import Carry, Orders, Programs, abstract_carry
+from prdarts_jax.searching import inputs as search_inputs
+from prdarts_jax.searching.inputs import Inputs
+from prdarts_jax.searching.program import Carry, Orders, Programs, abstract_carry
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.strategy import Stop
 

@@ -18,12 +18,9 @@ from typing import IO, Any, NamedTuple
 
 import jax
 
-from prdarts_jax import population_trial, search_inputs, search_loop
-from prdarts_jax import sweep as sweeps
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import RunError, UserError, warn
-from prdarts_jax.population_program import SideBySide
 from prdarts_jax.report.data import POPULATION, POPULATION_SCHEMA
 from prdarts_jax.run.loop import Done, Start, Work
 from prdarts_jax.run.signals import StopRequest
@@ -35,9 +32,14 @@ from prdarts_jax.run.workdir import (
     no_report,
     report_path,
 )
-from prdarts_jax.search_inputs import Inputs
-from prdarts_jax.search_loop import SearchResult, Shared
-from prdarts_jax.sweep import Member
+from prdarts_jax.searching import inputs as search_inputs
+from prdarts_jax.searching import loop as search_loop
+from prdarts_jax.searching import same_programs
+from prdarts_jax.searching import sweep as sweeps
+from prdarts_jax.searching.inputs import Inputs
+from prdarts_jax.searching.loop import SearchResult, Shared
+from prdarts_jax.searching.side_by_side import SideBySide
+from prdarts_jax.searching.sweep import Member
 
 Run = Generator[Work, Done, SearchResult]
 
@@ -127,7 +129,7 @@ def search_population(
             document["platform"]["devices"] = f"1 of {len(devices)} side by side"
             document["devices"] = sharding.describe(sharding.make_mesh(devices))
         prepared.append(_Prepared(member, inputs, document))
-    population_trial.same_programs({one.member.name: one.inputs for one in prepared})
+    same_programs.same_programs({one.member.name: one.inputs for one in prepared})
     values = {path: list(dict.fromkeys(m.values[path] for m in members)) for path in members[0].values}
     listed = {
         "schema_version": POPULATION_SCHEMA,

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from prdarts_jax.errors import UserError
-from prdarts_jax.search_inputs import Inputs
-from prdarts_jax.search_program import Problem
+from prdarts_jax.searching.inputs import Inputs
+from prdarts_jax.searching.program import Problem
 from prdarts_jax.space import supernet
 from prdarts_jax.strategy import Strategy
 

@@ -10,16 +10,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import train_inputs, train_program
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data import prefetch
 from prdarts_jax.data.batches import Images, epoch_order
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.stream_source import StreamedDataset
 from prdarts_jax.devices import sharding
-from prdarts_jax.evaluation import Figures, measure, measure_streamed
-from prdarts_jax.train_inputs import Inputs
-from prdarts_jax.train_program import Carry, Sums, Variables
+from prdarts_jax.training import inputs as train_inputs
+from prdarts_jax.training import program as train_program
+from prdarts_jax.training.evaluation import Figures, measure, measure_streamed
+from prdarts_jax.training.inputs import Inputs
+from prdarts_jax.training.program import Carry, Sums, Variables
 
 
 class Programs(NamedTuple):

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from prdarts_jax import train_inputs, train_program
 from prdarts_jax.config import schema, userfile
 from prdarts_jax.config.train import TrainConfig, TrainDataConfig
 from prdarts_jax.data import prefetch
@@ -24,7 +23,9 @@ from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.run.workdir import NOUNS, atomic_write_json
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.train_program import Outputs, Problem, Variables
+from prdarts_jax.training import inputs as train_inputs
+from prdarts_jax.training import program as train_program
+from prdarts_jax.training.program import Outputs, Problem, Variables
 
 BINS = 15  # of the calibration error
 _TOP = 5

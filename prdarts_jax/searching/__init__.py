@@ -1,0 +1,1 @@
+"""A search from its config to its genotype, alone or as one of a population."""

@@ -1,0 +1,1 @@
+"""The training of a derived network, and its evaluation."""
