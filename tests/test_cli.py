@@ -16,6 +16,8 @@ import pytest
 
 import prdarts_jax
 from prdarts_jax import cli
+from prdarts_jax.cli import commands
+from prdarts_jax.cli import search as cli_search
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import OPS, SearchConfig
 from prdarts_jax.errors import RunError
@@ -132,9 +134,9 @@ def test_a_flag_reaches_its_field(search, words, path, value):
 def test_every_field_has_a_flag():
     for path, _, _ in schema.fields(SearchConfig):
         if path != "method.options":
-            assert cli.split_flags([f"--{path}=x"]) == ({path: "x"}, [])
-            assert cli.split_flags([f"--{path.replace('_', '-')}", "x"]) == ({path: "x"}, [])
-    assert set(cli.ALIASES.values()) <= {path for path, _, _ in schema.fields(SearchConfig)}
+            assert cli_search.split_flags([f"--{path}=x"]) == ({path: "x"}, [])
+            assert cli_search.split_flags([f"--{path.replace('_', '-')}", "x"]) == ({path: "x"}, [])
+    assert set(cli_search.ALIASES.values()) <= {path for path, _, _ in schema.fields(SearchConfig)}
 
 
 def test_ops_from_a_file(search, tmp_path):
@@ -378,7 +380,7 @@ def test_help_has_a_line_a_field_with_default_and_comment(capsys):
         assert any(line.strip().startswith(preset) for line in lines)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in cli._COMMANDS)])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in commands._COMMANDS)])
 def test_help_of_every_command(capsys, words):
     assert cli.main(words) == 0
     captured = capsys.readouterr()

@@ -8,7 +8,8 @@ import types
 import pytest
 from search_cases import one_error
 
-from prdarts_jax import cli, cli_train
+from prdarts_jax import cli
+from prdarts_jax.cli import train as cli_train
 from prdarts_jax.space.genotype import Genotype, names
 
 PRDARTS = Genotype.named("PRDARTS")

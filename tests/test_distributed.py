@@ -23,7 +23,7 @@ import train_cases
 from distributed_cases import together
 from search_cases import EPOCH_STEPS, assert_same, one_error, rows
 
-from prdarts_jax import cli_distributed
+from prdarts_jax.cli import distributed as cli_distributed
 from prdarts_jax.devices import launch, processes
 from prdarts_jax.errors import RunError
 from prdarts_jax.run.checkpoint import Checkpointer
@@ -125,9 +125,9 @@ def test_an_abort_of_the_runtime_is_one_line(signum, said):
 _CHILD = """
 import os, sys, time
 sys.path[:0] = [{root!r}]
-from prdarts_jax import cli_distributed
-cli_distributed._end_with_parent()
-assert cli_distributed.is_watched()
+from prdarts_jax.devices import launch
+launch._end_with_parent()
+assert launch.is_watched()
 open({file!r}, "w").write(str(os.getpid()))
 time.sleep(60)
 """
@@ -137,7 +137,7 @@ time.sleep(60)
 def test_a_killed_parent_takes_its_process_with_it(tmp_path):
     root, file = str(Path(__file__).parents[1]), tmp_path / "pid"
     child = _CHILD.format(root=root, file=str(file))
-    watch = f"import sys; sys.path[:0] = [{root!r}]; from prdarts_jax import cli_distributed as c; "
+    watch = f"import sys; sys.path[:0] = [{root!r}]; from prdarts_jax.devices import launch as c; "
     watch += f"c._watch([sys.executable, '-c', {child!r}])"
     parent = subprocess.Popen([sys.executable, "-c", watch])
     try:

@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from prdarts_jax import cli, presets
+from prdarts_jax.cli import commands
 from prdarts_jax.config import schema, userfile
 from prdarts_jax.config.search import OPS, SearchConfig
 from prdarts_jax.searching import inputs as search_inputs
@@ -138,7 +139,7 @@ def _commands(page: str) -> list[str]:
     text = _text(page)
     found = re.findall(r"^ {4,}(prdarts .*)$", text, re.MULTILINE)
     for inline in re.findall(r"`(prdarts [^`]+)`", text):
-        if inline.split()[1] in cli._COMMANDS and not re.search(r" [A-Z]{2,}", inline):
+        if inline.split()[1] in commands._COMMANDS and not re.search(r" [A-Z]{2,}", inline):
             found.append(inline)
     return found
 
@@ -225,7 +226,7 @@ def test_readme_lists_presets_and_strategies() -> None:
 
 def test_readme_names_every_command() -> None:
     text = _text("README.md")
-    assert all(f"prdarts {name}" in text for name in cli._COMMANDS)
+    assert all(f"prdarts {name}" in text for name in commands._COMMANDS)
 
 
 def test_fidelity_has_every_default_with_its_source() -> None:
@@ -237,7 +238,7 @@ def test_fidelity_has_every_default_with_its_source() -> None:
             value = schema.get(config, path)
         except KeyError:
             return "-"
-        return "all eight" if value == OPS else cli._shown(value)
+        return "all eight" if value == OPS else commands._shown(value)
 
     assert rows == {
         path: [*(shown(config, path) for config in configs), source] for path, source in presets.PROVENANCE.items()

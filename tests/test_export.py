@@ -17,7 +17,7 @@ import safetensors
 from oracles import quick_jit
 from safetensors.numpy import save_file
 
-from prdarts_jax import cli_export
+from prdarts_jax.cli import export as cli_export
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.interop import export
 from prdarts_jax.network.module import DerivedNetwork

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from oracles import quick_jit
 
-from prdarts_jax import cli_export
+from prdarts_jax.cli import export as cli_export
 from prdarts_jax.data.sources import NORMALIZATION
 from prdarts_jax.errors import UserError
 from prdarts_jax.interop import export, import_torch

@@ -10,7 +10,8 @@ import jax
 import optax
 import pytest
 
-from prdarts_jax import cli, cli_train, optimizers, schedules
+from prdarts_jax import cli, optimizers, schedules
+from prdarts_jax.cli import train as cli_train
 from prdarts_jax.config import schema
 from prdarts_jax.config.train import NetworkConfig, SgdConfig, TrainConfig
 from prdarts_jax.errors import UserError

@@ -6,16 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from prdarts_jax.cli.flags import Parser
 from prdarts_jax.errors import UserError, unknown
 
 FORMATS = ("stablehlo", "safetensors")
 _PIXELS = {"cifar": 32, "imagenet": 224}
-
-
-def _parser(prog: str, description: str) -> Any:
-    from prdarts_jax.cli import _Parser  # here, since the command line imports this module
-
-    return _Parser(prog, description=description)
 
 
 def export_command(words: list[str]) -> int:
@@ -28,7 +23,9 @@ def export_command(words: list[str]) -> int:
       UserError: bad usage, or a workdir without a trained network.
       RunError: a file cannot be written.
     """
-    parser = _parser("prdarts export", "A trained network as a program without this library, or as a flat file.")
+    parser = Parser(
+        "prdarts export", description="A trained network as a program without this library, or as a flat file."
+    )
     parser.add_argument("workdir", metavar="WORKDIR", help="of prdarts train or import-torch, or a safetensors file")
     parser.add_argument("--format", metavar="FORMAT", required=True, help=" | ".join(FORMATS))
     parser.add_argument("--out", metavar="FILE", required=True)
@@ -95,7 +92,9 @@ def import_command(words: list[str]) -> int:
       UserError: bad usage, or a checkpoint that is not the genotype's network; nothing is created then.
       RunError: a file cannot be written.
     """
-    parser = _parser("prdarts import-torch", "A PyTorch checkpoint of the DARTS family's evaluation networks.")
+    parser = Parser(
+        "prdarts import-torch", description="A PyTorch checkpoint of the DARTS family's evaluation networks."
+    )
     parser.add_argument("file", metavar="FILE", help="a state_dict of NetworkCIFAR or NetworkImageNet")
     parser.add_argument("--genotype", metavar="NAME", required=True, help="a name, a file or a workdir")
     parser.add_argument("--workdir", metavar="DIR", required=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prdarts_jax import cli_flags
+from prdarts_jax.cli import flags as cli_flags
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.errors import UserError

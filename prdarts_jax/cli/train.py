@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prdarts_jax import cli_distributed
-from prdarts_jax.cli_flags import (
+from prdarts_jax.cli import distributed as cli_distributed
+from prdarts_jax.cli.flags import (
     COMMON,
     Command,
     Parser,

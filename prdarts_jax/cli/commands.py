@@ -1,0 +1,99 @@
+"""`prdarts ...`: parse, call, print. The flags are generated from the config classes.
+
+JAX is imported by the commands that compute, never by `--help`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+
+import prdarts_jax
+from prdarts_jax.cli import export as cli_export
+from prdarts_jax.cli import search as cli_search
+from prdarts_jax.cli import show
+from prdarts_jax.cli import train as cli_train
+from prdarts_jax.devices import launch
+from prdarts_jax.errors import RunError, UserError, unknown
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status: 0 done, 1 the run failed, 2 bad usage or input, 130, 143.
+
+    Args:
+      argv: the words after `prdarts`; None: those of the process.
+
+    >>> main(["strategies", "--jsn"])  # an error line on stderr
+    2
+    """
+    return launch.leave(_status(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _status(words: list[str]) -> int:
+    """Every mistake and failure as its exit status and its line."""
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        return _fail(2, str(error))
+    except RunError as error:
+        return _fail(1, str(error))
+    except KeyboardInterrupt:
+        return _fail(128 + signal.SIGINT, "interrupted")
+    except SystemExit as stop:  # argparse after --help
+        return stop.code if isinstance(stop.code, int) else 0
+    except BrokenPipeError:  # `prdarts ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        full = " (free some space and run the same command again)" if error.errno == errno.ENOSPC else ""
+        return _fail(1, f"{error.filename or 'file system'}: {error.strerror or error}{full}")
+    except Exception as error:
+        if os.environ.get("PRDARTS_TRACEBACK") == "1":
+            traceback.print_exc()
+        return _fail(1, f"internal: {type(error).__name__}: {error} (PRDARTS_TRACEBACK=1 shows where)")
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"prdarts: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words:
+        raise UserError(f"no command; allowed: {' | '.join(_COMMANDS)} (see prdarts --help)")
+    name, rest = words[0], words[1:]
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        print(f"prdarts_jax {prdarts_jax.__version__}")
+        return 0
+    if name not in _COMMANDS:
+        raise unknown("command", name, _COMMANDS)
+    return _COMMANDS[name][0](rest)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<12} {summary}" for name, (_, summary) in _COMMANDS.items()]
+    return "\n".join(["usage: prdarts COMMAND ...  (prdarts COMMAND --help)", "", *lines])
+
+
+# Commands
+
+
+_COMMANDS: Mapping[str, tuple[Callable[[list[str]], int], str]] = {
+    "search": (cli_search.search, "search a cell; the same command again resumes"),
+    "train": (cli_train.train, "train a genotype from scratch; the same command again resumes"),
+    "evaluate": (cli_train.evaluate, "how good a trained network is: accuracy, classes, calibration"),
+    "derive": (show.derive, "the genotype of a search, as JSON"),
+    "report": (show.report, "one self-contained HTML report of one or several searches"),
+    "strategies": (show.strategies, "the search methods and their options"),
+    "zoo": (show.zoo, "the published genotypes"),
+    "export": (cli_export.export_command, "take a trained network away: StableHLO or safetensors"),
+    "import-torch": (cli_export.import_command, "a workdir from a PyTorch checkpoint of the DARTS family"),
+    "data": (show.data, "prepare a data set from its official archive"),
+}
