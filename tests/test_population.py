@@ -467,7 +467,7 @@ def test_the_report_has_mean_and_deviation_by_setting(finished, tmp_path, capsys
     assert "<h2>Sweep</h2>" in page and "2 of 2" in page
     for setting in settings:
         assert report_sweep.spread(setting.figures["val_loss"]) in page
-        assert f'<td class="t">{report_sweep.label(setting)}</td>' in page
+        assert f"<td>{report_sweep.label(setting)}</td>" in page
     for name in NAMES:
         assert f"<code>{name}</code>" in page
     assert "P over epochs" not in page  # members are linked, not shown in full

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from prdarts_jax.errors import UserError
 from prdarts_jax.space.genotype import Genotype
@@ -40,12 +42,50 @@ class Run:
         return self.epochs[-1] if self.epochs else {}
 
     @property
+    def figures(self) -> Mapping[str, Any]:
+        """The last epoch's row and the final row, as one."""
+        return {k: v for k, v in {**self.last, **self.final}.items() if k != "kind"}
+
+    @property
     def group(self) -> str:
         """Equal for runs that differ in the seed, or in how they were run, alone."""
         same = {k: v for k, v in self.config.items() if k != "seed" and not k.startswith("run.")}
         # Trained networks are averaged over seeds of one architecture, not over architectures.
-        found = self.genotype.to_json() if self.kind == "train" and self.genotype else ""
-        return json.dumps([self.kind, same, found], sort_keys=True)
+        architecture = self.genotype.to_json() if self.kind == "train" and self.genotype else ""
+        return json.dumps([self.kind, same, architecture], sort_keys=True)
+
+    @property
+    def progress(self) -> str:
+        """The epochs so far, and how many were planned: '2 of 3'."""
+        planned = self.config.get("epochs")
+        return f"{len(self.epochs)}" + ("" if planned is None else f" of {planned}")
+
+    def points(self, field: str) -> list[tuple[int, float]]:
+        """(epoch, value) of the epochs that have a number there."""
+        return [(row["epoch"], y) for row in self.epochs if (y := number(row.get(field))) is not None]
+
+    def history(self, cell: str) -> tuple[list[int], np.ndarray]:
+        """The T epochs whose P of a cell fits the edges and ops, and this P [T, E, O], NaN where there is no number."""
+        shape = (len(self.edges), len(self.ops))
+        rows = [row for row in self.probabilities if self.edges and _is_matrix(row.get(cell), shape)]
+        return [row["epoch"] for row in rows], np.array([row[cell] for row in rows], float).reshape(len(rows), *shape)
+
+
+def number(value: Any) -> float | None:
+    """A number of a row as a float; None for anything else.
+
+    >>> number(3), number(True), number("3"), number(None)
+    (3.0, None, None, None)
+    """
+    return None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+
+
+def grouped(runs: Iterable[Run], key: Callable[[Run], str]) -> list[list[Run]]:
+    """The runs of equal key together, groups and runs in the order of their coming."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return list(groups.values())
 
 
 class Population(NamedTuple):
@@ -56,7 +96,7 @@ class Population(NamedTuple):
 
 
 def population(workdir: str | Path) -> Population | None:
-    """The population of a folder, or None if it is not that of one.
+    """The population of a folder, or None if it is not the folder of one.
 
     Raises:
       UserError: a damaged population.json.
@@ -65,9 +105,9 @@ def population(workdir: str | Path) -> Population | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        folders = tuple(Path(workdir) / str(name) for name in found["members"])
-        swept = tuple(str(field) for field in found["sweep"])
+        document = json.loads(path.read_text(encoding="utf-8"))
+        folders = tuple(path.parent / str(name) for name in document["members"])
+        swept = tuple(str(field) for field in document["sweep"])
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: does not name a population ({type(e).__name__}: {e})") from None
     return Population(swept, tuple(folder for folder in folders if (folder / "config.json").is_file()))
@@ -84,22 +124,20 @@ def read(workdir: str | Path) -> Run:
       UserError: no workdir, or a file in it that cannot be read; the error names it.
     """
     path = Path(workdir)
-    if not path.is_dir():
-        raise UserError(f"workdir: {str(workdir)!r} is no directory; allowed: the workdir of a search or a training")
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"workdir: {str(workdir)!r} holds no config.json; allowed: the workdir of a search or a training"
-        )
+    document = path / "config.json"
+    if not document.is_file():
+        lack = "holds no config.json" if path.is_dir() else "is no directory"
+        raise UserError(f"workdir: {str(workdir)!r} {lack}; allowed: the workdir of a search or a training")
     try:
-        head = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        head = json.loads(document.read_text(encoding="utf-8"))
         kind = head["kind"]
         config = dict(_flat(head["config"]))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path / 'config.json'}: not the config of a workdir ({type(e).__name__}: {e})") from None
+        raise UserError(f"{document}: not the config of a workdir ({type(e).__name__}: {e})") from None
     if head.get("schema_version") != 1:
-        raise UserError(f"{path / 'config.json'}: schema_version {head.get('schema_version')!r} is unknown; allowed: 1")
+        raise UserError(f"{document}: schema_version {head.get('schema_version')!r} is unknown; allowed: 1")
     if kind not in _KINDS:
-        raise UserError(f"{path / 'config.json'}: kind {kind!r} is unknown; allowed: {' | '.join(_KINDS)}")
+        raise UserError(f"{document}: kind {kind!r} is unknown; allowed: {' | '.join(_KINDS)}")
     rows = _lines(path / "metrics.jsonl")
     epochs = {row["epoch"]: row for row in rows if row.get("kind") == "epoch" and "epoch" in row}
     final = [row for row in rows if row.get("kind") == "final"]
@@ -142,16 +180,20 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for at, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            if number == len(lines):
+            if at == len(lines):
                 continue
-            raise UserError(f"{path}: line {number} is not JSON") from None
+            raise UserError(f"{path}: line {at} is not JSON") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number} is not a JSON object")
+            raise UserError(f"{path}: line {at} is not a JSON object")
         rows.append(row)
     return rows
+
+
+def _is_matrix(value: Any, shape: tuple[int, int]) -> bool:
+    return isinstance(value, list) and len(value) == shape[0] and all(len(row) == shape[1] for row in value)

@@ -1,13 +1,13 @@
-"""Figures of a population by the values that were swept: mean and standard deviation over seeds."""
+"""Figures of several runs: mean and standard deviation over seeds, for all or by the values that were swept."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from prdarts_jax.report.data import Run
+from prdarts_jax.report.data import Run, grouped, number
 
 # What a sweep is read for; accuracies are shares of 1.
 FIGURES = ("val_accuracy", "val_loss", "eval_accuracy", "normal_skips", "normal_depth", "reduce_skips", "reduce_depth")
@@ -29,21 +29,25 @@ def settings(runs: Sequence[Run], swept: Sequence[str]) -> list[Setting]:
       runs: the members.
       swept: dotted config paths, the seed among them or not.
     """
-    fields = [path for path in swept if path != "seed"]
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps([run.config.get(path) for path in fields]), []).append(run)
-    return [_setting(group, fields) for group in groups.values()]
+    paths = [path for path in swept if path != "seed"]
+    by_setting = []
+    for members in grouped(runs, lambda run: json.dumps([run.config.get(path) for path in paths])):
+        values = {path: members[0].config.get(path) for path in paths}
+        averages = {field: average(members, field) for field in FIGURES}
+        figures = {field: figure for field, figure in averages.items() if figure is not None}
+        by_setting.append(Setting(values, len(members), sum(run.finished for run in members), figures))
+    return by_setting
 
 
-def _setting(group: Sequence[Run], fields: Sequence[str]) -> Setting:
-    done = [run for run in group if run.finished]
-    figures = {}
-    for field in FIGURES:
-        found = [float(run.last[field]) for run in done if isinstance(run.last.get(field), int | float)]
-        if found:
-            figures[field] = (statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None)
-    return Setting({path: group[0].config.get(path) for path in fields}, len(group), len(done), figures)
+def average(runs: Iterable[Run], field: str) -> tuple[float, float | None] | None:
+    """Mean and sample standard deviation (n - 1) of a field of the last epoch, over the finished runs that have it.
+
+    The standard deviation of one run is None, and so is the figure of none.
+    """
+    values = [y for run in runs if run.finished and (y := number(run.last.get(field))) is not None]
+    if not values:
+        return None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def label(setting: Setting) -> str:
@@ -68,11 +72,16 @@ def spread(figure: tuple[float, float | None] | None) -> str:
     return f"{mean:.4g}" + ("" if deviation is None else f" ± {deviation:.2g}")
 
 
-def lines(found: Sequence[Setting]) -> list[str]:
+def figures_of(table: Sequence[Setting]) -> list[str]:
+    """The FIGURES that at least one setting of a table has."""
+    return [field for field in FIGURES if any(field in setting.figures for setting in table)]
+
+
+def lines(table: Sequence[Setting]) -> list[str]:
     """The settings as an aligned table for a terminal; n = members that are finished."""
-    fields = [field for field in FIGURES if any(field in setting.figures for setting in found)]
+    fields = figures_of(table)
     rows = [["", "n", *(field.replace("_", " ") for field in fields)]]
-    for setting in found:
+    for setting in table:
         rows.append([label(setting), str(setting.finished), *(spread(setting.figures.get(f)) for f in fields)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
