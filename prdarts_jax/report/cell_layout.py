@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Box:
     y: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Line:
     """A line from a state through an op's label to a state, or (op None) from a state to the output."""
 
@@ -54,17 +54,9 @@ class Line:
 class Layout:
     """The picture of a cell: boxes with their places, and the lines through them."""
 
-    boxes: list[Box] = field(default_factory=list)
-    lines: list[Line] = field(default_factory=list)
-    columns: list[list[int]] = field(default_factory=list)
-
-    def add(self, box: Box) -> int:
-        """Put a box at the end of its column; returns its index."""
-        self.boxes.append(box)
-        while len(self.columns) <= box.column:
-            self.columns.append([])
-        self.columns[box.column].append(len(self.boxes) - 1)
-        return len(self.boxes) - 1
+    boxes: list[Box]
+    lines: list[Line]
+    columns: list[list[int]]  # indices of boxes, from the top down
 
     def links(self) -> list[tuple[int, int]]:
         """Every pair of boxes in neighbouring columns that a line joins."""
@@ -105,38 +97,39 @@ def state_name(state: int) -> str:
 def _layered(
     nodes: Sequence[Sequence[tuple[str, int]]], concat: Sequence[int], label_width: Callable[[str], float]
 ) -> Layout:
-    layout = Layout()
-    width, height = _STATE
     level = [0] * CELL_INPUTS
     for pairs in nodes:
-        level.append(1 + max((level[s] for _, s in pairs), default=0))
-    empty = [False] * CELL_INPUTS + [not pairs for pairs in nodes]
-    states = [
-        layout.add(Box("state", 2 * lv, state_name(i), f"state-{i}", empty[i], width, height))
-        for i, lv in enumerate(level)
-    ]
+        level.append(1 + max((level[source] for _, source in pairs), default=0))
     last = 2 * max(level) + 1
-    output = layout.add(Box("state", last, "$c_k$", "output", False, width, height))
+    empty = [False] * CELL_INPUTS + [not pairs for pairs in nodes]
+    boxes = [
+        *(Box("state", 2 * lv, state_name(i), f"state-{i}", empty[i], *_STATE) for i, lv in enumerate(level)),
+        Box("state", last, "$c_k$", "output", False, *_STATE),
+    ]
+    output = len(level)  # the states have the first indices
+    lines: list[Line] = []
 
-    def lanes(start: int, stop: int) -> list[int]:
-        return [layout.add(Box("lane", column)) for column in range(start + 1, stop)]
+    def add(*new: Box) -> list[int]:
+        boxes.extend(new)
+        return list(range(len(boxes) - len(new), len(boxes)))
 
-    for i, pairs in enumerate(nodes, start=CELL_INPUTS):
-        column = 2 * level[i] - 1
+    def lanes(source: int, stop: int) -> list[Box]:
+        return [Box("lane", column) for column in range(2 * level[source] + 1, stop)]
+
+    for state, pairs in enumerate(nodes, start=CELL_INPUTS):
+        column = 2 * level[state] - 1
         for k, (op, source) in enumerate(pairs):
-            gid = f"pair-{i - CELL_INPUTS}-{k}-{op}-{source}"
-            label = layout.add(Box("op", column, op, gid, op == "none", label_width(op), _BOX))
-            path = [states[source], *lanes(2 * level[source], column), label, states[i]]
-            layout.lines.append(Line(path, op, faint=op == "none"))
+            gid = f"pair-{state - CELL_INPUTS}-{k}-{op}-{source}"
+            [label] = add(Box("op", column, op, gid, op == "none", label_width(op), _BOX))
+            lines.append(Line([source, *add(*lanes(source, column)), label, state], op, faint=op == "none"))
     for state in concat:
-        path = [states[state], *lanes(2 * level[state], last), output]
-        layout.lines.append(Line(path, None, faint=empty[state]))
-    for i, box in enumerate(layout.boxes):
-        if box.kind == "state":
-            leaving = sum(line.path[0] == i for line in layout.lines)
-            arriving = sum(line.path[-1] == i for line in layout.lines)
-            box.height = max(box.height, _LEAVING * (leaving + 1), _ARRIVING * (arriving + 1))
-    return layout
+        lines.append(Line([state, *add(*lanes(state, last)), output], None, faint=empty[state]))
+    for i, box in enumerate(boxes[: output + 1]):
+        leaving = sum(line.path[0] == i for line in lines)
+        arriving = sum(line.path[-1] == i for line in lines)
+        box.height = max(box.height, _LEAVING * (leaving + 1), _ARRIVING * (arriving + 1))
+    columns = [[i for i, box in enumerate(boxes) if box.column == c] for c in range(last + 1)]
+    return Layout(boxes, lines, columns)
 
 
 def _order(layout: Layout) -> None:
@@ -147,25 +140,22 @@ def _order(layout: Layout) -> None:
         right[a].append(b)
         left[b].append(a)
 
-    def crossings(upper: int, lower: int, rank: Sequence[int]) -> int:
+    def crossings(upper: int, lower: int, rank: Mapping[int, int]) -> int:
         return sum(rank[p] > rank[q] for side in (left, right) for p in side[upper] for q in side[lower])
 
     shuffle = random.Random(0)
-    best: tuple[tuple[int, int], list[list[int]]] | None = None
+    orders: list[tuple[int, int, list[list[int]]]] = []
     for start in range(24):
         columns = [list(column) for column in layout.columns]
         if start:
             for column in columns:
                 shuffle.shuffle(column)
-        rank = [0] * len(layout.boxes)
-        for column in columns:
-            _rank(column, rank)
+        rank = {box: r for column in columns for r, box in enumerate(column)}
         for sweep in range(12):
             side = right if sweep % 2 else left
             for column in columns[::-1] if sweep % 2 else columns:
-                mean = [statistics.fmean(rank[n] for n in side[b]) if side[b] else rank[b] for b in column]
-                column[:] = [b for _, b in sorted(zip(mean, column, strict=True), key=lambda pair: pair[0])]
-                _rank(column, rank)
+                column.sort(key=lambda box: statistics.fmean(rank[n] for n in side[box]) if side[box] else rank[box])
+                rank.update(zip(column, itertools.count()))
         improved = True
         while improved:
             improved = False
@@ -173,22 +163,15 @@ def _order(layout: Layout) -> None:
                 for r, (a, b) in enumerate(itertools.pairwise(column)):
                     if crossings(b, a, rank) < crossings(a, b, rank):
                         column[r : r + 2] = b, a
-                        _rank(column, rank)
+                        rank.update({b: r, a: r + 1})
                         improved = True
                         break
         total = sum(crossings(a, b, rank) for column in columns for a, b in itertools.combinations(column, 2))
         # Of orders with as many crossings, and of an order and its mirror image: the one that follows the numbering.
-        for candidate in (columns, [column[::-1] for column in columns]):
-            cost = total, sum(a > b for column in candidate for a, b in itertools.combinations(column, 2))
-            if best is None or cost < best[0]:
-                best = cost, candidate
-    assert best is not None
-    layout.columns = best[1]
-
-
-def _rank(column: Sequence[int], rank: list[int]) -> None:
-    for r, box in enumerate(column):
-        rank[box] = r
+        for order in (columns, [column[::-1] for column in columns]):
+            unordered = sum(a > b for column in order for a, b in itertools.combinations(column, 2))
+            orders.append((total, unordered, order))
+    _, _, layout.columns = min(orders, key=lambda order: order[:2])
 
 
 def _place(layout: Layout) -> None:
@@ -200,23 +183,22 @@ def _place(layout: Layout) -> None:
         weight = 4.0 ** sum(boxes[i].kind == "lane" for i in (a, b))
         pulls[a].append((b, weight))
         pulls[b].append((a, weight))
-    offsets = []
+    stacks = []  # the boxes of a column, and the least distance of each from the first
     for column in layout.columns:
         offset = [0.0] * len(column)
         for r, (a, b) in enumerate(itertools.pairwise(column), start=1):
             gap = _LANE_GAP if "lane" in (boxes[a].kind, boxes[b].kind) else _ROW_GAP
             offset[r] = offset[r - 1] + (boxes[a].height + boxes[b].height) / 2 + gap
-        offsets.append(np.array(offset))
+        stacks.append((column, np.array(offset)))
         for i, o in zip(column, offset, strict=True):
             boxes[i].y = offset[-1] / 2 - o
     for sweep in range(60):
-        for c in range(len(layout.columns)) if sweep % 2 == 0 else reversed(range(len(layout.columns))):
-            column = layout.columns[c]
+        for column, steps in stacks[::-1] if sweep % 2 else stacks:
             # The little pull to its own height keeps a box without lines in place.
             pulled = [[(boxes[i].y, 1e-3), *((boxes[j].y, w) for j, w in pulls[i])] for i in column]
             weights = np.array([sum(w for _, w in pull) for pull in pulled])
             wish = np.array([sum(w * y for y, w in pull) for pull in pulled]) / weights
-            for i, y in zip(column, _spread(wish, offsets[c], weights), strict=True):
+            for i, y in zip(column, _spread(wish, steps, weights), strict=True):
                 boxes[i].y = float(y)
     x = 0.0
     for c, column in enumerate(layout.columns):
@@ -243,9 +225,7 @@ def _spread(wish: np.ndarray, offset: np.ndarray, weights: np.ndarray) -> np.nda
 
 def _port(layout: Layout, line: Line, end: int) -> float:
     """The height at which a line leaves (end 0) or reaches (end -1) its state: ports in the order of the other ends."""
-    state = line.path[end]
-    mates = [other for other in layout.lines if other.path[end] == state]
+    box = layout.boxes[line.path[end]]
+    mates = [other for other in layout.lines if other.path[end] == line.path[end]]
     mates.sort(key=lambda other: layout.boxes[other.path[1 if end == 0 else -2]].y)
-    place = next(i for i, other in enumerate(mates) if other is line)
-    box = layout.boxes[state]
-    return box.y + box.height / (len(mates) + 1) * (place - (len(mates) - 1) / 2)
+    return box.y + box.height / (len(mates) + 1) * (mates.index(line) - (len(mates) - 1) / 2)

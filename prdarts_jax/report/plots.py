@@ -50,9 +50,9 @@ def op_family(op: str) -> str:
     >>> op_family("dil_conv_5x5"), op_family("max_pool_3x3"), op_family("conv_7x1_1x7")
     ('dil', 'pool', 'other')
     """
-    for family, mark in (("sep", "sep_"), ("dil", "dil_"), ("skip", "skip_")):
-        if op.startswith(mark):
-            return family
+    first, separator, _ = op.partition("_")
+    if separator and first in ("sep", "dil", "skip"):
+        return first
     return "pool" if "pool" in op else "other"
 
 
@@ -312,26 +312,21 @@ def _op_colour(op: str | None) -> str:
 def _draw_line(axes: Any, layout: Layout, line: Line) -> None:
     boxes = [layout.boxes[i] for i in line.path]
     heights = [line.leaves, *(box.y for box in boxes[1:-1]), line.arrives]
-    head = 0.09
-    x, y = boxes[0].x + boxes[0].width / 2, heights[0]
-    vertices, codes = [(x, y)], [Curve.MOVETO]
-    for box, height in zip(boxes[1:], heights[1:], strict=True):
-        end = box.x - box.width / 2 - (head if box is boxes[-1] else 0)
-        vertices += [((x + end) / 2, y), ((x + end) / 2, height), (end, height)]
-        codes += [Curve.CURVE4] * 3
-        x, y = box.x + box.width / 2, height
-        if box is not boxes[-1]:
-            vertices.append((x, y))
-            codes.append(Curve.LINETO)
-    curve = Curve(vertices, codes)
+    head, tip = 0.09, boxes[-1].x - boxes[-1].width / 2
+    vertices = []
+    for (left, y), (right, height) in itertools.pairwise(zip(boxes, heights, strict=True)):
+        start = left.x + left.width / 2
+        end = right.x - right.width / 2 - (head if right is boxes[-1] else 0)
+        vertices += [(start, y), ((start + end) / 2, y), ((start + end) / 2, height), (end, height)]
+    codes = [Curve.LINETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4] * (len(boxes) - 1)
+    curve = Curve(vertices, [Curve.MOVETO, *codes[1:]])
     order = 1.0 if line.op is None else 2.0
     colour = _op_colour(line.op)
     # A white rim under each line shows at a crossing which line goes on where.
     axes.add_patch(PathPatch(curve, fill=False, lw=4.0, ec="white", zorder=order, capstyle="butt"))
     width, dashes = (1.0 if line.op is None else 1.5), ((0, (4, 2)) if line.faint else "-")
     axes.add_patch(PathPatch(curve, fill=False, lw=width, ec=colour, ls=dashes, zorder=order + 0.1, capstyle="butt"))
-    tip = boxes[-1].x - boxes[-1].width / 2
-    arrow = [(tip, y), (tip - head, y + 0.04), (tip - head, y - 0.04)]
+    arrow = [(tip, heights[-1]), (tip - head, heights[-1] + 0.04), (tip - head, heights[-1] - 0.04)]
     axes.add_patch(Polygon(arrow, closed=True, fc=colour, ec="none", zorder=order + 0.2))
 
 
