@@ -42,6 +42,7 @@ _FAMILY = "DejaVu Sans"  # comes with matplotlib, so that labels have the same w
 _SVG: dict[Any, Any] = {"svg.hashsalt": "prdarts_jax", "svg.fonttype": "none"}
 
 _FONT = 9.0  # points
+_TITLE: dict[str, Any] = {"fontsize": _FONT + 1.5, "fontweight": "bold", "va": "top"}
 
 
 def op_family(op: str) -> str:
@@ -82,13 +83,11 @@ def cell_diagram(genotype: Genotype, cell: str = "normal", *, title: str | None 
     low = min(box.y - box.height / 2 for box in layout.boxes) - 0.08
     high = max(box.y + box.height / 2 for box in layout.boxes) + (0.34 if title else 0.08)
     wide = max(box.x + box.width / 2 for box in drawn) + 0.1
-    figure = Figure(figsize=(wide + 0.1, high - low))
-    FigureCanvasAgg(figure)
+    figure = FigureCanvasAgg(Figure(figsize=(wide + 0.1, high - low))).figure
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.1, wide), ylim=(low, high))
     axes.axis("off")
     if title:
-        style: dict[str, Any] = {"fontsize": _FONT + 1.5, "fontweight": "bold", "family": _FAMILY, "color": "#222222"}
-        axes.text(0, high - 0.06, title, va="top", **style)
+        axes.text(0, high - 0.06, title, family=_FAMILY, color="#222222", **_TITLE)
     for line in layout.lines:
         _draw_line(axes, layout, line)
     for box in drawn:
@@ -132,46 +131,42 @@ def probability_heatmap(
     if values.ndim != 3 or values.shape[1:] != (len(edges), len(ops)) or not len(values) or not len(edges):
         raise UserError(f"history: shape {values.shape}; allowed: [epochs >= 1, {len(edges)} edges, {len(ops)} ops]")
     numbers = list(range(len(values))) if epochs is None else [int(e) for e in epochs]
+    ends = sorted({numbers[0], numbers[-1]})
+    extent = (numbers[0] - 0.5, numbers[-1] + 0.5, len(ops) - 0.5, -0.5)
     low, high = limits or value_range(values)
-    sources, targets = sorted({int(a) for a, _ in edges}), sorted({int(b) for _, b in edges})
+    pairs = [(int(source), int(target)) for source, target in edges]
+    sources, targets = sorted({source for source, _ in pairs}), sorted({target for _, target in pairs})
     cell_w, cell_h, gap_w, gap_h = 1.3, max(0.6, 0.118 * len(ops)), 0.16, 0.3
     left, top, bottom = 0.12 + max(_label_width(op) for op in ops) * 0.75, 0.62 if title else 0.3, 0.42
     # The colour scale stands in the corner that the triangle leaves free; beside a single row or column there is none.
     right = 0.15 if len(targets) > 1 and len(sources) > 2 else 1.0
     width = left + len(sources) * (cell_w + gap_w) + right
     height = top + len(targets) * (cell_h + gap_h) - gap_h + bottom
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
+    figure = FigureCanvasAgg(Figure(figsize=(width, height))).figure
     colour_map = matplotlib.colormaps[colours].with_extremes(bad="#dddddd")
-    lowest = {a: max(int(t) for s, t in edges if s == a) for a in sources}
-    image = None
-    for e, (source, target) in enumerate(edges):
-        column, row = sources.index(source), targets.index(target)
-        x = left + column * (cell_w + gap_w)
-        y = height - top - cell_h - row * (cell_h + gap_h)
+    for e, (source, target) in enumerate(pairs):
+        x = left + sources.index(source) * (cell_w + gap_w)
+        y = height - top - cell_h - targets.index(target) * (cell_h + gap_h)
         axes = figure.add_axes((x / width, y / height, cell_w / width, cell_h / height))
-        extent = (numbers[0] - 0.5, numbers[-1] + 0.5, len(ops) - 0.5, -0.5)
-        image = axes.imshow(
+        axes.imshow(
             values[:, e].T, aspect="auto", extent=extent, vmin=low, vmax=high, cmap=colour_map, interpolation="nearest"
         )
         axes.set_title(f"{state_name(source)} to {state_name(target)}", fontsize=7.5, pad=3)
-        first = min(sources.index(int(s)) for s, t in edges if t == target)
-        axes.set_yticks(
-            range(len(ops)), [_plain(op) for op in ops] if column == first else [""] * len(ops), fontsize=6.5
-        )
-        ends = sorted({numbers[0], numbers[-1]})
-        axes.set_xticks(ends, [str(n) for n in ends] if target == lowest[source] else [""] * len(ends), fontsize=6.5)
-        if target == lowest[source]:
+        # Ops stand beside the first image of a row alone, epochs below the last one of a column.
+        first = source == min(s for s, t in pairs if t == target)
+        last = target == max(t for s, t in pairs if s == source)
+        axes.set_yticks(range(len(ops)), [_plain(op) if first else "" for op in ops], fontsize=6.5)
+        axes.set_xticks(ends, [str(n) if last else "" for n in ends], fontsize=6.5)
+        if last:
             axes.set_xlabel("epoch", fontsize=6.5, labelpad=-4 if len(ends) > 1 else 0)
         axes.tick_params(length=2, pad=2)
-    assert image is not None
     bar_h = min(cell_h, 1.2)
     box = ((width - 0.62) / width, (height - top - bar_h) / height, 0.12 / width, bar_h / height)
-    bar = figure.colorbar(image, cax=figure.add_axes(box))
+    bar = figure.colorbar(axes.images[0], cax=figure.add_axes(box))
     bar.ax.tick_params(labelsize=6.5, length=2)
     bar.ax.set_title(label, fontsize=7.5, pad=4)
     if title:
-        figure.text(0.1 / width, 1 - 0.1 / height, title, fontsize=_FONT + 1.5, fontweight="bold", va="top")
+        figure.text(0.1 / width, 1 - 0.1 / height, title, **_TITLE)
     return figure
 
 
@@ -211,19 +206,16 @@ def curves(
     >>> len(curves({"train": [(0, 2.3), (1, 1.9)]}, "loss").axes[0].lines)
     1
     """
-    figure = Figure(figsize=(4.4, 2.7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = FigureCanvasAgg(Figure(figsize=(4.4, 2.7), layout="constrained")).figure
     axes = figure.add_subplot()
-    bands = bands or {}
-    colours = itertools.cycle(_CYCLE)
+    axes.set_prop_cycle(color=_CYCLE)
     for name, points in series.items():
         x, y = np.array(points, dtype=float).reshape(-1, 2).T
-        axes.plot(x, y, label=_plain(name), color=next(colours), lw=1.4, marker="o" if len(x) < 3 else None, ms=3)
-    for name, rows in bands.items():
+        axes.plot(x, y, label=_plain(name), lw=1.4, marker="o" if len(x) < 3 else None, ms=3)
+    for name, rows in (bands or {}).items():
         x, mean, std = np.array(rows, dtype=float).reshape(-1, 3).T
-        colour = next(colours)
-        axes.plot(x, mean, label=_plain(name), color=colour, lw=1.6, marker="o" if len(x) < 3 else None, ms=3)
-        axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+        [line] = axes.plot(x, mean, label=_plain(name), lw=1.6, marker="o" if len(x) < 3 else None, ms=3)
+        axes.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.2, lw=0)
     if log:
         axes.set_yscale("log", nonpositive="mask")
     axes.set_xlabel(xlabel, fontsize=8)
@@ -235,9 +227,8 @@ def curves(
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
     if title:
         axes.set_title(title, fontsize=9, loc="left", fontweight="bold")
-    if len(series) + len(bands) > 1:
-        many = len(series) + len(bands) > 4
-        figure.legend(loc="outside lower left", ncols=2 if many else 4, fontsize=7, frameon=False)
+    if len(axes.lines) > 1:
+        figure.legend(loc="outside lower left", ncols=2 if len(axes.lines) > 4 else 4, fontsize=7, frameon=False)
     return figure
 
 
@@ -346,6 +337,16 @@ def _draw_box(axes: Any, box: Box) -> None:
             zorder=4,
         )
     )
-    size = _FONT + 1.5 if state else _FONT
-    style: dict[str, Any] = {"fontsize": size, "family": _FAMILY, "color": ink, "ha": "center", "va": "center_baseline"}
-    axes.text(box.x, box.y, box.text, gid=box.gid, zorder=5, parse_math=state, **style)
+    axes.text(
+        box.x,
+        box.y,
+        box.text,
+        gid=box.gid,
+        zorder=5,
+        parse_math=state,
+        fontsize=_FONT + 1.5 if state else _FONT,
+        family=_FAMILY,
+        color=ink,
+        ha="center",
+        va="center_baseline",
+    )
