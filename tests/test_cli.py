@@ -17,7 +17,8 @@ import pytest
 import prdarts_jax
 from prdarts_jax import cli
 from prdarts_jax.cli import commands
-from prdarts_jax.cli import search as cli_search
+from prdarts_jax.cli.flags import split
+from prdarts_jax.cli.search import SEARCH
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import OPS, SearchConfig
 from prdarts_jax.errors import RunError
@@ -134,9 +135,9 @@ def test_a_flag_reaches_its_field(search, words, path, value):
 def test_every_field_has_a_flag():
     for path, _, _ in schema.fields(SearchConfig):
         if path != "method.options":
-            assert cli_search.split_flags([f"--{path}=x"]) == ({path: "x"}, [])
-            assert cli_search.split_flags([f"--{path.replace('_', '-')}", "x"]) == ({path: "x"}, [])
-    assert set(cli_search.ALIASES.values()) <= {path for path, _, _ in schema.fields(SearchConfig)}
+            assert split([f"--{path}=x"], SEARCH)[:2] == ({path: "x"}, [])
+            assert split([f"--{path.replace('_', '-')}", "x"], SEARCH)[:2] == ({path: "x"}, [])
+    assert set(SEARCH.aliases.values()) <= {path for path, _, _ in schema.fields(SearchConfig)}
 
 
 def test_ops_from_a_file(search, tmp_path):

@@ -23,7 +23,7 @@ import train_cases
 from distributed_cases import together
 from search_cases import EPOCH_STEPS, assert_same, one_error, rows
 
-from prdarts_jax.cli import distributed as cli_distributed
+from prdarts_jax.cli import runs
 from prdarts_jax.devices import launch, processes
 from prdarts_jax.errors import RunError
 from prdarts_jax.run.checkpoint import Checkpointer
@@ -81,9 +81,9 @@ def _args(**given: object) -> argparse.Namespace:
 
 
 def test_flags_of_a_cluster():
-    assert cli_distributed.cluster(_args()) is None
-    assert cli_distributed.cluster(_args(distributed=True)) == (None, None, None)
-    found = cli_distributed.cluster(_args(coordinator="[::1]:80", num_processes="3", process_id="2"))
+    assert runs.cluster(_args()) is None
+    assert runs.cluster(_args(distributed=True)) == (None, None, None)
+    found = runs.cluster(_args(coordinator="[::1]:80", num_processes="3", process_id="2"))
     assert found == ("[::1]:80", 3, 2)
 
 

@@ -219,6 +219,7 @@ def _error(capsys, words):
         (["--epoch", "3"], "flag: unknown --epoch; did you mean --epochs?"),
         (["--genotipe", "PRDARTS"], "flag: unknown --genotipe; did you mean --genotype?"),
         (["--space.cells", "3"], "flag: unknown --space.cells"),
+        (["--method.lambda1", "3"], "flag: unknown --method.lambda1"),
         (["--preset", "digit"], "preset: unknown value 'digit'; did you mean 'digits'?"),
         (["--seeds", "2..0"], "seeds: '2..0' is not possible; allowed: A..B with A <= B"),
         (["--seeds", "1,1"], "seeds: '1,1' is not possible"),

@@ -30,44 +30,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["strategies", "--jsn"])  # an error line on stderr
     2
     """
-    return launch.leave(_status(list(sys.argv[1:] if argv is None else argv)))
+    status, message = _run(list(sys.argv[1:] if argv is None else argv))
+    if message:
+        print(f"prdarts: error: {' '.join(message.split())}", file=sys.stderr)
+    return launch.leave(status)
 
 
-def _status(words: list[str]) -> int:
-    """Every mistake and failure as its exit status and its line."""
+def _run(words: list[str]) -> tuple[int, str]:
+    """The exit status of a command line, and the line of a mistake or failure."""
     try:
-        return _dispatch(words)
+        return _dispatch(words), ""
     except UserError as error:
-        return _fail(2, str(error))
+        return 2, str(error)
     except RunError as error:
-        return _fail(1, str(error))
+        return 1, str(error)
     except KeyboardInterrupt:
-        return _fail(128 + signal.SIGINT, "interrupted")
+        return 128 + signal.SIGINT, "interrupted"
     except SystemExit as stop:  # argparse after --help
-        return stop.code if isinstance(stop.code, int) else 0
+        return stop.code if isinstance(stop.code, int) else 0, ""
     except BrokenPipeError:  # `prdarts ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0, ""
     except OSError as error:
         full = " (free some space and run the same command again)" if error.errno == errno.ENOSPC else ""
-        return _fail(1, f"{error.filename or 'file system'}: {error.strerror or error}{full}")
+        return 1, f"{error.filename or 'file system'}: {error.strerror or error}{full}"
     except Exception as error:
         if os.environ.get("PRDARTS_TRACEBACK") == "1":
             traceback.print_exc()
-        return _fail(1, f"internal: {type(error).__name__}: {error} (PRDARTS_TRACEBACK=1 shows where)")
-
-
-def _fail(status: int, message: str) -> int:
-    print(f"prdarts: error: {' '.join(message.split())}", file=sys.stderr)
-    return status
+        return 1, f"internal: {type(error).__name__}: {error} (PRDARTS_TRACEBACK=1 shows where)"
 
 
 def _dispatch(words: list[str]) -> int:
     if not words:
         raise UserError(f"no command; allowed: {' | '.join(_COMMANDS)} (see prdarts --help)")
-    name, rest = words[0], words[1:]
+    name, *rest = words
     if name in ("-h", "--help", "help"):
-        print(_overview())
+        summaries = [f"  {name:<12} {summary}" for name, (_, summary) in _COMMANDS.items()]
+        print("\n".join(["usage: prdarts COMMAND ...  (prdarts COMMAND --help)", "", *summaries]))
         return 0
     if name == "--version":
         print(f"prdarts_jax {prdarts_jax.__version__}")
@@ -77,15 +76,7 @@ def _dispatch(words: list[str]) -> int:
     return _COMMANDS[name][0](rest)
 
 
-def _overview() -> str:
-    lines = [f"  {name:<12} {summary}" for name, (_, summary) in _COMMANDS.items()]
-    return "\n".join(["usage: prdarts COMMAND ...  (prdarts COMMAND --help)", "", *lines])
-
-
-# Commands
-
-
-_COMMANDS: Mapping[str, tuple[Callable[[list[str]], int], str]] = {
+_COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "search": (cli_search.search, "search a cell; the same command again resumes"),
     "train": (cli_train.train, "train a genotype from scratch; the same command again resumes"),
     "evaluate": (cli_train.evaluate, "how good a trained network is: accuracy, classes, calibration"),

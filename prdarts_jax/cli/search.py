@@ -1,119 +1,119 @@
-"""`prdarts search`: parse, call, print."""
+"""`prdarts search`: one search, or with `--sweep` and `--population` one for each of several values."""
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prdarts_jax import presets
-from prdarts_jax.cli import distributed as cli_distributed
-from prdarts_jax.cli import flags as cli_flags
-from prdarts_jax.cli import population as cli_population
-from prdarts_jax.cli.flags import COMMON, Command, Parser, compilation_cache, help_text, print_config
+from prdarts_jax.cli import runs
+from prdarts_jax.cli.flags import Argument, Command
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import SearchConfig
-from prdarts_jax.devices import launch
-from prdarts_jax.errors import UserError, unknown
-
-ALIASES: Mapping[str, str] = {
-    "strategy": "method.strategy",
-    "channels": "space.channels",
-    "cells": "space.cells",
-    "arch-tx": "arch.transform",
-    **COMMON,
-}
-
+from prdarts_jax.errors import UserError
+from prdarts_jax.searching import sweep as sweeps
 
 SEARCH = Command(
     name="search",
     kind=SearchConfig,
-    aliases=ALIASES,
-    own={
-        "--preset NAME": " | ".join(presets.PRESETS) + " (default: paper)",
-        **cli_population.FLAGS,
-        "--print-config": "print every value and its source, and stop",
-        "--json": "with --print-config: as JSON",
-        **cli_distributed.FLAGS,
+    aliases={
+        "strategy": "method.strategy",
+        "channels": "space.channels",
+        "cells": "space.cells",
+        "arch-tx": "arch.transform",
+        **runs.ALIASES,
     },
+    own=(
+        Argument("--preset", metavar="NAME", default="paper", help=" | ".join(presets.PRESETS) + " (default: paper)"),
+        Argument(
+            "--sweep",
+            metavar="NAME=VALUES",
+            action="append",
+            default=[],
+            help="a search for each value, A,B,C or A..B; several --sweep: for each combination",
+        ),
+        Argument("--population", metavar="N", help="a search for each of the seeds S..S+N-1, S that of --seed"),
+        *runs.OWN,
+    ),
     intro="usage: prdarts search [--preset NAME] [--FIELD VALUE ...]\n\n"
     "Searches a cell. The same command again resumes; --flag, --no-flag and --flag=false set a switch.",
     presets=presets.PRESETS,
 )
 
 
-def split_flags(words: Sequence[str], command: Command = SEARCH) -> tuple[dict[str, Any], list[str]]:
-    """Takes the flags of config fields out of a command line, see `cli_flags.split_flags`.
-
-    >>> split_flags(["--space.head-norm=false", "--cells", "5", "--no-data.flip", "--preset", "digits"])
-    ({'space.head_norm': 'false', 'space.cells': '5', 'data.flip': False}, ['--preset', 'digits'])
-    """
-    return cli_flags.split_flags(words, command)
-
-
-def search(words: list[str]) -> int:
+def search(words: Sequence[str]) -> int:
     """`prdarts search`; returns the exit status."""
-    if "--help" in words or "-h" in words:
-        print(help_text(SEARCH))
-        return 0
-    flags, rest = split_flags(words)
-    parser = Parser("prdarts search", add_help=False)
-    parser.add_argument("--preset", default="paper")
-    parser.add_argument("--sweep", action="append", default=[])
-    parser.add_argument("--population")
-    parser.add_argument("--print-config", "--print_config", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    cli_distributed.add_flags(parser)
-    args = parser.parse_args(rest)
-    cluster = cli_distributed.cluster(args)
-    if cluster is not None and (args.sweep or args.population):
+    return runs.run(SEARCH, words, _plan)
+
+
+def _plan(args: argparse.Namespace, flags: Mapping[str, Any]) -> runs.Plan:
+    if (args.sweep or args.population) and (args.distributed or args.coordinator):
         raise UserError("flag: --sweep and --population are for one process, with its devices")
-    if args.json and not args.print_config:
-        raise UserError("flag: --json goes with --print-config")
-    if args.preset not in presets.PRESETS:
-        raise unknown("preset", args.preset, presets.PRESETS)
-    compilation_cache()  # before a strategy's module imports JAX
-    resolved = presets.resolve(args.preset, flags.pop("method.strategy", None), flags)
-    config = resolved.config
-    sweep = cli_population.sweep_of(args.sweep, args.population, flags, config)
-    if not config.run.workdir:
-        name = f"population-{args.preset}" if sweep else f"search-{args.preset}-seed{config.seed}"
-        config = schema.replace(config, {"run.workdir": f"runs/{name}"})
-        resolved = dataclasses.replace(resolved, config=config)
+    resolved = presets.resolve(args.preset, flags=flags)
+    sweep = _sweep(args, flags, resolved.config)
     if args.print_config:
-        from prdarts_jax.searching import inputs as search_inputs
+        from prdarts_jax.searching import inputs
 
-        search_inputs.check_method(config)
-        print_config(cli_population.table(presets.table(resolved), sweep, resolved), args.json)
-        return 0
-    again = shlex.join(["prdarts", "search", *cli_flags.to_go_on(words, SEARCH)])
+        inputs.check_method(resolved.config)
 
-    def work() -> int:
-        workdir = Path(config.run.workdir)
+    def start(config: SearchConfig, workdir: Path) -> runs.Ending:
         if sweep:
-            from prdarts_jax.searching import population
+            return _population(config, workdir, sweep, resolved.sources)
+        from prdarts_jax.searching import loop
 
-            found = population.search_population(config, workdir, sweep, sources=resolved.sources)
-            return cli_population.finish(found, again)
-        from prdarts_jax.searching import loop as search_loop
+        result = loop.search(config, workdir, sources=resolved.sources)
+        lines = [] if result.genotype is None else [result.genotype.to_json()]
+        lines += [f"diagram: {path}" for path in sorted((workdir / "plots").glob("genotype*"))]
+        return runs.Ending(result, "this search is finished already; --overwrite starts it again", lines)
 
-        return _finish(search_loop.search(config, workdir, sources=resolved.sources), workdir, again)
+    folder = f"population-{args.preset}" if sweep else f"search-{args.preset}-seed{resolved.config.seed}"
+    return runs.Plan(resolved, folder, start, sweep)
 
-    return launch.run(cluster, "search", words, work)
+
+def _sweep(args: argparse.Namespace, flags: Mapping[str, Any], config: SearchConfig) -> dict[str, list[str]]:
+    """What is swept: dotted config path -> values; empty without a sweep.
+
+    Args:
+      args: the own flags.
+      flags: dotted config path -> value, of the others.
+      config: what they make.
+
+    Raises:
+      UserError: a sweep that is not possible, or one of a field that has a flag of its own.
+    """
+    sweep, known = sweeps.parse(args.sweep), sweeps.sweepable(config)
+    paths = {known[sweeps.find(name, config)]: name for name in sweep}
+    for path, name in paths.items():
+        if path in flags:
+            raise UserError(f"flag: --sweep {name} and --{path} exclude each other")
+    if args.population is not None:
+        if "seed" in paths:
+            raise UserError("flag: --sweep seed and --population exclude each other")
+        number = schema.convert_scalar(int, args.population, "population")
+        schema.require(1 <= number <= sweeps.MOST, "population", number, f"1..{sweeps.MOST}")
+        sweep["seed"] = [str(config.seed + i) for i in range(number)]
+        paths["seed"] = "seed"
+    if sweep:
+        sweeps.members(config, sweep, Path())  # refuses what is not possible before anything is shown or computed
+    return {path: sweep[name] for path, name in paths.items()}
 
 
-def _finish(result: Any, workdir: Path, command: str) -> int:
-    """The last lines of a search, and its exit status."""
-    if (status := cli_flags.interrupted(result, workdir, command)) is not None:
-        return status
-    if result.status == "already-finished":
-        print(f"this search is finished already; --overwrite starts it again: {command} --overwrite")
-    if result.genotype is not None:
-        print(result.genotype.to_json())
-    for diagram in sorted((workdir / "plots").glob("genotype*")):
-        print(f"diagram: {diagram}")
-    if result.report:
-        print(f"report: {result.report}")
-    return 0
+def _population(
+    config: SearchConfig, workdir: Path, sweep: Mapping[str, Sequence[str]], sources: Mapping[str, str]
+) -> runs.Ending:
+    from prdarts_jax.report import data
+    from prdarts_jax.report import sweep as tables
+    from prdarts_jax.searching import population
+
+    result = population.search_population(config, workdir, sweep, sources=sources)
+    lines: list[str] = []
+    if result.report and (found := data.population(workdir)):
+        lines = tables.lines(tables.settings([data.read(folder) for folder in found.folders], found.swept))
+    failure = ""
+    if result.failures:
+        (name, why), *more = result.failures.items()
+        failure = f"population: {name} failed: {why}" + (f" (and {len(more)} more)" if more else "")
+    already = f"all {len(result.members)} searches are finished already; --overwrite starts them again"
+    return runs.Ending(result, already, lines, failure)

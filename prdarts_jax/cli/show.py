@@ -2,64 +2,67 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prdarts_jax.cli.flags import Parser, shown
-from prdarts_jax.errors import UserError, unknown
+from prdarts_jax.cli.flags import Argument, command, existing_folder, shown
+from prdarts_jax.errors import RunError, UserError, unknown
 from prdarts_jax.strategies import registry
 
+if TYPE_CHECKING:
+    from prdarts_jax.space.genotype import Genotype
 
-def derive(words: list[str]) -> int:
-    """`prdarts derive`: the genotype of a search, as JSON."""
-    parser = Parser("prdarts derive", description="The genotype of a search, as JSON.")
-    parser.add_argument("workdir", metavar="WORKDIR")
-    workdir = Path(parser.parse_args(words).workdir)
-    if not workdir.is_dir():
-        raise UserError(f"WORKDIR: no directory {str(workdir)!r}")
+
+@command("derive", "The genotype of a search, as JSON.", Argument("workdir", metavar="WORKDIR"))
+def derive(args: argparse.Namespace) -> int:
+    """`prdarts derive`: the result of a search, or what it has reached so far."""
+    workdir = existing_folder(args.workdir)
     from prdarts_jax.space.genotype import Genotype
 
     if (workdir / "genotype.json").is_file():
         print(Genotype.load(workdir).to_json())
         return 0
     log = workdir / "genotypes.jsonl"
-    last: dict[str, Any] | None = None
+    last: dict[str, Any] = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        try:
+        with contextlib.suppress(ValueError):  # the last line of a process that was killed while it wrote
             last = json.loads(line)
-        except ValueError:  # the last line of a process that was killed while it wrote
-            continue
-    if last is None or "genotype" not in last:
+    if "genotype" not in last:
         raise UserError(f"WORKDIR: {str(workdir)!r} holds no genotype yet (genotype.json, genotypes.jsonl)")
     print(f"prdarts: note: the search is not finished; this is epoch {last.get('epoch')}", file=sys.stderr)
     print(Genotype.from_json(last["genotype"]).to_json())
     return 0
 
 
-def report(words: list[str]) -> int:
-    """`prdarts report`: one page about one or several workdirs."""
-    parser = Parser("prdarts report", description="One self-contained HTML report of one or several searches.")
-    parser.add_argument("workdirs", metavar="WORKDIR", nargs="+")
-    parser.add_argument("--out", metavar="FILE", help="default: WORKDIR/report.html, or report.html")
-    args = parser.parse_args(words)
-    workdirs = [Path(name) for name in args.workdirs]
-    for workdir in workdirs:
-        if not workdir.is_dir():
-            raise UserError(f"WORKDIR: no directory {str(workdir)!r}")
-    from prdarts_jax.report import page as report_page
+@command(
+    "report",
+    "One self-contained HTML report of one or several searches.",
+    Argument("workdirs", metavar="WORKDIR", nargs="+"),
+    Argument("--out", metavar="FILE", help="default: WORKDIR/report.html, or report.html"),
+)
+def report(args: argparse.Namespace) -> int:
+    """`prdarts report`."""
+    workdirs = [existing_folder(name) for name in args.workdirs]
+    from prdarts_jax.report import page
 
-    print(f"report: {report_page.report(workdirs, args.out)}")
+    print(f"report: {page.report(workdirs, args.out)}")
     return 0
 
 
-def strategies(words: list[str]) -> int:
-    """`prdarts strategies`: the search methods, their options and published settings."""
-    parser = Parser("prdarts strategies", description="The search methods, their options and published settings.")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(words)
+@command(
+    "strategies",
+    "The search methods, their options and published settings.",
+    Argument("--json", action="store_true"),
+)
+def strategies(args: argparse.Namespace) -> int:
+    """`prdarts strategies`."""
     rows = [dataclasses.asdict(row) | {"options": registry.options(row.name)} for row in registry.rows()]
     if args.json:
         print(json.dumps(rows, indent=1))
@@ -71,99 +74,101 @@ def strategies(words: list[str]) -> int:
     return 0
 
 
-def zoo(words: list[str]) -> int:
-    """`prdarts zoo`: the published genotypes and their costs, or the cells of one."""
-    parser = Parser("prdarts zoo", description="The published genotypes and their costs, or the cells of one.")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="a published one, a file or a workdir")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--pictures", metavar="DIR", help="draw the cells of NAME into this folder, as .svg and .png")
-    args = parser.parse_args(words)
-    from prdarts_jax.ops.primitives import PRIMITIVES
+@command(
+    "zoo",
+    "The published genotypes and their costs, or the cells of one.",
+    Argument("name", metavar="NAME", nargs="?", help="a published one, a file or a workdir"),
+    Argument("--json", action="store_true", help="as JSON"),
+    Argument("--pictures", metavar="DIR", help="draw the cells of NAME into this folder, as .svg and .png"),
+)
+def zoo(args: argparse.Namespace) -> int:
+    """`prdarts zoo`."""
     from prdarts_jax.space import genotype
 
-    def costs(found: genotype.Genotype) -> dict[str, dict[str, int]]:
-        from prdarts_jax.network import counts
-
-        return {data: counts.profile(found, data)._asdict() for data in counts.SCALES}
-
-    if args.name is None:
-        if args.pictures:
-            raise UserError("--pictures: of which genotype? allowed: NAME and --pictures DIR")
-        names = genotype.names()
-        rows = [{"name": name, **costs(genotype.Genotype.named(name))} for name in names]
-        print(json.dumps(rows, indent=1) if args.json else "\n".join(_zoo_table(rows)))
+    if args.name is not None:
+        one = genotype.Genotype.load(args.name)
+        written = _pictures(one, Path(args.pictures)) if args.pictures else []
+        for line in [one.to_json()] if args.json else itertools.chain(_cells(one), _cost_lines(one), written):
+            print(line)
         return 0
-    found = genotype.Genotype.load(args.name)
-    pictures = _pictures(found, Path(args.pictures)) if args.pictures else []
-    if args.json:
-        print(found.to_json())
-        return 0
-    for kind in genotype.CELLS:
-        nodes, concat = found.cell(kind)
-        print(f"{kind}: {found.skips(kind)} skips, depth {found.depth(kind)}")
-        for node, pairs in enumerate(nodes, start=genotype.CELL_INPUTS):
-            print(f"  node {node} = {' + '.join(f'{op}({source})' for op, source in pairs) or '0'}")
-        exists = [True] * genotype.CELL_INPUTS
-        for pairs in nodes:
-            exists.append(any(exists[source] for _, source in pairs))
-        there = [n for n in concat if exists[n]]
-        print(f"  output = concat({', '.join(map(str, there))})")
-    try:
-        found.validate_ops(PRIMITIVES)
-    except UserError as error:
-        print(f"costs: unknown ({error})")
-        found_costs = {}
-    else:
-        found_costs = costs(found)
-    for data, cost in found_costs.items():
-        params, with_aux, macs = (f"{count / 1e6:.2f} M" for count in cost.values())
-        print(f"{data}: {params} parameters ({with_aux} with the auxiliary head), {macs} multiply-adds")
-    for path in pictures:
-        print(f"written: {path}")
+    if args.pictures:
+        raise UserError("--pictures: of which genotype? allowed: NAME and --pictures DIR")
+    costs = {name: _costs(genotype.Genotype.named(name)) for name in genotype.names()}
+    rows = [{"name": name, **cost} for name, cost in costs.items()]
+    print(json.dumps(rows, indent=1) if args.json else "\n".join(_zoo_table(costs)))
     return 0
 
 
-def _pictures(found: Any, folder: Path) -> list[Path]:
-    """The cells of a genotype as pictures."""
-    from prdarts_jax.errors import RunError
-    from prdarts_jax.report import plots
-    from prdarts_jax.space import genotype
+def _costs(one: Genotype) -> dict[str, dict[str, int]]:
+    """Parameters, these with the auxiliary head, and multiply-adds of a genotype, by data set."""
+    from prdarts_jax.network import counts
 
-    written = []
+    return {data: counts.profile(one, data)._asdict() for data in counts.SCALES}
+
+
+def _cells(one: Genotype) -> Iterator[str]:
+    """The cells of a genotype, a line a node."""
+    from prdarts_jax.space.genotype import CELL_INPUTS, CELLS
+
+    for kind in CELLS:
+        nodes, concat = one.cell(kind)
+        yield f"{kind}: {one.skips(kind)} skips, depth {one.depth(kind)}"
+        exists = [True] * CELL_INPUTS
+        for node, pairs in enumerate(nodes, start=CELL_INPUTS):
+            yield f"  node {node} = {' + '.join(f'{op}({source})' for op, source in pairs) or '0'}"
+            exists.append(any(exists[source] for _, source in pairs))
+        yield f"  output = concat({', '.join(str(node) for node in concat if exists[node])})"
+
+
+def _cost_lines(one: Genotype) -> Iterator[str]:
+    from prdarts_jax.ops.primitives import PRIMITIVES
+
+    try:
+        one.validate_ops(PRIMITIVES)
+    except UserError as error:
+        yield f"costs: unknown ({error})"
+        return
+    for data, cost in _costs(one).items():
+        params, with_aux, macs = (f"{count / 1e6:.2f} M" for count in cost.values())
+        yield f"{data}: {params} parameters ({with_aux} with the auxiliary head), {macs} multiply-adds"
+
+
+def _pictures(one: Genotype, folder: Path) -> list[str]:
+    """Draws the cells of a genotype; the lines that name the pictures."""
+    from prdarts_jax.report import plots
+    from prdarts_jax.space.genotype import CELLS
+
+    paths = [folder / f"{kind}.{suffix}" for kind in CELLS for suffix in ("svg", "png")]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for kind in genotype.CELLS:
-            for suffix in ("svg", "png"):
-                written.append(folder / f"{kind}.{suffix}")
-                plots.save(plots.cell_diagram(found, kind), written[-1])
+        for path in paths:
+            plots.save(plots.cell_diagram(one, path.stem), path)
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {error.strerror or error}") from None
-    return written
+    return [f"written: {path}" for path in paths]
 
 
-def _zoo_table(rows: list[dict[str, Any]]) -> list[str]:
+def _zoo_table(costs: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterator[str]:
     """Millions of parameters, of these with the auxiliary head, and of multiply-adds, a row a genotype."""
-    scales = [name for name in rows[0] if name != "name"]
-    width = max(len(row["name"]) for row in rows)
-    lines = [
-        "millions of: parameters (with the auxiliary head), multiply-adds",
-        " ".join([" " * width, *(f"{scale:>23}" for scale in scales)]),
-    ]
-    for row in rows:
-        costs = [[count / 1e6 for count in row[scale].values()] for scale in scales]
-        cells = [f"{params:6.2f} ({with_aux:6.2f}) {macs:7.2f}" for params, with_aux, macs in costs]
-        lines.append(" ".join([f"{row['name']:<{width}}", *(f"{cell:>23}" for cell in cells)]))
-    return lines
+    width = max(map(len, costs))
+    yield "millions of: parameters (with the auxiliary head), multiply-adds"
+    yield " ".join([" " * width, *(f"{scale:>23}" for scale in next(iter(costs.values())))])
+    for name, cost in costs.items():
+        millions = [[count / 1e6 for count in counts.values()] for counts in cost.values()]
+        cells = [f"{params:6.2f} ({with_aux:6.2f}) {macs:7.2f}" for params, with_aux, macs in millions]
+        yield " ".join([f"{name:<{width}}", *(f"{cell:>23}" for cell in cells)])
 
 
-def data(words: list[str]) -> int:
-    """`prdarts data prepare`: an official archive as array_record files."""
-    parser = Parser("prdarts data", description="prdarts data prepare: an official archive as array_record files.")
-    parser.add_argument("action", choices=["prepare"])
-    parser.add_argument("name", metavar="NAME", help="cifar10 | cifar100")
-    parser.add_argument("--archive", metavar="FILE", required=True, help="the official binary archive")
-    parser.add_argument("--data-dir", "--data_dir", metavar="DIR", required=True, help="a TFDS data directory")
-    args = parser.parse_args(words)
+@command(
+    "data",
+    "prdarts data prepare: an official archive as array_record files.",
+    Argument("action", choices=["prepare"]),
+    Argument("name", metavar="NAME", help="cifar10 | cifar100"),
+    Argument("--archive", metavar="FILE", required=True, help="the official binary archive"),
+    Argument("--data-dir", "--data_dir", metavar="DIR", required=True, help="a TFDS data directory"),
+)
+def data(args: argparse.Namespace) -> int:
+    """`prdarts data prepare`."""
     if args.name not in ("cifar10", "cifar100"):
         raise unknown("NAME", args.name, ("cifar10", "cifar100"))
     if not Path(args.archive).is_file():

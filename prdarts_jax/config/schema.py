@@ -5,19 +5,38 @@ It imports neither jax nor numpy, so `prdarts --help` stays fast.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import math
-import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from prdarts_jax.errors import UserError, unknown
 
 SCHEMA_VERSION = 1
-MAX_SEED = 2**32 - 1  # a key of jax.random holds 32 bits of a seed: larger ones would repeat smaller ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """What the value of a field has to be."""
+
+    allowed: str  # in words, for the error line
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Limit("> 0", lambda value: value > 0)
+SHARE = Limit("in [0, 1)", lambda value: 0 <= value < 1)
+# A key of jax.random holds 32 bits of a seed: larger ones would repeat smaller ones.
+SEED = Limit(f"0..{2**32 - 1}", lambda seed: 0 <= seed < 2**32)
+
+
+def batch_for(devices: str) -> Limit:
+    """The limit of a global batch on N devices, or on `all` that there are (known when the run starts)."""
+    parts = 1 if devices == "all" else int(devices)
+    return Limit(f"a multiple of {parts} (devices)", lambda size: size % parts == 0)
 
 
 def require(holds: bool, path: str, value: object, allowed: str) -> None:
@@ -26,11 +45,29 @@ def require(holds: bool, path: str, value: object, allowed: str) -> None:
         raise UserError(f"{path}: {value!r} is not possible; allowed: {allowed}")
 
 
-def minimum(config: object, section: str, **least: float) -> None:
-    """Refuses fields of a config below their least value; `section` is their path with its dot."""
-    for name, low in least.items():
-        value = getattr(config, name)
-        require(value >= low, f"{section}{name}", value, f">= {low}")
+def require_names(path: str, names: Iterable[str], allowed: Collection[str]) -> None:
+    """Refuses the first name that is not in a list, with the nearest one that is."""
+    for name in names:
+        if name not in allowed:
+            raise unknown(path, name, allowed)
+
+
+def check(config: object, section: str, **limits: float | tuple[str, ...] | Limit) -> None:
+    """Refuses fields of a config that are not what they have to be, in the order of the limits.
+
+    Args:
+      config: the dataclass.
+      section: its path, with its dot.
+      **limits: field -> its least value, the names it may have, or a `Limit`.
+    """
+    for name, limit in limits.items():
+        path, value = f"{section}{name}", getattr(config, name)
+        if isinstance(limit, Limit):
+            require(limit.holds(value), path, value, limit.allowed)
+        elif isinstance(limit, tuple):
+            require_names(path, [value], limit)
+        else:
+            require(value >= limit, path, value, f">= {limit}")
 
 
 def finite(config: object, section: str, *, but: tuple[str, ...] = ()) -> None:
@@ -41,14 +78,10 @@ def finite(config: object, section: str, *, but: tuple[str, ...] = ()) -> None:
             require(math.isfinite(value), f"{section}{f.name}", value, "a finite number")
 
 
-def check_seed(seed: int) -> None:
-    """Refuses a seed that jax.random would not tell from another one."""
-    require(0 <= seed <= MAX_SEED, "seed", seed, f"0..{MAX_SEED}")
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as nested plain JSON types.
 
+    >>> from prdarts_jax.config.search import ArchConfig
     >>> to_dict(ArchConfig())["beta1"]
     0.5
     """
@@ -58,6 +91,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(kind: type, values: Mapping[str, Any], path: str = "") -> Any:
     """The inverse of `to_dict`; unknown names and wrong types are one clear error.
 
+    >>> from prdarts_jax.config.search import SearchConfig
     >>> from_dict(SearchConfig, to_dict(SearchConfig())) == SearchConfig()
     True
     """
@@ -75,60 +109,54 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     """`value` (JSON type or command-line string) as the type `hint`."""
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, f"{path}.")  # type: ignore[arg-type]
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        item = typing.get_args(hint)[0]
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{path}: {value!r} is not possible; allowed: a list")
-        return tuple(_convert(item, part, f"{path}[{i}]") for i, part in enumerate(value))
-    if origin in (typing.Union, types.UnionType) or hint is Any or origin is not None:
-        return value
-    return convert_scalar(hint, value, path)
+    if typing.get_origin(hint) is not tuple:
+        return convert_scalar(hint, value, path)
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    require(isinstance(value, list | tuple), path, value, "a list")
+    return tuple(_convert(typing.get_args(hint)[0], part, f"{path}[{i}]") for i, part in enumerate(value))
 
 
-def convert_scalar(hint: type, value: Any, path: str) -> Any:
-    """A scalar of type bool, int, float or str from a JSON value or a command-line string.
+def convert_scalar(hint: Any, value: Any, path: str) -> Any:
+    """A scalar of type bool, int, float or str from a JSON value or a command-line string; others stay as they are.
 
     >>> convert_scalar(float, "3e-4", "arch.learning_rate"), convert_scalar(bool, "false", "data.flip")
     (0.0003, False)
     """
-    try:
-        if hint is bool:
-            if isinstance(value, bool):
-                return value
-            return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[str(value).lower()]
-        if hint is int:
-            number = _whole(value) if isinstance(value, str) else value
-            if isinstance(value, bool) or int(number) != number:
-                raise ValueError
-            return int(number)
-        if hint is float:
-            number = float(value)
-            if isinstance(value, bool) or number != number:
-                raise ValueError
-            return number
-        if hint is str:
-            if not isinstance(value, str):
-                raise ValueError
-            return value
-    except (ValueError, KeyError, TypeError, OverflowError):
-        kinds = {bool: "true | false", int: "a whole number", float: "a number", str: "a text"}
-        raise UserError(f"{path}: {value!r} is not possible; allowed: {kinds[hint]}") from None
-    return value
+    if hint not in _SCALARS:
+        return value
+    convert, allowed = _SCALARS[hint]
+    another_type = (isinstance(value, bool) and hint is not bool) or (hint is str and not isinstance(value, str))
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+        converted = convert(value)
+        if not another_type and converted == converted:  # nan is not equal to itself
+            return converted
+    raise UserError(f"{path}: {value!r} is not possible; allowed: {allowed}")
 
 
-def _whole(text: str) -> int | float:
+def _whole(value: Any) -> int:
     try:
-        return int(text)  # a float would round numbers above 2^53
+        number = int(value) if isinstance(value, str) else value  # a float would round numbers above 2^53
     except ValueError:
-        return float(text)  # "1e3"
+        number = float(value)  # "1e3"
+    if int(number) != number:
+        raise ValueError
+    return int(number)
+
+
+_BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+_SCALARS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (lambda value: _BOOLS[str(value).lower()], "true | false"),
+    int: (_whole, "a whole number"),
+    float: (float, "a number"),
+    str: (str, "a text"),
+}
 
 
 def fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Every leaf field of a config class as (dotted path, type, default).
 
+    >>> from prdarts_jax.config.search import SearchConfig
     >>> [path for path, _, _ in fields(SearchConfig)][:2]
     ['space.cells', 'space.channels']
     """
@@ -148,6 +176,7 @@ def comments(kind: type) -> dict[str, str]:
     Args:
       kind: a dataclass whose fields stand one a line.
 
+    >>> from prdarts_jax.config.search import SearchConfig
     >>> comments(SearchConfig)["space.channels"]
     'C of the first cells'
     """
@@ -171,6 +200,7 @@ def comments(kind: type) -> dict[str, str]:
 def get(config: Any, path: str) -> Any:
     """The value at a dotted path.
 
+    >>> from prdarts_jax.config.search import SearchConfig
     >>> get(SearchConfig(), "weights.momentum")
     0.9
     """
@@ -182,23 +212,21 @@ def get(config: Any, path: str) -> Any:
 def replace(config: Any, changes: Mapping[str, Any]) -> Any:
     """A config with the values at dotted paths changed, converted and validated.
 
+    >>> from prdarts_jax.config.search import SearchConfig
     >>> replace(SearchConfig(), {"space.cells": 6, "seed": "3"}).space.cells
     6
     """
     nested = dataclasses.asdict(config)
-    hints = {path: hint for path, hint, _ in fields(type(config))}
+    known = [path for path, _, _ in fields(type(config))]
     for path, value in changes.items():
-        head, _, option = path.partition("method.options.")
-        if not head and option:
-            nested["method"]["options"] = {**nested["method"]["options"], option: value}
-            continue
-        if path not in hints:
-            raise unknown("field", path, hints)
+        *parents, name = path.split(".")
+        is_option = parents == ["method", "options"] and "method.options" in known
+        if path not in known and not (is_option and name):
+            raise unknown("field", path, known)
         section = nested
-        *parents, last = path.split(".")
-        for name in parents:
-            section = section[name]
-        section[last] = value
+        for parent in parents:
+            section = section[parent]
+        section[name] = value
     return from_dict(type(config), nested)
 
 

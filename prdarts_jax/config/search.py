@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prdarts_jax.config.schema import check_seed, finite, minimum, require
-from prdarts_jax.errors import UserError, unknown
+from prdarts_jax.config.schema import POSITIVE, SEED, SHARE, Limit, batch_for, check, finite, require, require_names
+from prdarts_jax.errors import UserError
 
 OPS = (
     "none",
@@ -23,9 +23,8 @@ OPS = (
     "dil_conv_3x3",
     "dil_conv_5x5",
 )
-
-
 DTYPES = ("float32", "bfloat16")
+CLIP_NORM = Limit("> 0 (inf = no clipping)", POSITIVE.holds)
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,12 @@ class SpaceConfig:
     primitives: str = ""  # FILE.py with PRIMITIVES = {name: Primitive(...)} of the user
 
     def __post_init__(self) -> None:
-        minimum(self, "space.", cells=3, channels=1, nodes=1)
+        check(self, "space.", cells=3, channels=1, nodes=1)
         require(len(self.ops) >= 1, "space.ops", self.ops, "at least one operation")
         require(len(set(self.ops)) == len(self.ops), "space.ops", ",".join(self.ops), "each operation once")
         require(set(self.ops) != {"none"}, "space.ops", "none", "at least one operation besides none")
         if not self.primitives:
-            for name in self.ops:
-                if name not in OPS:
-                    raise unknown("space.ops", name, OPS)
+            require_names("space.ops", self.ops, OPS)
         if self.edge_ops:
             edges = sum(2 + n for n in range(self.nodes))
             require(len(self.edge_ops) == 2, "space.edge_ops", len(self.edge_ops), "a list for normal and for reduce")
@@ -58,9 +55,7 @@ class SpaceConfig:
                 require(len(lists) == edges, path, len(lists), f"{edges} lists, one an edge")
                 for edge, names in enumerate(lists):
                     require(len(names) > 0, f"{path}[{edge}]", names, "at least one operation an edge")
-                    for name in names:
-                        if name not in self.ops:
-                            raise unknown(f"{path}[{edge}]", name, self.ops)
+                    require_names(f"{path}[{edge}]", names, self.ops)
 
 
 @dataclass(frozen=True)
@@ -85,9 +80,8 @@ class WeightsConfig:
 
     def __post_init__(self) -> None:
         finite(self, "weights.", but=("clip_norm",))
-        minimum(self, "weights.", learning_rate=0, learning_rate_min=0, weight_decay=0)
-        require(0 <= self.momentum < 1, "weights.momentum", self.momentum, "in [0, 1)")
-        require(self.clip_norm > 0, "weights.clip_norm", self.clip_norm, "> 0 (inf = no clipping)")
+        check(self, "weights.", learning_rate=0, learning_rate_min=0, weight_decay=0)
+        check(self, "weights.", momentum=SHARE, clip_norm=CLIP_NORM)
 
 
 @dataclass(frozen=True)
@@ -103,10 +97,8 @@ class ArchConfig:
 
     def __post_init__(self) -> None:
         finite(self, "arch.")
-        minimum(self, "arch.", learning_rate=0, beta1=0, beta2=0, weight_decay=0)
-        require(self.beta1 < 1, "arch.beta1", self.beta1, "in [0, 1)")
-        require(self.beta2 < 1, "arch.beta2", self.beta2, "in [0, 1)")
-        require(self.eps > 0, "arch.eps", self.eps, "> 0")
+        check(self, "arch.", learning_rate=0, beta1=0, beta2=0, weight_decay=0)
+        check(self, "arch.", beta1=SHARE, beta2=SHARE, eps=POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -121,13 +113,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         kind, _, rest = self.source.partition(":")
-        kinds = ("digits", "tfds", "npz", "folder")
-        if kind not in kinds or (kind == "digits") != (rest == ""):
-            raise UserError(
-                f"data.source: {self.source!r} is not a source; allowed: digits | tfds:NAME | npz:FILE | folder:DIR"
-            )
-        require(self.examples == 0 or self.examples >= 2, "data.examples", self.examples, "0 (all) | >= 2")
-        minimum(self, "data.", crop_padding=0, cutout=0)
+        if kind not in ("digits", "tfds", "npz", "folder") or (kind == "digits") != (rest == ""):
+            allowed = "digits | tfds:NAME | npz:FILE | folder:DIR"
+            raise UserError(f"data.source: {self.source!r} is not a source; allowed: {allowed}")
+        some = Limit("0 (all) | >= 2", lambda examples: examples == 0 or examples >= 2)
+        check(self, "data.", examples=some, crop_padding=0, cutout=0)
 
 
 @dataclass(frozen=True)
@@ -147,12 +137,11 @@ class RunConfig:
     log_every: int = 10  # steps between `step` rows in metrics.jsonl
 
     def __post_init__(self) -> None:
-        if self.devices != "all":
-            require(self.devices.isdecimal() and int(self.devices) > 0, "run.devices", self.devices, ">= 1 | all")
+        number = self.devices.isdecimal() and int(self.devices) > 0
+        require(number or self.devices == "all", "run.devices", self.devices, ">= 1 | all")
         finite(self, "run.")
-        minimum(self, "run.", checkpoint_every=1, checkpoint_minutes=0, steps_per_dispatch=1, time_limit=0, log_every=1)
-        if self.progress not in ("auto", "bar", "lines", "off"):
-            raise unknown("run.progress", self.progress, ("auto", "bar", "lines", "off"))
+        check(self, "run.", checkpoint_every=1, checkpoint_minutes=0, steps_per_dispatch=1, time_limit=0, log_every=1)
+        check(self, "run.", progress=("auto", "bar", "lines", "off"))
 
 
 @dataclass(frozen=True)
@@ -181,10 +170,5 @@ class SearchConfig:
     evaluate_every: int = 0  # epochs between full evaluations with the expected gates; 0 = never
 
     def __post_init__(self) -> None:
-        minimum(self, "", epochs=1, batch_size=1, evaluate_every=0)
-        check_seed(self.seed)
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
-        if self.run.devices != "all":
-            devices = int(self.run.devices)
-            require(self.batch_size % devices == 0, "batch_size", self.batch_size, f"a multiple of {devices} (devices)")
+        check(self, "", epochs=1, batch_size=1, evaluate_every=0, seed=SEED, dtype=DTYPES)
+        check(self, "", batch_size=batch_for(self.run.devices))

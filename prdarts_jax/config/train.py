@@ -1,4 +1,4 @@
-"""What a training of a derived network computes, in the manner of `config.py`. Imports neither jax nor numpy.
+"""What a training of a derived network computes, in the manner of `config.search`. Imports neither jax nor numpy.
 
 Everything but `run` is compared on resume, with the digests of the data and of the genotype.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prdarts_jax.config.schema import check_seed, finite, minimum, require
-from prdarts_jax.config.search import DTYPES, DataConfig, RunConfig
-from prdarts_jax.errors import unknown
+from prdarts_jax.config.schema import SEED, SHARE, Limit, batch_for, check, finite, require
+from prdarts_jax.config.search import CLIP_NORM, DTYPES, DataConfig, RunConfig
 from prdarts_jax.schedules import KINK
 
 STEMS = ("cifar", "imagenet")
@@ -29,9 +28,7 @@ class NetworkConfig:
     primitives: str = ""  # FILE.py with PRIMITIVES = {name: Primitive(...)} of the user
 
     def __post_init__(self) -> None:
-        minimum(self, "network.", channels=2, cells=3)  # the ImageNet stem halves the channels
-        if self.stem not in STEMS:
-            raise unknown("network.stem", self.stem, STEMS)
+        check(self, "network.", channels=2, cells=3, stem=STEMS)  # the ImageNet stem halves the channels
 
 
 @dataclass(frozen=True)
@@ -50,11 +47,8 @@ class SgdConfig:
 
     def __post_init__(self) -> None:
         finite(self, "weights.", but=("clip_norm",))
-        minimum(self, "weights.", learning_rate=0, warmup_epochs=0, weight_decay=0)
-        require(0 <= self.momentum < 1, "weights.momentum", self.momentum, "in [0, 1)")
-        require(self.clip_norm > 0, "weights.clip_norm", self.clip_norm, "> 0 (inf = no clipping)")
-        if self.schedule not in SCHEDULES:
-            raise unknown("weights.schedule", self.schedule, SCHEDULES)
+        check(self, "weights.", learning_rate=0, warmup_epochs=0, weight_decay=0)
+        check(self, "weights.", momentum=SHARE, clip_norm=CLIP_NORM, schedule=SCHEDULES)
 
 
 @dataclass(frozen=True)
@@ -74,10 +68,8 @@ class TrainDataConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         finite(self, "data.")
-        if self.stream not in STREAMS:
-            raise unknown("data.stream", self.stream, STREAMS)
-        jitter = ("brightness", "contrast", "saturation", "hue")
-        minimum(self, "data.", resident_gb=0, image_size=0, test_resize=0, **dict.fromkeys(jitter, 0))
+        check(self, "data.", stream=STREAMS, resident_gb=0, image_size=0, test_resize=0)
+        check(self, "data.", brightness=0, contrast=0, saturation=0, hue=0)
         require(self.hue <= 0.5, "data.hue", self.hue, "0..0.5")
         require(0 < self.min_area <= 1, "data.min_area", self.min_area, "in (0, 1]")
         if self.image_size:
@@ -86,9 +78,8 @@ class TrainDataConfig(DataConfig):
             least = self.image_size
             require(not 0 < self.test_resize < least, "data.test_resize", self.test_resize, f"0 | >= {least}")
         else:
-            for name in ("test_resize", *jitter):
-                value = getattr(self, name)
-                require(value == 0, f"data.{name}", value, "0 without data.image_size")
+            none = Limit("0 without data.image_size", lambda value: value == 0)
+            check(self, "data.", test_resize=none, brightness=none, contrast=none, saturation=none, hue=none)
 
     @property
     def shorter_side(self) -> int:
@@ -108,8 +99,7 @@ class TrainRunConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers != "auto":
-            require(self.workers.isdecimal(), "run.workers", self.workers, "auto | >= 0")
+        require(self.workers == "auto" or self.workers.isdecimal(), "run.workers", self.workers, "auto | >= 0")
 
 
 @dataclass(frozen=True)
@@ -141,21 +131,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         finite(self, "")
-        minimum(self, "", epochs=1, batch_size=1, auxiliary_weight=0, evaluate_every=0)
-        check_seed(self.seed)
-        for name in ("drop_path", "label_smoothing", "ema"):
-            value = getattr(self, name)
-            require(0 <= value < 1, name, value, "in [0, 1)")
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+        check(self, "", epochs=1, batch_size=1, auxiliary_weight=0, evaluate_every=0, seed=SEED)
+        check(self, "", drop_path=SHARE, label_smoothing=SHARE, ema=SHARE, dtype=DTYPES)
         if self.weights.schedule == "linear":
             require(self.epochs > KINK, "epochs", self.epochs, f"> {KINK} with weights.schedule linear")
-        require(
-            self.weights.warmup_epochs <= self.epochs,
-            "weights.warmup_epochs",
-            self.weights.warmup_epochs,
-            f"0..{self.epochs} (epochs)",
-        )
-        if self.run.devices != "all":
-            devices = int(self.run.devices)
-            require(self.batch_size % devices == 0, "batch_size", self.batch_size, f"a multiple of {devices} (devices)")
+        warmup = self.weights.warmup_epochs
+        require(warmup <= self.epochs, "weights.warmup_epochs", warmup, f"0..{self.epochs} (epochs)")
+        check(self, "", batch_size=batch_for(self.run.devices))

@@ -1,12 +1,15 @@
-"""How values from several places become one config, and which place decided each."""
+"""How values from several places become one config, and which place decided each. Imports no jax."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from prdarts_jax.config.search import SearchConfig
+from prdarts_jax.config import schema
+
+Config = TypeVar("Config")
+OPTIONS = "method.options."  # of a search: in front of the name of an option of its strategy
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,42 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class Resolved:
+class Resolved(Generic[Config]):
     """A complete config, and per dotted path what decided the value (in words, for people)."""
 
-    config: SearchConfig
+    config: Config
     sources: Mapping[str, str]
+
+
+def combine(kind: type, layers: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of several places by dotted path, a later place winning, and the place that decided each field.
+
+    Args:
+      kind: the config class; a field that no place names has the source "default".
+      layers: place -> dotted path -> value.
+
+    >>> from prdarts_jax.config.train import TrainConfig
+    >>> values, sources = combine(TrainConfig, {"preset digits": {"epochs": 40}, "flag": {"epochs": "3"}})
+    >>> values, sources["epochs"], sources["seed"]
+    ({'epochs': '3'}, 'flag', 'default')
+    """
+    values: dict[str, Any] = {}
+    sources = {path: "default" for path, _, _ in schema.fields(kind) if path != "method.options"}
+    for place, named in layers.items():
+        values |= named
+        sources |= dict.fromkeys(named, place)
+    return values, sources
+
+
+def table(resolved: Resolved[Any]) -> list[tuple[str, Any, str]]:
+    """Every (dotted path, value, source), in the order of the config's fields, the strategy's options in their place.
+
+    >>> from prdarts_jax.presets.train import resolve
+    >>> table(resolve("digits"))[0]
+    ('network.channels', 8, 'preset digits')
+    """
+    paths: list[str] = []
+    for path, _, _ in schema.fields(type(resolved.config)):
+        is_options = path == "method.options"
+        paths += [f"{OPTIONS}{name}" for name in resolved.config.method.options] if is_options else [path]
+    return [(path, schema.get(resolved.config, path), resolved.sources[path]) for path in paths]

@@ -1,4 +1,4 @@
-"""Presets, and the one place where a config is put together: which value wins, and where it came from.
+"""Presets of a search, and the one place where its config is put together: which value wins, and where it came from.
 
     defaults < the strategy's published settings < the preset's data and scale < flags
 
@@ -15,12 +15,8 @@ from typing import Any
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import OPS, SearchConfig
 from prdarts_jax.errors import UserError, unknown
-from prdarts_jax.presets.merge import Preset, Resolved
+from prdarts_jax.presets.merge import OPTIONS, Preset, Resolved, combine
 from prdarts_jax.strategies import registry
-
-OPTIONS = "method.options."
-_OPS_FILES = ("space.ops", "space.edge_ops")  # may be given as a JSON file
-
 
 PRESETS: Mapping[str, Preset] = {
     "paper": Preset("PR-DARTS on CIFAR-10 as published"),
@@ -117,7 +113,9 @@ PROVENANCE: Mapping[str, str] = {
 }
 
 
-def resolve(preset: str = "paper", strategy: str | None = None, flags: Mapping[str, Any] | None = None) -> Resolved:
+def resolve(
+    preset: str = "paper", strategy: str | None = None, flags: Mapping[str, Any] | None = None
+) -> Resolved[SearchConfig]:
     """The config of a search, and the source of each of its values.
 
     A strategy other than the preset's own replaces the whole method section: the preset's options, and what else is
@@ -139,67 +137,38 @@ def resolve(preset: str = "paper", strategy: str | None = None, flags: Mapping[s
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    chosen = PRESETS[preset]
     flags = _read_lists(flags or {})
-    strategy = flags.pop("method.strategy", None) if strategy is None else strategy
-    method = chosen.method if strategy is None else strategy
-    own = method == chosen.method
-    preset_options = chosen.options if own else {}
-    preset_settings = {**chosen.settings, **(chosen.method_settings if own else {})}
-    flag_options = {path.removeprefix(OPTIONS): flags.pop(path) for path in list(flags) if path.startswith(OPTIONS)}
-
-    config = SearchConfig()
-    sources = {path: "default" for path, _, _ in schema.fields(SearchConfig) if path != "method.options"}
-    layers = (
-        (f"strategy {method}", registry.settings(method)),
-        (f"preset {preset}", preset_settings),
-        ("flag", flags),
-    )
-    merged: dict[str, Any] = {}
-    for source, values in layers:
-        merged |= values
-        sources |= dict.fromkeys(values, source)
-
-    options = registry.resolve_options(method, {**preset_options, **flag_options})
-    for name in options:
-        source = "flag" if name in flag_options else f"preset {preset}" if name in preset_options else "default"
-        sources[f"{OPTIONS}{name}"] = source
-    # One replacement at the end: two values that are possible only together may come from different layers.
-    config = schema.replace(config, {**merged, "method.strategy": method, "method.options": options})
-    sources["method.strategy"] = "default" if strategy is None else "flag"
+    if strategy is not None:
+        flags["method.strategy"] = strategy
+    chosen = PRESETS[preset]
+    method = flags.get("method.strategy", chosen.method)
+    own_method = {**chosen.method_settings, **_as_paths(chosen.options)} if method == chosen.method else {}
+    layers = {
+        f"strategy {method}": registry.settings(method),
+        "default": _as_paths(registry.options(method)),
+        f"preset {preset}": {**chosen.settings, **own_method},
+        "flag": flags,
+    }
+    values, sources = combine(SearchConfig, layers)
+    options = {path: values.pop(path) for path in list(values) if path.startswith(OPTIONS)}
+    named = {path.removeprefix(OPTIONS): value for path, value in options.items() if sources[path] != "default"}
+    values |= {"method.strategy": method, "method.options": registry.resolve_options(method, named)}
     if method == "prdarts":
-        sources = {path: _with_provenance(path, source) for path, source in sources.items()}
-    return Resolved(config, sources)
+        for path, source in sources.items():
+            if source in ("default", "strategy prdarts"):
+                sources[path] = f"{source} ({PROVENANCE.get(path, 'ours')})"
+    # One replacement at the end: two values that are possible only together may come from different places.
+    return Resolved(schema.replace(SearchConfig(), values), sources)
 
 
-def _with_provenance(path: str, source: str) -> str:
-    if source not in ("default", "strategy prdarts"):
-        return source
-    return f"{source} ({PROVENANCE.get(path, 'ours')})"
-
-
-def table(resolved: Resolved) -> list[tuple[str, Any, str]]:
-    """Every (dotted path, value, source), in the order of the config's fields, the strategy's options in their place.
-
-    >>> table(resolve("digits"))[0]
-    ('space.cells', 5, 'preset digits')
-    """
-    rows: list[tuple[str, Any, str]] = []
-    for path, _, _ in schema.fields(SearchConfig):
-        if path == "method.options":
-            options = resolved.config.method.options
-            rows += [
-                (f"{OPTIONS}{name}", value, resolved.sources[f"{OPTIONS}{name}"]) for name, value in options.items()
-            ]
-        else:
-            rows.append((path, schema.get(resolved.config, path), resolved.sources[path]))
-    return rows
+def _as_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{OPTIONS}{name}": value for name, value in options.items()}
 
 
 def _read_lists(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Replaces a JSON file in `space.ops` or `space.edge_ops` by the lists it holds."""
     flags = dict(flags)
-    for path in _OPS_FILES:
+    for path in ("space.ops", "space.edge_ops"):
         value = flags.get(path)
         if not isinstance(value, str) or not (value.endswith(".json") or path == "space.edge_ops"):
             continue
@@ -212,22 +181,20 @@ def _read_lists(flags: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(content, list) and path == "space.ops":
             flags[path] = content
             continue
-        edges = _edge_lists(content, f"{path}: {value!r}")
-        flags["space.edge_ops"] = edges
+        cells = list(content.values()) if isinstance(content, dict) and set(content) == {"normal", "reduce"} else None
+        if not _are_texts(cells, depth=3):
+            allowed = 'a list of names, or {"normal": [[names] an edge], "reduce": [...]}'
+            raise UserError(f"{path}: {value!r} holds something else; allowed: {allowed}")
+        flags["space.edge_ops"] = edges = [content["normal"], content["reduce"]]
         if path == "space.ops":
-            named = dict.fromkeys(op for cell in edges for names in cell for op in names)
+            names = dict.fromkeys(op for cell in edges for ops in cell for op in ops)
             # The order of the columns of beta is canonical whatever the order in the file; own primitives come last.
-            flags[path] = [op for op in OPS if op in named] + [op for op in named if op not in OPS]
+            flags[path] = [op for op in OPS if op in names] + [op for op in names if op not in OPS]
     return flags
 
 
-def _edge_lists(content: Any, where: str) -> list[list[list[str]]]:
-    allowed = 'allowed: a list of names, or {"normal": [[names] an edge], "reduce": [...]}'
-    if not isinstance(content, dict) or set(content) != {"normal", "reduce"}:
-        raise UserError(f"{where} holds something else; {allowed}")
-    for cell in content.values():
-        if not isinstance(cell, list) or not all(
-            isinstance(names, list) and all(isinstance(op, str) for op in names) for names in cell
-        ):
-            raise UserError(f"{where} holds something else; {allowed}")
-    return [content["normal"], content["reduce"]]
+def _are_texts(value: Any, depth: int) -> bool:
+    """Whether these are texts in lists of lists, `depth` lists deep."""
+    if depth == 0:
+        return isinstance(value, str)
+    return isinstance(value, list) and all(_are_texts(item, depth - 1) for item in value)

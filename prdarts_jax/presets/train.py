@@ -6,13 +6,14 @@ Imports no jax.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from prdarts_jax.config import schema
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.errors import unknown
-from prdarts_jax.presets.merge import Preset
+from prdarts_jax.presets.merge import Preset, Resolved, combine, table
+
+__all__ = ["PRESETS", "Preset", "Resolved", "resolve", "table"]
 
 _CIFAR100 = {"data.source": "tfds:cifar100"}
 _IMAGENET = {
@@ -83,15 +84,7 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A complete config, and per dotted path what decided the value (in words, for people)."""
-
-    config: TrainConfig
-    sources: Mapping[str, str]
-
-
-def resolve(preset: str = "cifar10", flags: Mapping[str, Any] | None = None) -> Resolved:
+def resolve(preset: str = "cifar10", flags: Mapping[str, Any] | None = None) -> Resolved[TrainConfig]:
     """The config of a training, and the source of each of its values.
 
     Args:
@@ -107,20 +100,5 @@ def resolve(preset: str = "cifar10", flags: Mapping[str, Any] | None = None) -> 
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    sources = {path: "default" for path, _, _ in schema.fields(TrainConfig)}
-    merged: dict[str, Any] = {}
-    # One replacement at the end: two values that are possible only together may come from different layers.
-    for source, values in ((f"preset {preset}", PRESETS[preset].settings), ("flag", flags or {})):
-        merged |= values
-        sources |= dict.fromkeys(values, source)
-    return Resolved(schema.replace(TrainConfig(), merged), sources)
-
-
-def table(resolved: Resolved) -> list[tuple[str, Any, str]]:
-    """Every (dotted path, value, source), in the order of the config's fields.
-
-    >>> table(resolve("digits"))[0]
-    ('network.channels', 8, 'preset digits')
-    """
-    paths = [path for path, _, _ in schema.fields(TrainConfig)]
-    return [(path, schema.get(resolved.config, path), resolved.sources[path]) for path in paths]
+    values, sources = combine(TrainConfig, {f"preset {preset}": PRESETS[preset].settings, "flag": flags or {}})
+    return Resolved(schema.replace(TrainConfig(), values), sources)
