@@ -32,5 +32,5 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(folder_source, "_decode", fail)
-    monkeypatch.setattr(tfds_source, "_decode", fail)
+    monkeypatch.setattr(folder_source.Folder, "_decode", fail)
+    monkeypatch.setattr(tfds_source.Prepared, "_decode", fail)

@@ -21,7 +21,7 @@ from test_data_tfds import write_tfds
 from prdarts_jax.config.train import TrainDataConfig
 from prdarts_jax.data import prefetch, sources, stream_source
 from prdarts_jax.data.batches import epoch_order
-from prdarts_jax.data.records import PreparedRecords
+from prdarts_jax.data.tfds_source import PreparedRecords
 from prdarts_jax.errors import RunError, UserError
 
 IMAGENET = TrainDataConfig(image_size=12, crop_padding=0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)
@@ -178,7 +178,7 @@ class _Failing:
     def name(self, index):
         return f"image {index}"
 
-    def read(self, index):
+    def read(self, index, channels):
         if index == 2 and self.error == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         elif index == 2 and self.error:
@@ -225,7 +225,7 @@ def test_an_error_outside_the_images_is_one_line(folder):
 
 def test_a_damaged_record_is_named():
     rows = [{"image": b"no image", "label": 1}]
-    records = PreparedRecords("tfds:mine: split 'train'", rows, "image", "label", classes=2, grey=False)
+    records = PreparedRecords("tfds:mine: split 'train'", rows, "image", "label", classes=2)
     one_line(lambda: records.read(0), "tfds:mine: split 'train': record 0: not a readable image")
 
 

@@ -72,7 +72,7 @@ def as_labels(where: str, labels: np.ndarray, count: int) -> np.ndarray:
     return np.ascontiguousarray(labels, np.int32)
 
 
-def check(where: str, arrays: Arrays) -> Arrays:
+def check(where: str, arrays: Arrays) -> None:
     """The checks that need the whole set: one image shape, every class present in training, no unknown test label.
 
     Raises:
@@ -91,7 +91,7 @@ def check(where: str, arrays: Arrays) -> Arrays:
             f"allowed: at least one in each of the {classes} classes"
         )
     if not len(arrays.test_images):
-        return arrays
+        return
     if arrays.test_images.shape[1:] != arrays.train_images.shape[1:]:
         raise UserError(
             f"{where}: test images are {list(arrays.test_images.shape[1:])}; "
@@ -99,7 +99,6 @@ def check(where: str, arrays: Arrays) -> Arrays:
         )
     if (top := int(arrays.test_labels.max())) >= classes:
         raise UserError(f"{where}: test label {top} is out of range; allowed: 0..{classes - 1}")
-    return arrays
 
 
 def digest(arrays: Arrays) -> str:
@@ -171,3 +170,12 @@ def stratified_split(labels: np.ndarray, test_counts: Sequence[int], seed: int) 
     chosen = np.zeros(len(labels), bool)
     chosen[np.concatenate(test)] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library, for a message of our own; its type where it says nothing.
+
+    >>> first_line(OSError("cannot open file\\nsee the manual")), first_line(ValueError())
+    ('cannot open file', 'ValueError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,15 +17,12 @@ if TYPE_CHECKING:
     import jax
 
 
-def _rng(seed: int, *words: int) -> np.random.Generator:
+def _rng(seed: int, *words: int | str) -> np.random.Generator:
     if seed < 0:
         raise UserError(f"seed: {seed} is negative; allowed: an integer >= 0")
-    return np.random.default_rng(np.random.SeedSequence([seed, *words]))
-
-
-def _word(purpose: str) -> int:
     # crc32 and not hash(): the latter differs from one Python process to the next.
-    return zlib.crc32(purpose.encode())
+    numbers = [zlib.crc32(word.encode()) if isinstance(word, str) else word for word in words]
+    return np.random.default_rng(np.random.SeedSequence([seed, *numbers]))
 
 
 def stream_of(seed: int, epoch: int, purpose: str, place: int) -> np.random.Generator:
@@ -34,7 +31,7 @@ def stream_of(seed: int, epoch: int, purpose: str, place: int) -> np.random.Gene
     >>> float(stream_of(0, 0, "transform", 3).random()) == float(stream_of(0, 0, "transform", 3).random())
     True
     """
-    return _rng(seed, epoch, _word(purpose), place)
+    return _rng(seed, epoch, purpose, place)
 
 
 def split_indices(n: int, seed: int, *, fraction: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +63,7 @@ def split_indices(n: int, seed: int, *, fraction: float = 0.5) -> tuple[np.ndarr
             f"fraction: {fraction} of {n} images leaves {train_size} for training and {val_size} for validation; "
             "allowed: at least one each"
         )
-    order = _rng(seed, _word("split")).permutation(n).astype(np.int32)
+    order = _rng(seed, "split").permutation(n).astype(np.int32)
     return order[:train_size], order[train_size : train_size + val_size]
 
 
@@ -91,7 +88,7 @@ def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int, pur
     """
     check_batch(batch_size, len(indices), 1)
     steps = len(indices) // batch_size
-    order = _rng(seed, epoch, _word(purpose)).permutation(np.asarray(indices, np.int32))
+    order = _rng(seed, epoch, purpose).permutation(np.asarray(indices, np.int32))
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
@@ -184,7 +181,7 @@ class Batch(NamedTuple):
 
 
 class Images(NamedTuple):
-    """A data set on the devices."""
+    """Images as they are stored, of a batch or of a whole set: arrays of numpy, or on the devices."""
 
     images: Any  # uint8[N,H,W,C]
     labels: Any  # int32[N]

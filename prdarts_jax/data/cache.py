@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prdarts_jax.data.arrays import Arrays, digest
+from prdarts_jax.data.arrays import Arrays, digest, first_line
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +74,11 @@ def _read(path: Path, key: str) -> Arrays | None:
     try:
         # Opened here: np.load leaves its own file open where the zip directory is damaged.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            names = tuple(str(n) for n in stored["class_names"])
-            arrays = Arrays(
-                stored["train_images"], stored["train_labels"], stored["test_images"], stored["test_labels"], names
-            )
+            arrays = Arrays(*(stored[field] for field in Arrays._fields))
+            arrays = arrays._replace(class_names=tuple(map(str, arrays.class_names)))
             intact = str(stored["key"]) == key and str(stored["digest"]) == digest(arrays)
     except _DAMAGE as error:
-        log.warning("data cache %s is damaged and ignored (%s)", path, _first_line(error))
+        log.warning("data cache %s is damaged and ignored (%s)", path, first_line(error))
         return None
     if not intact:
         log.warning("data cache %s is damaged and ignored (its digest differs)", path)
@@ -95,24 +93,12 @@ def _write(path: Path, key: str, arrays: Arrays) -> None:
         # A name of its own per process: two runs that decode the same set must not write into one file.
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem + ".", suffix=".tmp")
         with os.fdopen(handle, "wb") as out:
-            np.savez(
-                out,
-                train_images=arrays.train_images,
-                train_labels=arrays.train_labels,
-                test_images=arrays.test_images,
-                test_labels=arrays.test_labels,
-                class_names=np.array(arrays.class_names, dtype=np.str_),
-                key=np.array(key),
-                digest=np.array(digest(arrays)),
-            )
+            fields = arrays._asdict() | {"class_names": np.array(arrays.class_names, dtype=np.str_)}
+            np.savez(out, **fields, key=np.array(key), digest=np.array(digest(arrays)))
         os.replace(temporary, path)
     except OSError as error:
-        log.warning("data cache %s cannot be written (%s); the set will be decoded again", path, _first_line(error))
+        log.warning("data cache %s cannot be written (%s); the set will be decoded again", path, first_line(error))
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,14 +1,15 @@
-"""A directory of image files, one subdirectory a class, decoded with Pillow."""
+"""A directory of image files, one subdirectory a class."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from prdarts_jax.data.arrays import Arrays, stratified_split
 from prdarts_jax.data.cache import cached, file_identity
+from prdarts_jax.data.records import FileRecords, read_images, read_shape
 from prdarts_jax.errors import UserError
 
 # Other files in a class directory (Thumbs.db, notes) are not images and are passed over.
@@ -17,18 +18,76 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", "
 SPLIT_SEED = 20201
 
 
-class Listing(NamedTuple):
-    """The files of a set, before any of them is opened."""
+@dataclass(frozen=True)
+class Folder:
+    """The files of a set; listed, not opened."""
 
     root: Path
-    train_files: list[Path]
-    train_labels: np.ndarray  # int32 [N]
-    test_files: list[Path]
-    test_labels: np.ndarray  # int32 [M]; M = 0 where `train` stands alone
+    train: FileRecords
+    test: FileRecords  # empty where `train` stands alone
     class_names: tuple[str, ...]  # K names, sorted
 
+    @property
+    def name(self) -> str:
+        """What reports call the set."""
+        return self.root.resolve().name
 
-def find(directory: Path) -> Listing:
+    @property
+    def files(self) -> list[str]:
+        """The training files, then the test files."""
+        return [*self.train.files, *self.test.files]
+
+    def records(self) -> tuple[FileRecords, FileRecords]:
+        """The training and the test images."""
+        return self.train, self.test
+
+    def decoded_bytes(self) -> int:
+        """What the images would take in memory if every one had the size of the first."""
+        return len(self.files) * int(np.prod(read_shape(self.files[0])))
+
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) that all images share; C = 1 where all of them are grey, else 3 (transparency is dropped).
+
+        Raises:
+            UserError: an unreadable image, or images of different sizes.
+        """
+        height, width, channels = read_shape(self.files[0])
+        for file in self.files[1:]:
+            *size, file_channels = read_shape(file)
+            if size != [height, width]:
+                raise UserError(
+                    f"{file}: image size {size[1]}x{size[0]} differs from {width}x{height} of "
+                    f"{self.files[0]}; allowed: one size for all images, or data.image_size in a training"
+                )
+            channels = max(channels, file_channels)
+        return height, width, channels
+
+    def load(self, cache_dir: Path | None = None) -> Arrays:
+        """The decoded set, from the cache where it is there.
+
+        Args:
+            cache_dir: where the decoded arrays are kept.
+
+        Raises:
+            UserError: see `shape`.
+        """
+        key = file_identity(f"folder split {SPLIT_SEED}", self.root, map(Path, self.files))
+        return cached(f"folder-{self.name}", key, self._decode, cache_dir)
+
+    def _decode(self) -> Arrays:
+        # Headers first: sizes and modes are known before the memory for all pixels is taken.
+        shape = self.shape()
+        train, test = (read_images(part, shape, np.arange(len(part))) for part in self.records())
+        return Arrays(*train, *test, self.class_names)
+
+    def identity(self) -> tuple[int, list[list[str | int]]]:
+        """What a streamed set is known by: where the test files begin; the name, size and label of each file."""
+        labels = np.concatenate([self.train.labels, self.test.labels]).tolist()
+        rows = zip(map(Path, self.files), labels, strict=True)
+        return len(self.train), [[f.relative_to(self.root).as_posix(), f.stat().st_size, k] for f, k in rows]
+
+
+def find(directory: Path) -> Folder:
     """The files under `directory`: train/CLASS and test/CLASS, or CLASS with a fixed stratified 80/20 split.
 
     Classes are the sorted names of the directories. `val` counts as `test` where there is no `test`. A `train`
@@ -56,63 +115,30 @@ def find(directory: Path) -> Listing:
     test_classes = _class_files(where, test_dir) if has_test else {}
     if strangers := [name for name in test_classes if name not in classes]:
         raise UserError(f"{where}: test class {strangers[0]!r} is not a training class; allowed: {' | '.join(names)}")
-    files, labels = _flatten(classes, names)
-    if has_train:
-        return Listing(directory, files, labels, *_flatten(test_classes, names), names)
-    counts = np.bincount(labels, minlength=len(names))
-    # A fifth of each class, at least one image, but never the last image of a class.
-    held = [min(max(1, round(int(c) / 5)), int(c) - 1) for c in counts]
-    train, test = stratified_split(labels, held, SPLIT_SEED)
-    kept, left = [files[i] for i in train.tolist()], [files[i] for i in test.tolist()]
-    return Listing(directory, kept, labels[train], left, labels[test], names)
+    number = {name: k for k, name in enumerate(names)}
+    train, test = (
+        FileRecords(
+            [file for files in split.values() for file in files],
+            np.array([number[name] for name, files in split.items() for _ in files], np.int32),
+        )
+        for split in (classes, test_classes)
+    )
+    if not has_train:
+        # A fifth of each class, at least one image, but never the last image of a class.
+        counts = [min(max(1, round(len(files) / 5)), len(files) - 1) for files in classes.values()]
+        train, test = (
+            FileRecords([train.files[i] for i in part.tolist()], train.labels[part])
+            for part in stratified_split(train.labels, counts, SPLIT_SEED)
+        )
+    return Folder(directory, train, test, names)
 
 
-def load_folder(directory: Path, cache_dir: Path | None = None) -> Arrays:
-    """The decoded set under `directory`, see `find`.
-
-    A set whose images are all grey has one channel, any other three (transparency is dropped).
-
-    Args:
-        directory: the root.
-        cache_dir: where the decoded arrays are kept.
-
-    Raises:
-        UserError: see `find`; an unreadable image, images of different sizes.
-    """
-    found = find(directory)
-    files, count = [*found.train_files, *found.test_files], len(found.train_files)
-    key = file_identity(f"folder split {SPLIT_SEED}", directory, files)
-
-    def decode() -> Arrays:
-        images = _decode(files)
-        return Arrays(images[:count], found.train_labels, images[count:], found.test_labels, found.class_names)
-
-    return cached(f"folder-{directory.resolve().name}", key, decode, cache_dir)
-
-
-def _class_files(where: str, root: Path) -> dict[str, list[Path]]:
+def _class_files(where: str, root: Path) -> dict[str, list[str]]:
     classes = {}
     for directory in sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith(".")):
         files = [f for f in directory.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
         if not files:
             allowed = " ".join(sorted(SUFFIXES))
             raise UserError(f"{where}: class directory {directory} has no images; allowed: at least one of {allowed}")
-        classes[directory.name] = sorted(files)
+        classes[directory.name] = [str(file) for file in sorted(files)]
     return classes
-
-
-def _flatten(classes: dict[str, list[Path]], names: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
-    files = [file for name in names for file in classes.get(name, [])]
-    labels = [k for k, name in enumerate(names) for _ in classes.get(name, [])]
-    return files, np.array(labels, np.int32)
-
-
-def _decode(files: list[Path]) -> np.ndarray:
-    from prdarts_jax.data.images import common_header, read_image
-
-    # Headers first: sizes and modes are known before the memory for all pixels is taken.
-    (width, height), grey = common_header(files)
-    pixels = np.empty((len(files), height, width, 1 if grey else 3), np.uint8)
-    for row, file in zip(pixels, files, strict=True):
-        row[...] = np.asarray(read_image(file, str(file), grey=grey)).reshape(row.shape)
-    return pixels

@@ -11,64 +11,75 @@ import os
 import pickle
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection, get_context, synchronize
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prdarts_jax.config.train import TrainDataConfig
-from prdarts_jax.data.batches import epoch_order, padded_batches, process_slice
-from prdarts_jax.data.records import Records
+from prdarts_jax.data.batches import Images, epoch_order, padded_batches, process_slice
+from prdarts_jax.data.records import Records, failure, read_images
 from prdarts_jax.data.stream_source import StreamedDataset
-from prdarts_jax.data.tfds_source import reason
 from prdarts_jax.data.transforms import Jitter, draw, for_test, for_training
 from prdarts_jax.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _MOST_WORKERS = 16
 
 
-class Batch(NamedTuple):
-    """The images of a batch that this process reads."""
-
-    images: Any  # uint8 [B, H, W, C]
-    labels: Any  # int32 [B]
-
-
-class Batches(Protocol):
-    """A sequence of batches, each computed when it is asked for."""
-
-    def __len__(self) -> int:
-        """How many."""
-
-    def __getitem__(self, step: int) -> Batch:
-        """The batch of a step.
-
-        Raises:
-          UserError: an image that cannot be read.
-        """
-
-
 @dataclass(frozen=True)
-class TrainBatches:
-    """The batches of all epochs, one after the other; step s is that of epoch s // S, S = floor(n / B).
+class Batches(ABC):
+    """A sequence of batches, each read when it is asked for.
 
     Process p of P reads positions p B/P .. (p+1) B/P - 1 of each global batch.
     """
 
     records: Records
-    image: tuple[int, int, int]  # (H, W, C) of a batch
-    indices: np.ndarray  # int [n], the examples that are used
+    image: tuple[int, int, int]  # (H, W, C) of an image of a batch
     batch_size: int  # global, B
-    epochs: int
-    seed: int
     data: TrainDataConfig
     process_index: int = 0
     process_count: int = 1
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many."""
+
+    def __getitem__(self, step: int) -> Images:
+        """The batch of a step: uint8 [B/P, H, W, C] and int32 [B/P].
+
+        Raises:
+          UserError: an image that cannot be read.
+          RunError: any other error, in one line.
+        """
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        try:
+            return self._read(int(step))
+        except (UserError, RunError):
+            raise
+        except Exception as error:
+            raise failure(f"batch {step}", error) from error
+
+    @abstractmethod
+    def _read(self, step: int) -> Images: ...
+
+
+@dataclass(frozen=True)
+class TrainBatches(Batches):
+    """The batches of all epochs, one after the other; step s is that of epoch s // S, S = floor(n / B)."""
+
+    indices: np.ndarray = field(kw_only=True)  # int [n], the examples that are used
+    epochs: int = field(kw_only=True)
+    seed: int = field(kw_only=True)
 
     @property
     def epoch_steps(self) -> int:
@@ -78,98 +89,38 @@ class TrainBatches:
     def __len__(self) -> int:
         return self.epochs * self.epoch_steps
 
-    def __getitem__(self, step: int) -> Batch:
-        """See `Batches`."""
-        if not 0 <= step < len(self):
-            raise IndexError(step)
-        epoch, step = divmod(int(step), self.epoch_steps)
+    def _read(self, step: int) -> Images:
+        epoch, step = divmod(step, self.epoch_steps)
         # Made again for each batch: a million indices take milliseconds, decoding a batch takes seconds.
-        order = epoch_order(self.indices, self.batch_size, self.seed, epoch, "train")[step : step + 1]
-        positions = np.arange(self.batch_size)[None]
-        own, positions = (process_slice(rows, self.process_index, self.process_count)[0] for rows in (order, positions))
-        return _batch(
-            self.records,
-            self.image,
-            own,
-            lambda image, i: self._transform(image, epoch, step * self.batch_size + int(positions[i])),
-        )
-
-    def _transform(self, image: Any, epoch: int, place: int) -> np.ndarray:
+        order = epoch_order(self.indices, self.batch_size, self.seed, epoch, "train")[step]
+        rows = np.stack([order, step * self.batch_size + np.arange(self.batch_size)])
+        own, places = process_slice(rows, self.process_index, self.process_count)
         data = self.data
-        if not data.image_size:
-            return np.asarray(image)
         strengths = Jitter(data.brightness, data.contrast, data.saturation, data.hue)
-        draws = draw(self.seed, epoch, place)
-        return for_training(image, draws, data.image_size, smallest=data.min_area, strengths=strengths)
+
+        def transform(image: Image, i: int) -> np.ndarray:
+            draws = draw(self.seed, epoch, int(places[i]))
+            return for_training(image, draws, data.image_size, smallest=data.min_area, strengths=strengths)
+
+        return read_images(self.records, self.image, own, transform if data.image_size else None)
 
 
 @dataclass(frozen=True)
-class TestBatches:
+class TestBatches(Batches):
     """Every test image exactly once, in order; the last batch is filled up from the front (see `padded_batches`)."""
-
-    records: Records
-    image: tuple[int, int, int]
-    batch_size: int  # global
-    data: TrainDataConfig
-    process_index: int = 0
-    process_count: int = 1
 
     def __len__(self) -> int:
         return -(-len(self.records) // self.batch_size)
 
-    def __getitem__(self, step: int) -> Batch:
-        """See `Batches`."""
+    def _read(self, step: int) -> Images:
         order, _ = padded_batches(len(self.records), self.batch_size)
-        own = process_slice(order, self.process_index, self.process_count)[int(step)]
-        return _batch(self.records, self.image, own, lambda image, _: self._transform(image))
+        own = process_slice(order, self.process_index, self.process_count)[step]
+        data = self.data
 
-    def _transform(self, image: Any) -> np.ndarray:
-        size = self.data.image_size
-        return for_test(image, size, self.data.shorter_side) if size else np.asarray(image)
+        def transform(image: Image, _: int) -> np.ndarray:
+            return for_test(image, data.image_size, data.shorter_side)
 
-
-def _batch(
-    records: Records, shape: tuple[int, int, int], indices: np.ndarray, transform: Callable[[Any, int], np.ndarray]
-) -> Batch:
-    images, labels = np.empty((len(indices), *shape), np.uint8), np.empty(len(indices), np.int32)
-    for i, index in enumerate(indices.tolist()):
-        try:
-            image, labels[i] = records.read(index)
-            pixels = transform(image, i)
-        except UserError:
-            raise
-        except Exception as error:
-            raise _failed(records.name(index), error) from error
-        pixels = pixels if pixels.ndim == 3 else pixels[..., None]
-        if pixels.shape != shape:
-            raise UserError(
-                f"{records.name(index)}: image {list(pixels.shape)}, others are {list(shape)}; "
-                "allowed: one size for all images, or data.image_size"
-            )
-        images[i] = pixels
-    return Batch(images, labels)
-
-
-def _failed(where: str, error: Exception) -> RunError:
-    return RunError(f"{where}: {type(error).__name__} ({reason(error)}); what was saved is kept")
-
-
-@dataclass(frozen=True)
-class _Guarded:
-    """Batches whose errors are one line of text: an error that pickle refuses never leaves its worker."""
-
-    batches: Batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, step: int) -> Batch:
-        try:
-            return self.batches[step]
-        except (UserError, RunError):
-            raise
-        except Exception as error:
-            raise _failed(f"batch {step}", error) from error
+        return read_images(self.records, self.image, own, transform if data.image_size else None)
 
 
 def train_batches(
@@ -184,9 +135,8 @@ def train_batches(
     process_count: int = 1,
 ) -> TrainBatches:
     """The training batches of a set, see `TrainBatches`."""
-    return TrainBatches(
-        dataset.train, dataset.image, indices, batch_size, epochs, seed, data, process_index, process_count
-    )
+    shared = (dataset.train, dataset.image, batch_size, data, process_index, process_count)
+    return TrainBatches(*shared, indices=indices, epochs=epochs, seed=seed)
 
 
 def test_batches(
@@ -218,7 +168,7 @@ def cores() -> int:
 @contextlib.contextmanager
 def prefetched(
     batches: Batches,
-    place: Callable[[Batch], Any],
+    place: Callable[[Images], Any],
     *,
     workers: int,
     ahead: int = 2,
@@ -242,25 +192,18 @@ def prefetched(
     """
     import grain
 
-    with contextlib.ExitStack() as stack:
-        source: Batches = _Guarded(batches)
-        if workers:
-            source = stack.enter_context(_in_processes(source, workers))
+    reading = _in_processes(batches, workers) if workers else contextlib.nullcontext(batches.__getitem__)
+    with reading as read:
         # With workers the threads only wait for them: one more, so that a worker finds its next batch asked for.
         threads = workers + 1 if workers else cores()
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-        read = grain.MapDataset.source(source)[start:].to_iter_dataset(options).map(place)
-        iterator = iter(grain.experimental.ThreadPrefetchIterDataset(read, prefetch_buffer_size=ahead))
-        items = _items(iterator)
-        try:
+        steps = grain.MapDataset.range(start, len(batches))
+        placed = steps.map(read).to_iter_dataset(options).map(place)
+        iterator = iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=ahead))
+        # grain complains when the interpreter collects one of its iterators at its end: the caller, who may keep what
+        # he is given, gets a generator, which lets go of the iterator when it is closed.
+        with contextlib.closing(iterator), contextlib.closing(item for item in iterator) as items:
             yield items
-        finally:
-            items.close()  # drops its reference: grain complains when the interpreter collects an iterator at its end
-            iterator.close()
-
-
-def _items(iterator: Iterator[Any]) -> Generator[Any, None, None]:
-    yield from iterator
 
 
 # --- worker processes -------------------------------------------------------------------------------------------------
@@ -268,31 +211,9 @@ def _items(iterator: Iterator[Any]) -> Generator[Any, None, None]:
 _own: ContextVar[Batches] = ContextVar("the batches of a worker process")
 
 
-@dataclass(frozen=True)
-class _Remote:
-    """Batches that worker processes compute."""
-
-    pool: ProcessPoolExecutor
-    count: int
-    end: connection.Connection  # closing it ends the workers at once
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, step: int) -> Batch:
-        try:
-            return self.pool.submit(_compute, int(step)).result()
-        except BrokenProcessPool as error:
-            self.end.close()  # the pool sends SIGTERM to those that are left, which they ignore, and waits for them
-            raise RunError(
-                "run.workers: a worker process did not start or was ended from outside; what was saved is kept, and "
-                "the same command goes on from there (fewer workers need less memory; a script that trains with "
-                "workers needs `if __name__ == '__main__':`)"
-            ) from error
-
-
 @contextlib.contextmanager
-def _in_processes(batches: Batches, workers: int) -> Iterator[_Remote]:
+def _in_processes(batches: Batches, workers: int) -> Iterator[Callable[[int], Images]]:
+    """What reads the batch of a step in one of the worker processes."""
     # Not the workers of grain: when a stream is left early, one that has a large batch on its way blocks in the pipe,
     # and is waited for for 25 s, each after the other. Here a thread always reads what they send. Spawned, since a
     # fork of a process that has the threads of XLA may deadlock.
@@ -310,8 +231,20 @@ def _in_processes(batches: Batches, workers: int) -> Iterator[_Remote]:
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (received, context.Lock(), ended))
+
+    def read(step: int) -> Images:
+        try:
+            return pool.submit(_compute, int(step)).result()
+        except BrokenProcessPool as error:
+            end.close()  # the pool sends SIGTERM to those that are left, which they ignore, and waits for them
+            raise RunError(
+                "run.workers: a worker process did not start or was ended from outside; what was saved is kept, and "
+                "the same command goes on from there (fewer workers need less memory; a script that trains with "
+                "workers needs `if __name__ == '__main__':`)"
+            ) from error
+
     try:
-        yield _Remote(pool, len(batches), end)
+        yield read
     finally:
         pool.shutdown(cancel_futures=True)
         received.close()
@@ -320,7 +253,7 @@ def _in_processes(batches: Batches, workers: int) -> Iterator[_Remote]:
             each.close()
 
 
-def _compute(step: int) -> Batch:
+def _compute(step: int) -> Images:
     return _own.get()[step]
 
 

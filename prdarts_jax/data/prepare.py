@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prdarts_jax.data.arrays import first_line
 from prdarts_jax.data.tfds_source import quiet
 from prdarts_jax.errors import RunError, UserError, unknown
 
@@ -86,10 +87,13 @@ def prepare(name: str, archive: Path, data_dir: Path, *, check_digest: bool = Tr
     """
     if name not in _LAYOUTS:
         raise unknown("data prepare", name, _LAYOUTS)
+    import tensorflow_datasets as tfds
+
     layout = _LAYOUTS[name]
     archive, data_dir = Path(archive).expanduser(), Path(data_dir).expanduser()
     with quiet():
-        base = _builder_class(name)
+        # The registered class gives the exact version, features and description; only its reading needs TensorFlow.
+        base = tfds.builder_cls(name)
         target = data_dir / name / str(base.VERSION)
         if target.exists():
             raise UserError(f"--data-dir: {target} exists already; allowed: a data directory without {name}")
@@ -109,13 +113,6 @@ def prepare(name: str, archive: Path, data_dir: Path, *, check_digest: bool = Tr
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def _builder_class(name: str) -> Any:
-    import tensorflow_datasets as tfds
-
-    # The registered class gives the exact version, features and description; only its reading needs TensorFlow.
-    return tfds.builder_cls(name)
 
 
 @contextlib.contextmanager
@@ -151,9 +148,8 @@ def _read_archive(name: str, layout: _Layout, archive: Path) -> tuple[dict[str, 
                     content[file] = stream.read()
     # A truncated or damaged gzip stream is an EOFError, zlib.error or OSError, a truncated tar a ReadError.
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--archive: {archive}: not a complete tar archive ({reason}); "
+            f"--archive: {archive}: not a complete tar archive ({first_line(error)}); "
             f"allowed: the official binary archive of {name}"
         ) from error
     if missing := sorted(wanted - content.keys()):
@@ -171,21 +167,22 @@ def _read_archive(name: str, layout: _Layout, archive: Path) -> tuple[dict[str, 
         names[feature] = lines
     splits = {}
     for split, files in (("train", layout.train), ("test", layout.test)):
-        parts = [_records(archive, layout, file, content[file]) for file in files]
-        splits[split] = _Split(np.concatenate([p.labels for p in parts]), np.concatenate([p.images for p in parts]))
+        rows = np.concatenate([_rows(archive, layout, file, content[file]) for file in files])
+        labels, pixels = np.split(rows, [len(layout.labels)], axis=1)
+        splits[split] = _Split(labels, pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return names, splits
 
 
-def _records(archive: Path, layout: _Layout, file: str, data: bytes) -> _Split:
-    heads = len(layout.labels)
-    size = heads + _PIXELS
+def _rows(archive: Path, layout: _Layout, file: str, data: bytes) -> np.ndarray:
+    """The records of a file, checked: uint8 [N, labels and pixels]."""
+    size = len(layout.labels) + _PIXELS
     if not data or len(data) % size:
         raise UserError(f"--archive: {archive}: {file} has {len(data)} bytes; allowed: a positive multiple of {size}")
     rows = np.frombuffer(data, np.uint8).reshape(-1, size)
     for column, (feature, _, count) in enumerate(layout.labels):
         if (top := int(rows[:, column].max())) >= count:
             raise UserError(f"--archive: {archive}: {file} holds {feature} {top}; allowed: 0..{count - 1}")
-    return _Split(rows[:, :heads], rows[:, heads:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return rows
 
 
 def _warn_if_unofficial(name: str, layout: _Layout, archive: Path, splits: dict[str, _Split]) -> None:

@@ -1,19 +1,27 @@
-"""Images that are read one by one: files, records of a prepared set, or rows of an array. Picklable, for workers."""
+"""Labelled images that are read one by one, decoded by Pillow, and the arrays made of them. Picklable, for workers.
+
+The errors name the image. Pillow is imported when the first image is read.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 import numpy as np
-from PIL import Image
 
-from prdarts_jax.data.images import read_image
-from prdarts_jax.data.tfds_source import quiet, reason
-from prdarts_jax.errors import UserError
+from prdarts_jax.data.arrays import first_line
+from prdarts_jax.data.batches import Images
+from prdarts_jax.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_MODES = {1: "L", 3: "RGB"}  # Pillow's, by the channels of a set
+_GREY_MODES = frozenset({"1", "L", "LA"})
+_COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
 
 
 class Records(Protocol):
@@ -22,8 +30,8 @@ class Records(Protocol):
     def __len__(self) -> int:
         """How many."""
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """The image, grey (mode L) or RGB, and its label.
+    def read(self, index: int, channels: int = 3) -> tuple[Image, int]:
+        """The image with one channel (Pillow's mode L) or three (RGB), and its label.
 
         Raises:
           UserError: it cannot be read; one line that names it.
@@ -39,14 +47,13 @@ class FileRecords:
 
     files: Sequence[str]  # not paths: pickle is 40 times slower with those, and a worker gets a million
     labels: np.ndarray  # int32 [N]
-    grey: bool
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int, channels: int = 3) -> tuple[Image, int]:
         """See `Records`."""
-        return read_image(Path(self.files[index]), self.name(index), grey=self.grey), int(self.labels[index])
+        return read_image(self.files[index], self.files[index], channels), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """The path of the file."""
@@ -60,50 +67,103 @@ class ArrayRecords:
     source: str
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int32 [N]
-    grey: bool
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int, channels: int = 3) -> tuple[Image, int]:
         """See `Records`."""
+        from PIL import Image
+
         pixels = self.images[index]
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        return image.convert("L" if self.grey else "RGB"), int(self.labels[index])
+        return image.convert(_MODES[channels]), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """The source and the row."""
         return f"{self.source}: image {index}"
 
 
-@dataclass(frozen=True)
-class PreparedRecords:
-    """Records of a TFDS data source (array_record) whose images are left encoded."""
+def read_shape(file: str) -> tuple[int, int, int]:
+    """(H, W, C) of an image file, C = 1 where it is grey and 3 otherwise, without decoding its pixels.
 
-    source: str  # name and split
-    data: Any  # of `as_data_source` with SkipDecoding for the image
-    image_key: str
-    label_key: str
-    classes: int
-    grey: bool
+    Raises:
+      UserError: not a readable image, or not 8 bits a channel.
+    """
+    with _opened(file, file) as image:
+        return image.height, image.width, 1 if image.mode in _GREY_MODES else 3
 
-    def __len__(self) -> int:
-        return len(self.data)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """See `Records`."""
-        where = self.name(index)
-        # Damaged files surface as whatever array_record and protobuf raise.
+def read_image(file: str | IO[bytes], where: str, channels: int) -> Image:
+    """A decoded image with one channel (Pillow's mode L) or three (RGB).
+
+    Raises:
+      UserError: an unreadable image, named by `where`, or one of more than 8 bits a channel.
+    """
+    with _opened(file, where) as image:
+        return image.convert(_MODES[channels])
+
+
+@contextlib.contextmanager
+def _opened(file: str | IO[bytes], where: str) -> Iterator[Image]:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            if image.mode not in _GREY_MODES | _COLOUR_MODES:
+                raise UserError(
+                    f"{where}: pixel format {image.mode!r} is not 8 bits a channel; allowed: 8-bit grey or colour"
+                )
+            yield image
+    except UserError:  # a ValueError itself
+        raise
+    # What Pillow raises for a damaged or a foreign file.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{where}: not a readable image ({first_line(error)}); allowed: an image file that Pillow can decode"
+        ) from error
+
+
+def read_images(
+    records: Records,
+    shape: tuple[int, int, int],
+    indices: np.ndarray,
+    transform: Callable[[Image, int], np.ndarray] | None = None,
+) -> Images:
+    """Some images of a set as arrays, in the order of the indices.
+
+    Args:
+      records: of the set.
+      shape: (H, W, C) of an image of the result; C = 1 makes every image grey, C = 3 RGB.
+      indices: int [B].
+      transform: from an image and its place among the indices to its pixels; default: the pixels as they are.
+
+    Returns:
+      uint8 [B, H, W, C] and int32 [B].
+
+    Raises:
+      UserError: an image that cannot be read, or one of another size.
+      RunError: any other error, in one line that names the image.
+    """
+    images, labels = np.empty((len(indices), *shape), np.uint8), np.empty(len(indices), np.int32)
+    for place, index in enumerate(indices.tolist()):
         try:
-            with quiet():
-                example = self.data[index]
+            image, labels[place] = records.read(index, shape[2])
+            pixels = np.asarray(image) if transform is None else transform(image, place)
+        except UserError:
+            raise
         except Exception as error:
-            raise UserError(f"{where}: cannot be read ({reason(error)}); allowed: an undamaged set") from error
-        label = int(example[self.label_key])
-        if not 0 <= label < self.classes:
-            raise UserError(f"{where}: label {label} is out of range; allowed: 0..{self.classes - 1}")
-        return read_image(io.BytesIO(example[self.image_key]), where, grey=self.grey), label
+            raise failure(records.name(index), error) from error
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        if pixels.shape != shape:
+            raise UserError(
+                f"{records.name(index)}: image {list(pixels.shape)}, others are {list(shape)}; "
+                "allowed: one size for all images, or data.image_size"
+            )
+        images[place] = pixels
+    return Images(images, labels)
 
-    def name(self, index: int) -> str:
-        """The split and the number of the record."""
-        return f"{self.source}: record {index}"
+
+def failure(where: str, error: Exception) -> RunError:
+    """One line for an unexpected error, which may be one that pickle refuses and that cannot leave a worker itself."""
+    return RunError(f"{where}: {type(error).__name__} ({first_line(error)[:200]}); what was saved is kept")

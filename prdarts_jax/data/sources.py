@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
-from prdarts_jax.data.arrays import Arrays, as_images, as_labels, check, digest, statistics, stratified_split
-from prdarts_jax.data.folder_source import load_folder
-from prdarts_jax.data.tfds_source import default_data_dir, load_tfds
+from prdarts_jax.data import folder_source, tfds_source
+from prdarts_jax.data.arrays import (
+    Arrays,
+    as_images,
+    as_labels,
+    check,
+    digest,
+    first_line,
+    statistics,
+    stratified_split,
+)
 from prdarts_jax.errors import UserError
 
 ALLOWED = "digits | tfds:NAME | npz:FILE | folder:DIR"
@@ -69,6 +79,10 @@ class Dataset:
         return len(self.test_images)
 
 
+# A set of files, before its images are read: into memory by `load`, or one by one (see `stream_source`).
+Stored: TypeAlias = folder_source.Folder | tfds_source.Prepared
+
+
 def load(source: str, data_dir: str | None = None, *, cache_dir: Path | None = None) -> Dataset:
     """The image set that `source` names, checked; never downloads.
 
@@ -94,26 +108,36 @@ def load(source: str, data_dir: str | None = None, *, cache_dir: Path | None = N
     kind, _, rest = source.partition(":")
     if source == "digits":
         return _dataset("digits", source, _load_digits())
-    if kind == "tfds" and rest:
-        arrays = load_tfds(rest, Path(data_dir).expanduser() if data_dir else default_data_dir(), cache_dir)
-        return _dataset(rest, source, arrays, published(rest))
     if kind == "npz" and rest:
         path = Path(rest).expanduser()
         return _dataset(path.stem, source, _load_npz(path))
+    return load_stored(source, find(source, data_dir), cache_dir)
+
+
+def find(source: str, data_dir: str | None = None) -> Stored:
+    """The files of a source `tfds:NAME` or `folder:DIR`; arguments and errors as of `load`."""
+    kind, _, rest = source.partition(":")
+    if kind == "tfds" and rest:
+        return tfds_source.find(rest, data_dir)
     if kind == "folder" and rest:
-        path = Path(rest).expanduser()
-        return _dataset(path.resolve().name, source, load_folder(path, cache_dir))
+        return folder_source.find(Path(rest).expanduser())
     hint = f"; did you mean 'tfds:{source}'?" if source in NORMALIZATION else ""
     raise UserError(f"data.source: {source!r} is not a source{hint}; allowed: {ALLOWED}")
 
 
-def published(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Published (mean, std) of a set of TFDS, or None.
+def load_stored(source: str, stored: Stored, cache_dir: Path | None = None) -> Dataset:
+    """As `load`, for a source whose files have been found."""
+    return _dataset(stored.name, source, stored.load(cache_dir), published(source))
 
-    >>> published("cifar10:3.0.2") == NORMALIZATION["cifar10"]
+
+def published(source: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Published (mean, std) of a set of TFDS; None where there are none, and for any other source.
+
+    >>> published("tfds:cifar10:3.0.2") == NORMALIZATION["cifar10"]
     True
     """
-    return NORMALIZATION.get(name.split("/")[0].split(":")[0])
+    kind, _, name = source.partition(":")
+    return NORMALIZATION.get(re.split("[/:]", name)[0]) if kind == "tfds" else None
 
 
 def from_arrays(
@@ -143,16 +167,24 @@ def from_arrays(
     """
     if (test_images is None) != (test_labels is None):
         raise UserError(f"{name}: test images without labels, or labels without images; allowed: both or neither")
+    fields = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels}
     # Copies: a data set is read-only, the caller's arrays are the caller's.
-    train = as_images(f"{name}: images", np.array(images))
-    train_labels = as_labels(f"{name}: labels", np.array(labels), len(train))
-    test, held = train[:0].copy(), train_labels[:0].copy()
-    if test_images is not None and test_labels is not None:
-        test = as_images(f"{name}: test_images", np.array(test_images))
-        held = as_labels(f"{name}: test_labels", np.array(test_labels), len(test))
+    return _dataset(
+        name, name, _arrays(name, {k: np.array(v) for k, v in fields.items() if v is not None}, class_names)
+    )
+
+
+def _arrays(where: str, fields: Mapping[str, np.ndarray], class_names: Sequence[str] | None = None) -> Arrays:
+    """`images` and `labels`, and `test_images` and `test_labels` where they are there, checked."""
+    images = as_images(f"{where}: images", fields["images"])
+    labels = as_labels(f"{where}: labels", fields["labels"], len(images))
+    test_images, test_labels = images[:0].copy(), labels[:0].copy()
+    if "test_images" in fields:
+        test_images = as_images(f"{where}: test_images", fields["test_images"])
+        test_labels = as_labels(f"{where}: test_labels", fields["test_labels"], len(test_images))
     # A stray huge label must not make as many names; `check` says which one it is.
-    names = tuple(class_names or map(str, range(min(int(train_labels.max()) + 1, len(train)))))
-    return _dataset(name, name, Arrays(train, train_labels, test, held, names))
+    names = tuple(class_names or map(str, range(min(int(labels.max()) + 1, len(labels)))))
+    return Arrays(images, labels, test_images, test_labels, names)
 
 
 def _dataset(
@@ -191,18 +223,13 @@ def _load_npz(path: Path) -> Arrays:
     if ("test_images" in fields) != ("test_labels" in fields):
         present = "test_images" if "test_images" in fields else "test_labels"
         raise UserError(f"{path}: {present!r} stands alone; allowed: both test_images and test_labels, or neither")
-    images = as_images(f"{path}: images", fields["images"])
-    labels = as_labels(f"{path}: labels", fields["labels"], len(images))
-    test_images, test_labels = images[:0].copy(), labels[:0].copy()
-    if "test_images" in fields:
-        test_images = as_images(f"{path}: test_images", fields["test_images"])
-        test_labels = as_labels(f"{path}: test_labels", fields["test_labels"], len(test_images))
-    top = int(labels.max())
-    # Each of the K = top + 1 classes needs an image; this also stops a stray huge label before K names are made.
-    if top >= len(labels):
+    arrays = _arrays(str(path), fields)
+    labels = arrays.train_labels
+    # Each of the K = top + 1 classes needs an image.
+    if (top := int(labels.max())) >= len(labels):
         missing = int(np.setdiff1d(np.arange(len(labels)), labels)[0])
         raise UserError(f"{path}: labels: label {top} but no image of class {missing}; allowed: 0..K-1 without a gap")
-    return Arrays(images, labels, test_images, test_labels, tuple(map(str, range(top + 1))))
+    return arrays
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -215,7 +242,6 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             wanted = ("images", "labels", "test_images", "test_labels")
             return {name: archive[name] if name in wanted else np.empty(0) for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path}: not a readable .npz file ({reason}); allowed: np.savez(FILE, images=..., labels=...)"
+            f"{path}: not a readable .npz file ({first_line(error)}); allowed: np.savez(FILE, images=..., labels=...)"
         ) from error

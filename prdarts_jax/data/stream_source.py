@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from prdarts_jax.data import folder_source, tfds_source
 from prdarts_jax.data.arrays import statistics
-from prdarts_jax.data.sources import IMAGENET, Dataset, load, published
+from prdarts_jax.data.folder_source import Folder
+from prdarts_jax.data.records import ArrayRecords
+from prdarts_jax.data.sources import IMAGENET, Dataset, Stored, find, load, load_stored, published
 from prdarts_jax.errors import UserError
 
 if TYPE_CHECKING:
     from prdarts_jax.config.train import TrainDataConfig
-    from prdarts_jax.data.records import ArrayRecords, FileRecords, PreparedRecords, Records
+    from prdarts_jax.data.records import Records
 
 STATISTICS_IMAGES = 1024  # training images that mean and deviation are measured on, where nothing is published
 _STATISTICS_SEED = 1024
@@ -70,25 +71,22 @@ def choose(data: TrainDataConfig, data_dir: str | None = None, given: Dataset | 
     Raises:
       UserError: one line that names the file or field, the value and what is allowed.
     """
-    kind, _, rest = data.source.partition(":")
-    if given is not None or kind in ("digits", "npz"):
-        dataset = load(data.source, data_dir) if given is None else given
-        size = (dataset.train_size + dataset.test_size) * int(np.prod(dataset.image))
-        return from_memory(dataset, data.image_size) if _is_streamed(data, size) else dataset
-    if kind == "folder":
-        listing = folder_source.find(Path(rest).expanduser())
-        size = 0 if data.image_size or data.stream != "auto" else _folder_bytes(listing)
-        return stream_folder(listing, data.image_size) if _is_streamed(data, size) else load(data.source, data_dir)
-    with tfds_source.quiet():
-        prepared = tfds_source.find(rest, Path(data_dir).expanduser() if data_dir else tfds_source.default_data_dir())
-        size = 0 if data.image_size or data.stream != "auto" else _prepared_bytes(rest, prepared)
-        if _is_streamed(data, size):
-            return stream_prepared(rest, prepared, data.image_size)
-    return load(data.source, data_dir)
+    if given is None and data.source.startswith(("tfds:", "folder:")):
+        stored = find(data.source, data_dir)
+        if _is_streamed(data, stored.decoded_bytes):
+            return from_files(data.source, stored, data.image_size)
+        return load_stored(data.source, stored)
+    dataset = load(data.source) if given is None else given
+    return from_memory(dataset, data.image_size) if _is_streamed(data, lambda: _bytes(dataset)) else dataset
 
 
-def _is_streamed(data: TrainDataConfig, size: int) -> bool:
-    return data.image_size > 0 or data.stream == "always" or (data.stream == "auto" and size > data.resident_gb * 2**30)
+def _is_streamed(data: TrainDataConfig, decoded_bytes: Callable[[], int]) -> bool:
+    above = data.stream == "auto" and not data.image_size and decoded_bytes() > data.resident_gb * 2**30
+    return above or data.image_size > 0 or data.stream == "always"
+
+
+def _bytes(dataset: Dataset) -> int:
+    return dataset.train_images.nbytes + dataset.test_images.nbytes
 
 
 def describe(dataset: AnyDataset) -> str:
@@ -101,11 +99,7 @@ def describe(dataset: AnyDataset) -> str:
     images = f"data: {dataset.train_size} + {dataset.test_size} images of {shape}"
     if isinstance(dataset, StreamedDataset):
         return f"{images} are streamed"
-    size = dataset.train_images.nbytes + dataset.test_images.nbytes
-    return f"{images} stay on the device ({size / 2**20:.1f} MiB)"
-
-
-# --- the sources ------------------------------------------------------------------------------------------------------
+    return f"{images} stay on the device ({_bytes(dataset) / 2**20:.1f} MiB)"
 
 
 def from_memory(dataset: Dataset, image_size: int = 0) -> StreamedDataset:
@@ -115,176 +109,50 @@ def from_memory(dataset: Dataset, image_size: int = 0) -> StreamedDataset:
       dataset: with one channel or three.
       image_size: side of the crops, which have three channels; 0 = the images as they are.
     """
-    from prdarts_jax.data.records import ArrayRecords
-
-    channels = dataset.image[2]
+    name, channels = dataset.name, dataset.image[2]
     if channels not in (1, 3):
-        raise UserError(f"{dataset.name}: {channels} channels cannot be streamed; allowed: 1 (grey) | 3 (RGB)")
-    grey = channels == 1 and not image_size
-    train, test = (
-        ArrayRecords(dataset.name, images, labels, grey)
-        for images, labels in (
-            (dataset.train_images, dataset.train_labels),
-            (dataset.test_images, dataset.test_labels),
-        )
-    )
-    mean, std = dataset.mean, dataset.std
-    if image_size and channels == 1:
-        mean, std = mean * 3, std * 3
-    image = (image_size, image_size, 3) if image_size else dataset.image
-    return StreamedDataset(dataset.name, train, test, image, dataset.class_names, mean, std, dataset.digest)
-
-
-def stream_folder(listing: folder_source.Listing, image_size: int = 0) -> StreamedDataset:
-    """Image files as a streamed set.
-
-    Args:
-      listing: of `folder_source.find`.
-      image_size: side of the crops of images of any size, in RGB; 0 = images of one size, as they are.
-
-    Raises:
-      UserError: without `image_size`, images of different sizes.
-    """
-    from prdarts_jax.data.images import common_header
-    from prdarts_jax.data.records import FileRecords
-
-    files = [*listing.train_files, *listing.test_files]
-    (width, height), grey = ((image_size, image_size), False) if image_size else common_header(files)
-    train = FileRecords([*map(str, listing.train_files)], listing.train_labels, grey)
-    test = FileRecords([*map(str, listing.test_files)], listing.test_labels, grey)
-    labels = [*listing.train_labels.tolist(), *listing.test_labels.tolist()]
-    identity = [
-        [file.relative_to(listing.root).as_posix(), file.stat().st_size, label]
-        for file, label in zip(files, labels, strict=True)
-    ]
-    mean, std = _normalization("folder", train, image_size)
-    return StreamedDataset(
-        listing.root.resolve().name,
-        train,
-        test,
-        (height, width, 1 if grey else 3),
-        listing.class_names,
-        mean,
-        std,
-        _digest([*listing.class_names], len(listing.train_files), identity),
-    )
-
-
-def stream_prepared(name: str, prepared: tfds_source.Prepared, image_size: int = 0) -> StreamedDataset:
-    """A set prepared for TFDS as a streamed one.
-
-    Args:
-      name: NAME[/CONFIG][:VERSION].
-      prepared: of `tfds_source.find`.
-      image_size: side of the crops of images of any size, in RGB; 0 = images of one size, as they are.
-
-    Raises:
-      UserError: not stored as array_record, or images of an unknown size without `image_size`.
-    """
-    _check_format(name, prepared)
-    shape = prepared.builder.info.features[prepared.image_key].shape
-    if not image_size and None in shape[:2]:
-        shape = (*np.asarray(_split(name, prepared, "train", grey=False).read(0)[0]).shape[:2], shape[2])
-    grey = shape[2] == 1 and not image_size
-    train = _split(name, prepared, "train", grey=grey)
-    test = _test(name, prepared, grey=grey)
-    mean, std = published(name) or _normalization(name, train, image_size)
-    identity = [[file.relative_to(prepared.root).as_posix(), file.stat().st_size] for file in sorted(prepared.files)]
-    image = (image_size, image_size, 3) if image_size else (shape[0], shape[1], 1 if grey else 3)
-    names = prepared.class_names
-    digest = _digest([*names], prepared.builder.info.full_name, identity)
-    return StreamedDataset(name, train, test, image, names, mean, std, digest)
-
-
-def _check_format(name: str, prepared: tfds_source.Prepared) -> None:
-    import tensorflow_datasets as tfds
-
-    stored = prepared.builder.info.file_format
-    if stored != tfds.core.FileFormat.ARRAY_RECORD:
-        shown = stored.value if stored is not None else "an unknown format"
-        raise UserError(
-            f"tfds:{name}: stored as {shown}, which cannot be streamed; allowed: array_record, which "
-            f"`tfds convert_format --dataset_dir={prepared.root} --out_file_format=array_record --out_path=DIR` writes "
-            "where TensorFlow is installed"
-        )
-
-
-def _split(name: str, prepared: tfds_source.Prepared, split: str, *, grey: bool) -> PreparedRecords:
-    import tensorflow_datasets as tfds
-
-    from prdarts_jax.data.records import PreparedRecords
-
-    where = f"tfds:{name}: split {split!r}"
-    try:
-        data = prepared.builder.as_data_source(split=split, decoders={prepared.image_key: tfds.decode.SkipDecoding()})
-        found = len(data)
-    except Exception as error:  # missing or damaged files surface as whatever array_record raises
-        why = tfds_source.reason(error)
-        raise UserError(f"{where}: cannot be read from {prepared.root} ({why}); allowed: an undamaged set") from error
-    if found != prepared.count(split):
-        raise UserError(
-            f"{where}: {found} examples in {prepared.root}, but its dataset_info.json says {prepared.count(split)}; "
-            "allowed: a completely prepared set"
-        )
-    return PreparedRecords(where, data, prepared.image_key, prepared.label_key, len(prepared.class_names), grey)
-
-
-def _test(name: str, prepared: tfds_source.Prepared, *, grey: bool) -> PreparedRecords | ArrayRecords:
-    """The records of `test`, else of `validation`: ImageNet's `test` carries -1 for every label."""
-    from prdarts_jax.data.records import ArrayRecords
-
-    for split in ("test", "validation"):
-        if prepared.count(split):
-            records = _split(name, prepared, split, grey=grey)
-            if int(records.data[0][prepared.label_key]) >= 0:
-                return records
-    return ArrayRecords(name, np.zeros((0, 1, 1, 3), np.uint8), np.zeros((0,), np.int32), grey)
-
-
-# --- sizes, figures, identity -----------------------------------------------------------------------------------------
-
-
-def _folder_bytes(listing: folder_source.Listing) -> int:
-    """What the set would take if every image had the size of the first."""
-    from prdarts_jax.data.images import read_header
-
-    (width, height), grey = read_header(listing.train_files[0])
-    return (len(listing.train_files) + len(listing.test_files)) * height * width * (1 if grey else 3)
-
-
-def _prepared_bytes(name: str, prepared: tfds_source.Prepared) -> int:
-    import tensorflow_datasets as tfds
-
-    shape = prepared.builder.info.features[prepared.image_key].shape
-    array_record = prepared.builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
-    if None in shape[:2]:
-        if not array_record:
-            return 0  # the other way reads it, or says why it cannot
-        width, height = _split(name, prepared, "train", grey=False).read(0)[0].size
-        shape = (height, width, shape[2])
-    count = prepared.count("train") + (prepared.count("test") or prepared.count("validation"))
-    return count * int(np.prod(shape))
-
-
-def _normalization(
-    where: str, train: FileRecords | PreparedRecords, image_size: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """ImageNet's figures for its recipe; for images of one size those of a fixed sample of the training images."""
+        raise UserError(f"{name}: {channels} channels cannot be streamed; allowed: 1 (grey) | 3 (RGB)")
+    train = ArrayRecords(name, dataset.train_images, dataset.train_labels)
+    test = ArrayRecords(name, dataset.test_images, dataset.test_labels)
+    image, mean, std = dataset.image, dataset.mean, dataset.std
     if image_size:
-        return IMAGENET
-    count = len(train)
+        image, mean, std = (image_size, image_size, 3), mean * (3 // channels), std * (3 // channels)
+    return StreamedDataset(name, train, test, image, dataset.class_names, mean, std, dataset.digest)
+
+
+def from_files(source: str, stored: Stored, image_size: int = 0) -> StreamedDataset:
+    """A set of files as a streamed one.
+
+    Args:
+      source: as in the config.
+      stored: its files.
+      image_size: side of the crops of images of any size, in RGB; 0 = images of one size, as they are.
+
+    Raises:
+      UserError: files that cannot be read or streamed; without `image_size`, images of different sizes.
+    """
+    train, test = stored.records()
+    height, width, channels = (image_size, image_size, 3) if image_size else stored.shape()
+    image = (height, width, 1 if channels == 1 else 3)
+    figures = published(source) or (IMAGENET if image_size else None)
+    mean, std = figures or _measured("folder" if isinstance(stored, Folder) else stored.name, train, image[2])
+    # Compared on resume: the form of this text may not change.
+    identity = json.dumps(["files", list(stored.class_names), *stored.identity()])
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    return StreamedDataset(stored.name, train, test, image, stored.class_names, mean, std, digest)
+
+
+def _measured(where: str, train: Records, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of a fixed sample of the training images, which have one size."""
+    order = np.random.RandomState(_STATISTICS_SEED).permutation(len(train))
     # All of them, in their order, if they are few: then the figures are those of the set on the device.
-    chosen = np.random.RandomState(_STATISTICS_SEED).permutation(count)[:STATISTICS_IMAGES]
-    pixels = [np.asarray(train.read(index)[0]) for index in sorted(chosen.tolist())]
-    for index, image in zip(sorted(chosen.tolist()), pixels, strict=True):
+    chosen = sorted(order[:STATISTICS_IMAGES].tolist())
+    pixels = [np.asarray(train.read(index, channels)[0]) for index in chosen]
+    for index, image in zip(chosen, pixels, strict=True):
         if image.shape != pixels[0].shape:
             raise UserError(
                 f"{train.name(index)}: image {list(image.shape[:2])}, the first is {list(pixels[0].shape[:2])}; "
                 "allowed: one size for all images, or data.image_size in a training"
             )
     images = np.stack(pixels)
-    return statistics(where, images if images.ndim == 4 else images[..., None])
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(["files", *parts]).encode()).hexdigest()
+    return statistics(where, images.reshape(*images.shape[:3], -1))

@@ -171,8 +171,8 @@ def measure_streamed(
     """
     found: list[tuple[np.ndarray, ...]] = []
 
-    def place(batch: prefetch.Batch) -> Images:
-        return sharding.split_batch(mesh, Images(*batch))
+    def place(batch: Images) -> Images:
+        return sharding.split_batch(mesh, batch)
 
     with prefetch.prefetched(batches, place, workers=workers) as items:
         for data in items:

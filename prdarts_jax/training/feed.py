@@ -147,8 +147,8 @@ class _Streamed:
         )
         self.items: Iterator[Images] = iter(())
 
-    def _place(self, batch: prefetch.Batch) -> Images:
-        return sharding.split_batch(self.mesh, Images(*batch))
+    def _place(self, batch: Images) -> Images:
+        return sharding.split_batch(self.mesh, batch)
 
     def open(self, step: int) -> None:
         if step == len(self.train):
