@@ -7,7 +7,6 @@ import hashlib
 import io
 import logging
 import os
-import shutil
 import tarfile
 import tempfile
 import zlib
@@ -100,18 +99,18 @@ def prepare(name: str, archive: Path, data_dir: Path, *, check_digest: bool = Tr
         names, splits = _read_archive(name, layout, archive)
         if check_digest:
             _warn_if_unofficial(name, layout, archive, splits)
-        with _new_directory(data_dir) as parent:
-            scratch = Path(tempfile.mkdtemp(prefix=f".prepare-{name}-", dir=parent))
+        with (
+            _new_directory(data_dir) as parent,
+            tempfile.TemporaryDirectory(prefix=f".prepare-{name}-", dir=parent, ignore_cleanup_errors=True) as scratch,
+        ):
             try:
-                written = _write(base, scratch, layout, names, splits)
+                written = _write(base, Path(scratch), layout, names, splits)
                 target.parent.mkdir(exist_ok=True)
                 # One rename: the set is there completely or not at all, also after a kill.
                 os.rename(written, target)
             # A full disk is an OSError of Python or a RuntimeError of array_record.
             except (OSError, RuntimeError) as error:
                 raise RunError(f"--data-dir: writing {target} failed ({error}); nothing was kept") from error
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
