@@ -275,7 +275,7 @@ def epochs(given: Mapping[str, Any]) -> Iterator[Row]:
         numbers["tau"] = case.tau
         progress = {name: np.float32(value) for name, value in numbers.items()}
         data = sharding.replicate(mesh, Images(dataset.train_images, dataset.train_labels))
-        programs = search_program.Programs(problem, mesh, images.shape[1:])
+        programs = search_program.SearchPrograms(problem, mesh, images.shape[1:])
         carry, program = sharding.replicate(mesh, programs.initial(key, progress)), programs.dispatch
         positions = np.arange(case.batch, dtype=np.int32)
         args = (orders, positions, key, progress, data)

@@ -126,7 +126,7 @@ def train(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     network = NetworkConfig(channels=case.channels, cells=case.cells)
     config = TrainConfig(network=network, batch_size=case.batch, dtype=dtype)
     unit = ((0.0,) * 3, (1.0,) * 3)
-    problem = train_inputs.make_problem(config, Genotype.named(case.genotype), 10, unit, {})
+    problem = train_inputs.make_problem(config, Genotype.named(case.genotype), 10, unit)
     pool = [_batch(i, case.batch, case.side, dtype) for i in range(POOL)]
 
     def initial(key: jax.Array) -> train_program.TrainState:

@@ -62,7 +62,7 @@ def main() -> None:
     data = sharding.replicate(inputs.mesh, Images(dataset.train_images, dataset.train_labels))
     lap("prepare_s")
     if given["kind"] == "search":
-        programs = search_program.Programs(inputs.problem, inputs.mesh, images.shape[1:])
+        programs = search_program.SearchPrograms(inputs.problem, inputs.mesh, images.shape[1:])
         carry: Any = sharding.replicate(inputs.mesh, programs.initial(key, progress))
     else:
         carry = train_program.initial_carry(inputs.problem, inputs.mesh, key, images.shape[1:])

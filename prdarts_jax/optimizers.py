@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from prdarts_jax.config import schema, userfile
 from prdarts_jax.config.search import ArchConfig, WeightsConfig
-from prdarts_jax.config.source_digest import source_digest
 from prdarts_jax.config.train import SCALE_BATCH, TrainConfig
+from prdarts_jax.config.userfile import UserObject
 from prdarts_jax.errors import UserError
 
 
@@ -75,40 +76,52 @@ def set_hyperparameters(opt_state: Any, tx: optax.GradientTransformation) -> Any
 
 
 def transformation(
-    config: Any,
-    group: str,
-    given: Any,
-    default: Callable[[], optax.GradientTransformation],
-    digests: dict[str, str],
-) -> optax.GradientTransformation:
+    config: Any, group: str, argument: Any, default: Callable[[], optax.GradientTransformation]
+) -> UserObject:
     """The optimizer of a group: the caller's, the one `GROUP.transform` names, or the default.
 
     Args:
       config: of the run; a function of the user is called with it.
       group: the section of the config.
-      given: a transformation, a function of the config, or None.
+      argument: a transformation, a function of the config, or None.
       default: makes the one of the config's numbers.
-      digests: receives the digest of the user's source.
+
+    Returns:
+      the transformation, and the digest of the user's file if it is from one.
 
     Raises:
       UserError: no optax transformation came of it.
     """
     spec, field = schema.get(config, f"{group}.transform"), f"{group}.transform"
-    if given is None and spec:
-        loaded = userfile.load(spec, field)
-        given, digests[field] = loaded.value, loaded.digest
-    elif given is not None:
-        digests[field] = source_digest(given)
-    if given is None:
-        return default()
-    made = given
-    if not isinstance(given, optax.GradientTransformation) and callable(given):
-        made = userfile.call(given, config, field=field)
+    if argument is None and not spec:
+        return UserObject(default())
+    made, digest = userfile.load(spec, field) if argument is None else UserObject(argument)
+    if not isinstance(made, optax.GradientTransformation) and callable(made):
+        made = userfile.call(made, config, field=field)
     if not isinstance(made, optax.GradientTransformation):
         raise UserError(
             f"{field}: got a {type(made).__name__}; allowed: an optax transformation, or a function of the config"
         )
-    return made
+    return UserObject(made, digest)
+
+
+def program_text(tx: optax.GradientTransformation, parameters: Any) -> str:
+    """The first state and an update of a transformation as StableHLO: what it computes, its frozen numbers included.
+
+    Args:
+      tx: of the caller.
+      parameters: their shapes, a tree of `jax.ShapeDtypeStruct`.
+
+    >>> shapes = jax.ShapeDtypeStruct((2,), jnp.float32)
+    >>> program_text(optax.sgd(0.1), shapes) == program_text(optax.sgd(0.2), shapes)
+    False
+    """
+
+    def both(parameters: Any) -> Any:
+        state = tx.init(parameters)
+        return state, tx.update(jax.tree.map(jnp.ones_like, parameters), state, parameters)
+
+    return jax.jit(both).lower(parameters).as_text()
 
 
 def base_rate(config: TrainConfig) -> float:
@@ -124,9 +137,10 @@ def base_rate(config: TrainConfig) -> float:
 def sgd(config: TrainConfig) -> optax.GradientTransformation:
     """SGD of the config's numbers, with the learning rate as a hyperparameter of the state.
 
-    >>> import jax.numpy as jnp
-    >>> print(sgd(TrainConfig()).init({"w": jnp.zeros(2)}).hyperparams["learning_rate"])
-    0.025
+        >>> import jax
+    import jax.numpy as jnp
+        >>> print(sgd(TrainConfig()).init({"w": jnp.zeros(2)}).hyperparams["learning_rate"])
+        0.025
     """
     weights = config.weights
     return weight_transform(

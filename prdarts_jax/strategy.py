@@ -15,7 +15,7 @@ from prdarts_jax.gates import Gates
 from prdarts_jax.space.genotype import Genotype
 
 Arch = Any  # the architecture parameters, a pytree
-Progress = Mapping[str, Any]  # numbers that change between epochs, as scalars: they enter the compiled step as arrays
+Numbers = Mapping[str, Any]  # numbers that change between epochs, as scalars: they enter the compiled step as arrays
 
 
 class Traits(NamedTuple):
@@ -37,11 +37,11 @@ class Strategy(NamedTuple):
     Attributes:
       init: key -> arch.
       schedule: (epoch, epochs) -> {name: float}: the progress of an epoch (temperature, ramps, coefficients).
-      sample: (key, arch, progress) -> Gates; differentiable in arch.
-      expected: (arch, progress) -> Gates: the deterministic stand-in of a sample, for evaluation.
-      penalty: (arch, gates, progress) -> (scalar, {name: scalar}): the scalar is added to the validation loss; the
+      sample: (key, arch, numbers) -> Gates; differentiable in arch.
+      expected: (arch, numbers) -> Gates: the deterministic stand-in of a sample, for evaluation.
+      penalty: (arch, gates, numbers) -> (scalar, {name: scalar}): the scalar is added to the validation loss; the
         named terms (its summands, as a rule) and the norm of the gradient of each are logged.
-      probabilities: (arch, progress) -> {"normal", "reduce"} -> float32[E,O]: what reports call P.
+      probabilities: (arch, numbers) -> {"normal", "reduce"} -> float32[E,O]: what reports call P.
       derive: arch -> Genotype.
       end_epoch: (arch, metrics of the epoch, epoch) -> None to go on, or Stop.
       traits: static.
@@ -49,10 +49,10 @@ class Strategy(NamedTuple):
 
     init: Callable[[jax.Array], Arch]
     schedule: Callable[[int, int], dict[str, float]]
-    sample: Callable[[jax.Array, Arch, Progress], Gates]
-    expected: Callable[[Arch, Progress], Gates]
-    penalty: Callable[[Arch, Gates, Progress], tuple[jax.Array, dict[str, jax.Array]]]
-    probabilities: Callable[[Arch, Progress], dict[str, jax.Array]]
+    sample: Callable[[jax.Array, Arch, Numbers], Gates]
+    expected: Callable[[Arch, Numbers], Gates]
+    penalty: Callable[[Arch, Gates, Numbers], tuple[jax.Array, dict[str, jax.Array]]]
+    probabilities: Callable[[Arch, Numbers], dict[str, jax.Array]]
     derive: Callable[[Arch], Genotype]
     end_epoch: Callable[[Arch, Mapping[str, float], int], Stop | None] = lambda arch, metrics, epoch: None
     traits: Traits = Traits()

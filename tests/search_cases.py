@@ -31,7 +31,7 @@ from prdarts_jax.searching import loop as search_loop
 from prdarts_jax.searching import program as search_program
 from prdarts_jax.searching import sweep
 from prdarts_jax.searching.loop import SearchResult
-from prdarts_jax.searching.program import Carry
+from prdarts_jax.searching.program import SearchCarry
 
 IMAGES, BATCH, EPOCHS = 112, 8, 3
 EPOCH_STEPS = IMAGES // 2 // BATCH  # 7, a prime: dispatches of 3 leave a remainder
@@ -82,7 +82,7 @@ def search(workdir: Path, *, given: Mapping[str, Any] | None = None, **flags: An
     return search_loop.search(config(**flags), workdir, **{"data": digits(), **(given or {})})
 
 
-def final_state(workdir: Path) -> Carry:
+def final_state(workdir: Path) -> SearchCarry:
     """The newest checkpoint, restored and verified."""
     config_ = schema.from_dict(SearchConfig, json.loads((workdir / "config.json").read_text())["config"])
     if config_.method.strategy == config().method.strategy:

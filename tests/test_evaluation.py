@@ -16,6 +16,7 @@ from search_cases import one_error, rows
 from train_cases import TEST, digits, final_state, train
 
 from prdarts_jax import cli
+from prdarts_jax.config.train import TrainDataConfig
 from prdarts_jax.data.sources import from_arrays
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.interop import export
@@ -189,9 +190,9 @@ def test_weights_that_are_not_finite_are_no_result(tmp_path):
         shape = order.shape
         return train_program.Outputs(np.full(shape, np.nan), np.zeros(shape, int), np.full(shape, np.nan))
 
-    labels = np.zeros(3, np.int32)
+    measure = evaluation.make_measure(program, digits(), TrainDataConfig(), _mesh(), batch_size=2, workers=0)
     with pytest.raises(RunError, match="test_loss is nan"):
-        evaluation.measure(program, None, None, labels, batch_size=2, classes=2)
+        measure(None)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

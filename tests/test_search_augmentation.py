@@ -78,7 +78,7 @@ def _dispatch(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, seed: int = 0, 
     with search_cases.standard_promotion():
         inputs = search_inputs.prepare(config, data=dataset)
         key, progress = jax.random.key(seed), inputs.problem.strategy.schedule(0, 1)
-        carry = search_program.Programs(inputs.problem, inputs.mesh, (*SIZE, 1)).initial(key, progress)
+        carry = search_program.SearchPrograms(inputs.problem, inputs.mesh, (*SIZE, 1)).initial(key, progress)
         order = np.random.default_rng(1).permutation(40).reshape(STEPS, BATCH).astype(np.int32)
         orders = search_program.Orders(order, order[::-1].copy())
         program = search_program.make_dispatch(inputs.problem, inputs.mesh)

@@ -34,7 +34,7 @@ from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.training import inputs as train_inputs
 from prdarts_jax.training import loop as train_loop
 from prdarts_jax.training import program as train_program
-from prdarts_jax.training.program import Problem, TrainState, Variables
+from prdarts_jax.training.program import TrainProblem, TrainState, Variables
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def _problem(tx, **changes):
         "label_smoothing": 0.1,
         "ema": 0.0,
     }
-    return Problem(**{**fields, **changes})
+    return TrainProblem(**{**fields, **changes})
 
 
 def _start(problem):

@@ -12,11 +12,10 @@ import textwrap
 import threading
 from pathlib import Path
 
-import jax
 import pytest
 
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.run.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable, lock
+from prdarts_jax.run.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable
 
 HOLDER = """
     import sys
@@ -164,12 +163,3 @@ def test_a_file_cannot_be_locked(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file cannot be used: File exists"), WorkdirLock(tmp_path / "file"):
         pass
-
-
-def test_only_the_first_process_of_a_run_takes_the_lock(tmp_path, monkeypatch):
-    with lock(tmp_path / "w"):
-        with pytest.raises(UserError, match="in use by process"), lock(tmp_path / "w"):
-            raise AssertionError("locked twice")
-        monkeypatch.setattr(jax, "process_index", lambda: 1)
-        with lock(tmp_path / "w"), lock(tmp_path / "v"):
-            assert not (tmp_path / "v").exists()

@@ -26,7 +26,7 @@ from prdarts_jax.training import inputs as train_inputs
 from prdarts_jax.training import loop as train_loop
 from prdarts_jax.training import program as train_program
 from prdarts_jax.training.loop import TrainResult
-from prdarts_jax.training.program import Carry
+from prdarts_jax.training.program import TrainCarry
 
 IMAGES, TEST, BATCH, EPOCHS = 112, 37, 16, 3
 EPOCH_STEPS = IMAGES // BATCH  # 7, a prime: dispatches of 3 leave a remainder
@@ -98,7 +98,7 @@ def train(workdir: Path, *, given: Mapping[str, Any] | None = None, **flags: Any
     return train_loop.train(config(**flags), GENOTYPE, workdir, **{"data": digits(), **(given or {})})
 
 
-def final_state(workdir: Path) -> Carry:
+def final_state(workdir: Path) -> TrainCarry:
     """The newest checkpoint, restored and verified."""
     config_ = schema.from_dict(TrainConfig, json.loads((workdir / "config.json").read_text())["config"])
     inputs = train_inputs.prepare(config_, GENOTYPE, data=digits())
@@ -144,13 +144,7 @@ def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _shared() -> dict[tuple[Any, str], Callable[..., Any]]:
-    programs = (
-        "make_dispatch",
-        "make_evaluation",
-        "make_streamed_dispatch",
-        "make_streamed_evaluation",
-        "_initial",
-    )
+    programs = ("make_dispatch", "make_evaluation", "_initial")
     return {
         (train_inputs, "prepare"): _remembering(train_inputs.prepare),
         **{(train_program, name): functools.cache(getattr(train_program, name)) for name in programs},

@@ -109,8 +109,8 @@ def _population(
 
     result = population.search_population(config, workdir, sweep, sources=sources)
     lines: list[str] = []
-    if result.report and (members := data.population(workdir)):
-        lines = tables.lines(tables.settings([data.read(folder) for folder in members.folders], members.swept))
+    if result.report and (found := data.population(workdir)):
+        lines = tables.lines(tables.settings([data.read(folder) for folder in found.folders], found.swept))
     failure = ""
     if result.failures:
         (name, why), *more = result.failures.items()

@@ -180,7 +180,7 @@ def comments(kind: type) -> dict[str, str]:
     >>> comments(SearchConfig)["space.channels"]
     'C of the first cells'
     """
-    texts: dict[str, str] = {}
+    found: dict[str, str] = {}
     hints = typing.get_type_hints(kind)
     beside = {}
     # A class may extend another one, whose fields come first.
@@ -191,10 +191,10 @@ def comments(kind: type) -> dict[str, str]:
     for f in dataclasses.fields(kind):
         hint = hints[f.name]
         if dataclasses.is_dataclass(hint):
-            texts |= {f"{f.name}.{path}": text for path, text in comments(hint).items()}  # type: ignore[arg-type]
+            found |= {f"{f.name}.{path}": text for path, text in comments(hint).items()}  # type: ignore[arg-type]
         else:
-            texts[f.name] = beside[f.name]
-    return texts
+            found[f.name] = beside[f.name]
+    return found
 
 
 def get(config: Any, path: str) -> Any:

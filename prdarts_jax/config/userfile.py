@@ -25,7 +25,7 @@ class UserObject(NamedTuple):
     """An object from a user's file, and the digest of the source it came from."""
 
     value: Any
-    digest: str  # sha256 of the file, hexadecimal: compared on resume
+    digest: str = ""  # SHA-256 of the file, hexadecimal: compared on resume; empty: it came from no file of the user
 
 
 def is_path(spec: str) -> bool:
@@ -179,16 +179,16 @@ def _said(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {text}", 300, placeholder=" ...")
 
 
-def user_primitives(file: str, field: str, digests: dict[str, str]) -> Mapping[str, Any] | None:
-    """PRIMITIVES of a user's file, or None without a file.
+def user_primitives(file: str, field: str) -> UserObject:
+    """PRIMITIVES of a user's file: name -> primitive; empty without a file.
 
     Raises:
       UserError: no such dict in it.
     """
     if not file:
-        return None
-    module = load_module(file, field)
-    found, digests[field] = getattr(module.value, "PRIMITIVES", None), module.digest
-    if not isinstance(found, Mapping):
+        return UserObject({})
+    module, digest = load_module(file, field)
+    table = getattr(module, "PRIMITIVES", None)
+    if not isinstance(table, Mapping):
         raise UserError(f"{field}: {file!r} has no dict PRIMITIVES; allowed: name -> Primitive")
-    return found
+    return UserObject(table, digest)

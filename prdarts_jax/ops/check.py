@@ -16,7 +16,7 @@ from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.primitives import Primitive
 
 
-def primitives(
+def check_primitives(
     user: Mapping[str, Primitive],
     uses: Iterable[tuple[str, int]],
     *,

@@ -143,7 +143,7 @@ def resolve(
     chosen = PRESETS[preset]
     method = flags.get("method.strategy", chosen.method)
     own_method = {**chosen.method_settings, **_as_paths(chosen.options)} if method == chosen.method else {}
-    layers = {  # the later wins; settings of a strategy never name options, so the first two do not meet
+    layers = {
         f"strategy {method}": registry.settings(method),
         "default": _as_paths(registry.options(method)),
         f"preset {preset}": {**chosen.settings, **own_method},

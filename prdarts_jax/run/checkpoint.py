@@ -16,7 +16,6 @@ import contextlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +28,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from prdarts_jax.devices.processes import is_first, share, together
-from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.run import digests
 from prdarts_jax.run.digests import HostLeaf, by_path, dtype_name, flatten_digests, host_leaves, is_key, json_digest
 from prdarts_jax.run.storage_errors import reason, require_room, silence_writers
@@ -99,12 +98,13 @@ class Checkpointer:
 
     Use it as a context manager: leaving it waits for the save in flight, also when an exception leaves it. Opening it
     touches nothing on disk; the directory is made, and left-overs of a killed run are removed, by the first save.
-    Of a run of several processes one has a Checkpointer, and waits for no other (`distributed.restore_latest`).
+    Of a run of several processes one writes, and waits for no other (`restore_latest`).
 
     Args:
         directory: where the step directories live (made absolute; need not exist).
         keep: how many complete checkpoints stay; an older one goes only after the newer one is complete.
         warn: called with one line for each checkpoint that cannot be used.
+        writes: False on a process that leaves it to another one, which has the same state.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as d, Checkpointer(Path(d) / "checkpoints") as checkpoints:
@@ -114,13 +114,14 @@ class Checkpointer:
     (3, [1.0, 1.0], {'epoch': 1})
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2, warn: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, keep: int = 2, warn: Callable[[str], None] = warn, writes: bool = True
+    ) -> None:
         if keep < 1:
             raise UserError(f"keep: {keep} checkpoints; allowed: an integer >= 1")
         silence_writers()
         self._directory = Path(directory).expanduser().resolve()
-        self._keep = keep
-        self._warn = warn or (lambda line: print(line, file=sys.stderr))
+        self._keep, self._warn, self._writes = keep, warn, writes
         self._writer: ocp.AsyncCheckpointer | None = None
         self._pending: int | None = None  # the step being written
         self._aside: frozenset[int] = frozenset()  # newer than the restored one: moved away by the next save
@@ -194,6 +195,8 @@ class Checkpointer:
         Raises:
             RunError: the previous save or this one failed; the last good checkpoint is left as it was.
         """
+        if not self._writes:
+            return
         leaves = host_leaves(state)
         if not any(leaf.value.size for leaf in leaves.values()):
             raise ValueError("the state holds no number to save")

@@ -19,21 +19,15 @@ from jax.sharding import Mesh, PartitionSpec
 
 from prdarts_jax.config.search import RunConfig
 from prdarts_jax.devices import processes, sharding
-from prdarts_jax.run import checkpoint, followers, provenance
-from prdarts_jax.run.checkpoint import Checkpointer
+from prdarts_jax.run import provenance
+from prdarts_jax.run.checkpoint import Checkpointer, restore_latest
 from prdarts_jax.run.metrics import MetricsLog, check_finite
 from prdarts_jax.run.progress import Progress
 from prdarts_jax.run.signals import StopRequest
 
 Carry = TypeVar("Carry")
 Result = TypeVar("Result")
-
-
-class Epoch(NamedTuple):
-    """What an epoch computes with."""
-
-    batches: Any  # a tree of int32[S,B]: the global batches, as indices
-    progress: Mapping[str, np.float32]  # the numbers that change between epochs
+Numbers = Mapping[str, np.float32]  # what changes between epochs and enters the compiled steps
 
 
 class Start(NamedTuple):
@@ -58,11 +52,11 @@ class Work(NamedTuple):
     steps: np.int32
     fresh: np.bool_
     batches: Any
-    progress: Mapping[str, np.float32]
+    numbers: Numbers
 
     def done(self) -> Done:
         """What the run wants back, computed by its own program."""
-        return self.loop.dispatch(self.carry, self.steps, self.fresh, self.batches, self.progress)
+        return self.loop.dispatch(self.carry, self.steps, self.fresh, self.batches, self.numbers)
 
 
 Done = tuple[Any, Mapping[str, Any]]  # (carry, each metric of each step)
@@ -122,22 +116,26 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         """Called once, with the step the run goes on from, before anything is computed."""
 
     @abstractmethod
-    def epoch(self, epoch: int) -> Epoch:
-        """The batches and numbers of an epoch."""
+    def numbers(self, epoch: int) -> dict[str, float]:
+        """What changes between epochs and enters the compiled steps: learning rates, a temperature."""
+
+    @abstractmethod
+    def batches(self, epoch: int) -> Any:
+        """A tree of int32[S,B]: the global batches of an epoch, as indices."""
 
     @abstractmethod
     def dispatch(
-        self, carry: Carry, count: np.int32, fresh: np.bool_, batches: Any, progress: Mapping[str, np.float32]
+        self, carry: Carry, count: np.int32, fresh: np.bool_, batches: Any, numbers: Numbers
     ) -> tuple[Carry, Mapping[str, jax.Array]]:
         """`count` steps on the first `count` of the batches; the metrics of each, float32[S]. The carry is donated."""
 
     @abstractmethod
-    def shown(self, carry: Carry, values: Mapping[str, np.ndarray], now: Epoch) -> dict[str, Any]:
+    def shown(self, carry: Carry, values: Mapping[str, np.ndarray], numbers: Numbers) -> dict[str, Any]:
         """The fields a person sees beside the progress bar."""
 
     @abstractmethod
     def end_epoch(
-        self, carry: Carry, epoch: int, step: int, now: Epoch, log: MetricsLog, bar: Progress, speed: Speed
+        self, carry: Carry, epoch: int, step: int, numbers: Numbers, log: MetricsLog, bar: Progress, speed: Speed
     ) -> dict[str, Any]:
         """Writes the rows of an epoch; its values."""
 
@@ -159,6 +157,19 @@ class EpochLoop(ABC, Generic[Carry, Result]):
 
     # The loop.
 
+    def arrays(self, epoch: int) -> Numbers:
+        """The numbers of an epoch as the compiled steps take them."""
+        return {name: np.float32(value) for name, value in self.numbers(epoch).items()}
+
+    def means(self, sums: Mapping[str, Any], epoch: int) -> dict[str, Any]:
+        """The row of an epoch as every kind of run begins it: the mean of each metric, and the epoch's numbers."""
+        row: dict[str, Any] = {name: float(np.float32(total) / self.epoch_steps) for name, total in sums.items()}
+        return row | {f"progress/{name}": float(value) for name, value in self.numbers(epoch).items()}
+
+    def is_due(self, every: int, epoch: int) -> bool:
+        """Whether an epoch is one of every so many, or the last one; never if `every` is 0."""
+        return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == self.epochs)
+
     def say(self, text: str) -> None:
         """A line for people, of which there is one in a run of several processes."""
         if processes.is_first():
@@ -171,21 +182,21 @@ class EpochLoop(ABC, Generic[Carry, Result]):
 
     def work(self) -> Generator[Work, Done, Result]:
         """The same as a generator of dispatches: whoever drives it may compute those of several runs at once."""
-        run, workdir = self.start.run, self.workdir
+        run, workdir, writes = self.start.run, self.workdir, processes.is_first()
         tensorboard = workdir / "tensorboard" if run.tensorboard else None
         with (
-            followers.checkpointer(workdir / "checkpoints") as saved,
-            followers.metrics_log(workdir / "metrics.jsonl", tensorboard) as log,
+            Checkpointer(workdir / "checkpoints", writes=writes) as saved,
+            MetricsLog(workdir / "metrics.jsonl", tensorboard_dir=tensorboard, writes=writes) as log,
         ):
             carry, step = self._restore(saved)
             log.truncate_after(step)
             self.open(step)
-            shown, label = run.progress if processes.is_first() else "off", self.start.label
-            with Progress(self.total_steps, initial=step, enabled=shown, label=label) as bar:
+            shown = run.progress if writes else "off"
+            with Progress(self.total_steps, initial=step, enabled=shown, label=self.start.label) as bar:
                 return (yield from self._loop(carry, step, saved, log, bar))
 
     def _restore(self, saved: Checkpointer) -> tuple[Carry, int]:
-        found = checkpoint.restore_latest(saved, self.target())
+        found = restore_latest(saved, self.target())
         if found is None:
             return self.first(), 0
         changed = provenance.tolerance(self.start.old or {}, self.start.document)
@@ -208,13 +219,13 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         while step < self.total_steps and self.decided() is None:
             epoch, first = divmod(step, self.epoch_steps)
             speed = Speed(time.monotonic())
-            now = self.epoch(epoch)
+            batches, numbers = self.batches(epoch), self.arrays(epoch)
             for start in range(first, self.epoch_steps, length):
                 count = min(length, self.epoch_steps - start)
-                chunk = jax.tree.map(lambda b, s=start, n=count: padded(b[s : s + n], length), now.batches)
+                chunk = jax.tree.map(lambda b, s=start, n=count: padded(b[s : s + n], length), batches)
                 chunk = sharding.place(self.mesh, chunk, PartitionSpec(None, sharding.AXIS))
                 began = time.monotonic()
-                carry, rows = yield Work(self, carry, np.int32(count), np.bool_(start == 0), chunk, now.progress)
+                carry, rows = yield Work(self, carry, np.int32(count), np.bool_(start == 0), chunk, numbers)
                 values = {name: np.asarray(value)[:count] for name, value in rows.items()}
                 elapsed = time.monotonic() - began
                 if not compiled:
@@ -225,16 +236,16 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                     speed = speed._replace(images=images, seconds=seconds)
                 self._log_steps(log, epoch, step, values)
                 step += count
-                shown = self.shown(carry, values, now)
+                shown = self.shown(carry, values, numbers)
                 bar.update(count, **shown, **{"images/s": round(count * self.images_per_step / elapsed)})
                 epoch_done = start + count == self.epoch_steps
                 if epoch_done:
-                    row = self.end_epoch(carry, epoch, step, now, log, bar, speed)
+                    row = self.end_epoch(carry, epoch, step, numbers, log, bar, speed)
                 over_time = run.time_limit > 0 and time.monotonic() - self.began > 60 * run.time_limit
                 ended = self.decided()
                 wish = processes.agreed(processes.Wish(stop.signum, over_time), ended=ended is not None)
                 stop.signum, leaving = wish.signum, bool(wish)
-                due = epoch_done and ((epoch + 1) % run.checkpoint_every == 0 or step == self.total_steps)
+                due = epoch_done and self.is_due(run.checkpoint_every, epoch)
                 late = run.checkpoint_minutes > 0 and time.monotonic() - last_save > 60 * run.checkpoint_minutes
                 if due or late or leaving or ended is not None:
                     saved.save(step, carry, {"epoch": step // self.epoch_steps, "step": step, "stopped": ended})

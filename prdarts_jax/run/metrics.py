@@ -1,4 +1,4 @@
-"""Metric rows (JSON lines), their mirror in TensorBoard, and the progress of a run. Imports no jax."""
+"""Metric rows (JSON lines) and their mirror in TensorBoard. Imports no jax."""
 
 from __future__ import annotations
 
@@ -55,6 +55,15 @@ def check_finite(values: Mapping[str, SupportsFloat], step: int) -> None:
             raise RunError(f"{found}; the run stops, earlier checkpoints are kept")
 
 
+def values(row: Mapping[str, Any]) -> Row:
+    """The metrics of a row, without what says where it stands.
+
+    >>> values({"kind": "epoch", "epoch": 0, "step": 45, "train_loss": 2.25})
+    {'train_loss': 2.25}
+    """
+    return {name: value for name, value in row.items() if name not in ("kind", "epoch", "step")}
+
+
 def _scalar(name: str, value: Any) -> int | float:
     try:
         return int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -101,6 +110,7 @@ class MetricsLog:
     Args:
         path: the file; its folder must exist by the first row. Nothing is touched before.
         tensorboard_dir: also write every number as a TensorBoard scalar (needs tensorboardX).
+        writes: False on a process that leaves it to another one: nothing is touched.
 
     Raises:
         UserError: `tensorboard_dir` is given and tensorboardX is not installed.
@@ -112,12 +122,12 @@ class MetricsLog:
     '{"kind": "epoch", "epoch": 0, "step": 45, "train_loss": 2.25}\\n'
     """
 
-    def __init__(self, path: Path, *, tensorboard_dir: Path | None = None) -> None:
-        if tensorboard_dir is not None and importlib.util.find_spec("tensorboardX") is None:
+    def __init__(self, path: Path, *, tensorboard_dir: Path | None = None, writes: bool = True) -> None:
+        if writes and tensorboard_dir is not None and importlib.util.find_spec("tensorboardX") is None:
             raise UserError(
                 f"tensorboard: {tensorboard_dir} needs the package tensorboardX; install it: pip install tensorboardX"
             )
-        self.path = Path(path)
+        self.path, self._writes = Path(path), writes
         self._stream: IO[str] | None = None
         self._tensorboard_dir = tensorboard_dir
         self._mirror: Any = None
@@ -136,6 +146,8 @@ class MetricsLog:
         A row of `step` itself that the resumed run writes again (same kind and epoch) is then ignored: a kill between
         a checkpoint and the next row must not double rows.
         """
+        if not self._writes:
+            return
         self.close()
         rows = [row for row in read(self.path) if row["step"] <= step]
         if self.path.exists():
@@ -158,7 +170,7 @@ class MetricsLog:
         """
         if kind not in ("step", "epoch", "final"):
             raise ValueError(f"kind {kind!r}: allowed: step | epoch | final")
-        if self._first_step == step + 1 and (kind, epoch) in self._kept:
+        if not self._writes or (self._first_step == step + 1 and (kind, epoch) in self._kept):
             return
         numbers_ = {name: _scalar(name, value) for name, value in values.items()}
         row = {"kind": kind, "epoch": int(epoch), "step": int(step), **numbers_}
@@ -202,17 +214,23 @@ class MetricsLog:
 
 
 class EpochLog:
-    """A file of one JSON row an epoch; on resume the rows of epochs that are computed again are dropped."""
+    """A file of one JSON row an epoch; on resume the rows of epochs that are computed again are dropped.
 
-    def __init__(self, path: Path, epochs_done: int) -> None:
-        self._path = path
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            with contextlib.suppress(ValueError):  # the last line of a killed process
-                if json.loads(line)["epoch"] < epochs_done:
-                    kept.append(line)
-        if path.is_file():
-            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
+    Args:
+        path: the file; its folder exists.
+        epochs_done: how many epochs keep their rows.
+        writes: False on a process that leaves it to another one.
+    """
+
+    def __init__(self, path: Path, epochs_done: int, *, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
+        if writes and path.is_file():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the last line of a killed process
+                    if json.loads(line)["epoch"] < epochs_done:
+                        kept.append(f"{line}\n")
+            atomic_write_text(path, "".join(kept))
 
     def write(self, epoch: int, **values: Any) -> None:
         """Append the row of an epoch.
@@ -220,17 +238,18 @@ class EpochLog:
         Raises:
           RunError: the file could not be written.
         """
-        try:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"epoch": epoch, **values}) + "\n")
-        except OSError as error:
-            raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
+        if self._writes:
+            try:
+                with self._path.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"epoch": epoch, **values}) + "\n")
+            except OSError as error:
+                raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
 
 
 def check_tensorboard(run: RunConfig) -> None:
     """Refuses `run.tensorboard` without the package that writes it.
 
-    >>> check_tensorboard(cfg.RunConfig(tensorboard=False))
+    >>> check_tensorboard(RunConfig(tensorboard=False))
     """
     if run.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError("run.tensorboard: True needs the package tensorboardX; allowed: false, or install tensorboardX")

@@ -1,7 +1,8 @@
-"""What every kind of run shares, whatever it computes: its workdir, the user's own code, rows an epoch, versions."""
+"""What config.json says of a run: what is computed, on what, by which versions; and what resume compares."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -10,10 +11,8 @@ from importlib import metadata
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from prdarts_jax.config import schema
-from prdarts_jax.config.source_digest import uncomparable
 from prdarts_jax.data.stream_source import AnyDataset
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import warn
@@ -21,32 +20,25 @@ from prdarts_jax.ops import kernels
 
 _PACKAGES = ("prdarts-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ONE_PROCESS = {"processes": 1, "distributed": False}  # where a config.json does not say it
-# --- the workdir ------------------------------------------------------------------------------------------------------
 
 
-# --- the user's own code ----------------------------------------------------------------------------------------------
+def document(kind: str, config: Any, inputs: Any, sources: Mapping[str, str] | None, **more: Any) -> dict[str, Any]:
+    """The content of config.json: what is computed, on what, by which versions.
 
-
-# --- config.json ------------------------------------------------------------------------------------------------------
-
-
-def document(
-    kind: str,
-    config: Any,
-    *,
-    sources: Mapping[str, str] | None,
-    digests: Mapping[str, str],
-    dataset: AnyDataset,
-    mesh: Mesh,
-    **more: Any,
-) -> dict[str, Any]:
-    """The content of config.json: what is computed, on what, by which versions."""
+    Args:
+      kind: search | train.
+      config: of the run.
+      inputs: its parts: digests, dataset, mesh.
+      sources: where each value of the config comes from.
+      **more: what else this kind of run keeps.
+    """
+    dataset: AnyDataset = inputs.dataset
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "kind": kind,
         "config": schema.to_dict(config),
         "sources": dict(sources or {}),
-        "digests": dict(digests),
+        "digests": dict(inputs.digests),
         "data": {
             "name": dataset.name,
             "classes": list(dataset.class_names),
@@ -55,12 +47,12 @@ def document(
         },
         **more,
         "versions": versions(),
-        "devices": sharding.describe(mesh),
+        "devices": sharding.describe(inputs.mesh),
         "platform": {
             "backend": jax.default_backend(),
-            "cores": _cores(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             "cpu_kernels": kernels.kernels().description,
-            "devices": mesh.size,
+            "devices": inputs.mesh.size,
             "processes": jax.process_count(),
             # On CPU other collectives are used then, of one process as of many: their sums have another order.
             "distributed": jax.distributed.is_initialized(),
@@ -95,15 +87,9 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that compute."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tolerance(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -114,11 +100,5 @@ def tolerance(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     before = {**_ONE_PROCESS, **old.get("versions", {}), **old.get("platform", {})}
     after = {**_ONE_PROCESS, **new.get("versions", {}), **new.get("platform", {})}
-    changed = [
-        f"{k} {before.get(k)} -> {after.get(k)}" for k in sorted(before | after) if before.get(k) != after.get(k)
-    ]
-    hidden = {field: uncomparable(digest) for field, digest in new.get("digests", {}).items()}
-    return changed + [f"uncomparable: {types} in {field}" for field, types in hidden.items() if types]
-
-
-# --- small pieces -----------------------------------------------------------------------------------------------------
+    names = sorted(before | after)
+    return [f"{name} {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)]

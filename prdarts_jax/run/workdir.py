@@ -9,15 +9,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-import jax
+from typing import Any, Self, TypeVar
 
 from prdarts_jax.config import schema
+from prdarts_jax.devices import processes
 from prdarts_jax.errors import RunError, UserError
+
+T = TypeVar("T")
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -87,6 +88,21 @@ def check_writable(path: Path) -> None:
     except OSError as error:
         reason = f"{existing} cannot be written ({error.strerror or error})"
         raise UserError(f"workdir: {path} cannot be {verb}: {reason}; name another folder") from error
+
+
+def prepared_for(workdir: Path, prepare: Callable[[], T]) -> T:
+    """What `prepare` makes, on every process, for a run in a workdir that can be written.
+
+    Raises:
+      UserError: see `check_writable`, or what `prepare` raises; on all processes.
+    """
+
+    def checked() -> T:
+        if processes.is_first():
+            check_writable(workdir)
+        return prepare()
+
+    return processes.prepared(checked)
 
 
 class WorkdirLock:
@@ -223,14 +239,43 @@ def _no_run(path: Path, noun: str) -> UserError:
     return UserError(f"workdir: {path} is not the config of a {noun}; allowed: a new folder or one of a {noun}")
 
 
-def clear(workdir: Path, own: Iterable[str]) -> None:
-    """Removes a run's own files and folders, in this order, and nothing else."""
-    for name in own:
-        path = workdir / name
+def claim(
+    lock: contextlib.ExitStack,
+    workdir: Path,
+    document: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    compared: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    own: Iterable[str],
+) -> dict[str, Any] | None:
+    """Takes a workdir for a run: checks it, locks it, clears it if it is to be overwritten, writes config.json.
+
+    Args:
+      lock: holds the lock from now on.
+      workdir, document, overwrite, compared: as in `check_workdir`.
+      own: the files and folders a run of this kind writes, in the order in which they are cleared.
+
+    Returns:
+      the config.json of the run that goes on here, or None where one begins.
+
+    Raises:
+      UserError: see `check_workdir`, or the workdir is in use; nothing is changed.
+    """
+
+    def check() -> dict[str, Any] | None:
+        return check_workdir(workdir, document, overwrite=overwrite, compared=compared)
+
+    check()
+    lock.enter_context(WorkdirLock(workdir))
+    old = check()  # again, now that no other process can change it
+    for path in (workdir / name for name in own) if overwrite else ():
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    if old is None:
+        atomic_write_json(workdir / "config.json", document)
+    return old
 
 
 def report_path(workdir: Path) -> Path | None:
@@ -239,11 +284,11 @@ def report_path(workdir: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def no_report(noun: str, error: Exception) -> RunError:
-    """The error of a run that is finished but for its report; the next start makes it."""
-    return RunError(f"the {noun} is finished, its report could not be written: {error}; start it again for the report")
-
-
-def locked(workdir: Path) -> contextlib.AbstractContextManager[object]:
-    """The lock on a workdir; processes of one distributed run share it, so only the first of them takes it."""
-    return WorkdirLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+@contextlib.contextmanager
+def reporting(noun: str) -> Iterator[None]:
+    """A block that makes the report of a finished run; what fails in it is one line, and the next start makes it."""
+    try:
+        yield
+    except (OSError, RunError, UserError) as error:
+        made = f"the {noun} is finished, its report could not be written: {error}; start it again for the report"
+        raise RunError(made) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import optax
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from prdarts_jax import optimizers
 from prdarts_jax.config import userfile
 from prdarts_jax.config.search import MethodConfig, SearchConfig
-from prdarts_jax.config.source_digest import source_digest
+from prdarts_jax.config.userfile import UserObject
 from prdarts_jax.data.augment import check_augment
 from prdarts_jax.data.batches import check_batch, split_indices
 from prdarts_jax.data.sources import Dataset, load
@@ -22,31 +22,33 @@ from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.run import provenance
 from prdarts_jax.run.metrics import check_tensorboard
-from prdarts_jax.searching import dry_run
-from prdarts_jax.searching.program import Problem
+from prdarts_jax.searching.own_code import ARCH, METHOD, WEIGHTS, try_out
+from prdarts_jax.searching.program import SearchProblem
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import registry
 from prdarts_jax.strategy import Strategy
 
+Transformation: TypeAlias = optax.GradientTransformation | Callable[[SearchConfig], optax.GradientTransformation]
 
-class Inputs(NamedTuple):
+
+class SearchInputs(NamedTuple):
     """The parts of a search."""
 
-    problem: Problem
+    problem: SearchProblem
     dataset: Dataset
     mesh: Mesh
-    digests: dict[str, str]  # what a config cannot hold: data, and source of the user's own code
+    digests: dict[str, str]  # what a config cannot hold: data, and the caller's own code
 
 
 def prepare(
     config: SearchConfig,
     *,
-    weight_tx: optax.GradientTransformation | Callable[[SearchConfig], optax.GradientTransformation] | None = None,
-    arch_tx: optax.GradientTransformation | Callable[[SearchConfig], optax.GradientTransformation] | None = None,
+    weight_tx: Transformation | None = None,
+    arch_tx: Transformation | None = None,
     strategy: Strategy | Callable[..., Strategy] | None = None,
     data: Dataset | None = None,
-    like: Inputs | None = None,
-) -> Inputs:
+    like: SearchInputs | None = None,
+) -> SearchInputs:
     """Loads and checks everything a search needs. Nothing is written to the disk but the cache of decoded images.
 
     Args:
@@ -60,46 +62,79 @@ def prepare(
       UserError: anything that is not possible, named by its field.
     """
     check_tensorboard(config.run)
-    digests: dict[str, str] = {}
     mesh = sharding.make_mesh(sharding.choose_devices(config.run.devices))
-    data = like.dataset if like is not None else data
-    dataset = data if data is not None else load(config.data.source, config.run.data_dir or None)
-    digests["data"] = dataset.digest
-    images = dataset.train_images
-    check_augment(images.shape[1:3], crop_padding=config.data.crop_padding, cutout=config.data.cutout)
-    check_batch(config.batch_size, len(halves(config, len(images))[0]), mesh.size)
-
-    primitives = userfile.user_primitives(config.space.primitives, "space.primitives", digests)
-    space = (
-        like.problem.space
-        if like is not None
-        else Space.create(config.space, classes=dataset.num_classes, in_channels=images.shape[3], user=primitives)
-    )
-    problem = Problem(
+    dataset = _checked_data(config, data if like is None else like.dataset, mesh)
+    primitives = userfile.user_primitives(config.space.primitives, "space.primitives")
+    space = _space(config, primitives, dataset.num_classes, dataset.image[2]) if like is None else like.problem.space
+    parts = {
+        METHOD: _method(config, space, strategy),
+        WEIGHTS: optimizers.transformation(
+            config, "weights", weight_tx, lambda: optimizers.weight_transform(config.weights)
+        ),
+        ARCH: optimizers.transformation(config, "arch", arch_tx, lambda: optimizers.arch_transform(config.arch)),
+    }
+    problem = SearchProblem(
         space=space,
-        strategy=_strategy(config, space, strategy, digests),
-        weight_tx=optimizers.transformation(
-            config, "weights", weight_tx, lambda: optimizers.weight_transform(config.weights), digests
-        ),
-        arch_tx=optimizers.transformation(
-            config, "arch", arch_tx, lambda: optimizers.arch_transform(config.arch), digests
-        ),
+        strategy=parts[METHOD].value,
+        weight_tx=parts[WEIGHTS].value,
+        arch_tx=parts[ARCH].value,
         data=config.data,
         mean=dataset.mean,
         std=dataset.std,
         dtype=config.dtype,
         local_batch_norm=config.local_batch_norm,
     )
-    # What is not the user's has its tests; tracing a large network costs seconds.
-    made = {
-        "method.strategy": problem.strategy,
-        "weights.transform": problem.weight_tx,
-        "arch.transform": problem.arch_tx,
-    }
-    given = {field: value for field, value in made.items() if field in digests}
+    # What is the library's has its tests, and tracing a large network costs seconds.
+    arguments = zip(parts, (strategy, weight_tx, arch_tx), strict=True)
+    own = {field: parts[field].value for field, given in arguments if given is not None or parts[field].digest}
+    digests = {field: part.digest for field, part in {"space.primitives": primitives, **parts}.items() if part.digest}
     if like is None:
-        dry_run.search(problem, mesh, images.shape[1:], config.epochs, primitives or {}, given)
-    return Inputs(problem, dataset, mesh, digests)
+        digests = try_out(problem, mesh, dataset.image, config.epochs, primitives.value, own) | digests
+    else:
+        digests = {field: like.digests[field] for field in own} | digests
+    return SearchInputs(problem, dataset, mesh, {"data": dataset.digest, **digests})
+
+
+def _checked_data(config: SearchConfig, data: Dataset | None, mesh: Mesh) -> Dataset:
+    """The images of a search, if they can be batched and augmented as the config says."""
+    dataset = data if data is not None else load(config.data.source, config.run.data_dir or None)
+    check_augment(dataset.image[:2], crop_padding=config.data.crop_padding, cutout=config.data.cutout)
+    check_batch(config.batch_size, len(halves(config, dataset.train_size)[0]), mesh.size)
+    return dataset
+
+
+def _space(config: SearchConfig, primitives: UserObject, classes: int, channels: int) -> Space:
+    return Space.create(config.space, classes=classes, in_channels=channels, user=primitives.value)
+
+
+def _method(config: SearchConfig, space: Space, argument: Strategy | Callable[..., Strategy] | None) -> UserObject:
+    """The strategy of a search; with the digest of the user's file if it is from one."""
+    if isinstance(argument, Strategy):
+        return UserObject(argument)
+    name, digest = config.method.strategy, ""
+    if argument is not None:
+        made = userfile.call(argument, space=space, field=METHOD)
+    else:
+        factory = functools.partial(registry.factory(name), space=space)
+        options = registry.resolve_options(name, config.method.options)
+        if userfile.is_path(name):
+            digest = userfile.load(name, METHOD).digest
+            made = userfile.call(functools.partial(factory, **options), field=METHOD)
+        else:
+            made = factory(**options)
+    if not isinstance(made, Strategy):
+        raise UserError(f"{METHOD}: {name!r} made a {type(made).__name__}; allowed: a factory of a Strategy")
+    return UserObject(made, digest)
+
+
+def check_method(config: SearchConfig) -> None:
+    """Makes the space and the strategy of a config, without data, and throws them away.
+
+    Raises:
+      UserError: an option of the method, an operation or a file of the user that is not possible.
+    """
+    primitives = userfile.user_primitives(config.space.primitives, "space.primitives")
+    _method(config, _space(config, primitives, classes=2, channels=1), None)
 
 
 def halves(config: SearchConfig, examples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,53 +158,11 @@ def with_method(config: SearchConfig, strategy: Strategy | Callable[..., Strateg
     return dataclasses.replace(config, method=MethodConfig(f"argument:{name}"))
 
 
-def _strategy(
-    config: SearchConfig, space: Space, given: Strategy | Callable[..., Strategy] | None, digests: dict[str, str]
-) -> Strategy:
-    name = config.method.strategy
-    if isinstance(given, Strategy):
-        digests["method.strategy"] = source_digest(given)
-        return given
-    if given is not None:
-        digests["method.strategy"] = source_digest(given)
-        made = userfile.call(given, space=space, field="method.strategy")
-    else:
-        factory = functools.partial(
-            registry.factory(name), space=space, **registry.resolve_options(name, config.method.options)
-        )
-        if userfile.is_path(name):
-            digests["method.strategy"] = userfile.load(name, "method.strategy").digest
-            made = userfile.call(factory, field="method.strategy")
-        else:
-            made = factory()
-    if not isinstance(made, Strategy):
-        raise UserError(f"method.strategy: {name!r} made a {type(made).__name__}; allowed: a factory of a Strategy")
-    return made
-
-
-def check_method(config: SearchConfig) -> None:
-    """Makes the space and the strategy of a config, without data, and throws them away.
-
-    Raises:
-      UserError: an option of the method, an operation or a file of the user that is not possible.
-    """
-    primitives = userfile.user_primitives(config.space.primitives, "space.primitives", {})
-    _strategy(config, Space.create(config.space, classes=2, in_channels=1, user=primitives), None, {})
-
-
-def document(config: SearchConfig, inputs: Inputs, sources: Mapping[str, str] | None) -> dict[str, Any]:
+def document(config: SearchConfig, inputs: SearchInputs, sources: Mapping[str, str] | None) -> dict[str, Any]:
     """The content of config.json."""
     space = inputs.problem.space
-    return provenance.document(
-        "search",
-        config,
-        sources=sources,
-        digests=inputs.digests,
-        dataset=inputs.dataset,
-        mesh=inputs.mesh,
-        edges=[list(edge) for edge in space.edges],
-        ops=list(space.ops),
-    )
+    edges, ops = [list(edge) for edge in space.edges], list(space.ops)
+    return provenance.document("search", config, inputs, sources, edges=edges, ops=ops)
 
 
 def compared(document: Mapping[str, Any]) -> dict[str, Any]:

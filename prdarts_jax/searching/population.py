@@ -25,19 +25,19 @@ from prdarts_jax.report.data import POPULATION, POPULATION_SCHEMA
 from prdarts_jax.run.loop import Done, Start, Work
 from prdarts_jax.run.signals import StopRequest
 from prdarts_jax.run.workdir import (
+    WorkdirLock,
     atomic_write_json,
     check_workdir,
     check_writable,
-    locked,
-    no_report,
     report_path,
+    reporting,
 )
 from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching import loop as search_loop
-from prdarts_jax.searching import same_programs
 from prdarts_jax.searching import sweep as sweeps
-from prdarts_jax.searching.inputs import Inputs
+from prdarts_jax.searching.inputs import SearchInputs
 from prdarts_jax.searching.loop import SearchResult, Shared
+from prdarts_jax.searching.own_code import same_programs
 from prdarts_jax.searching.side_by_side import SideBySide
 from prdarts_jax.searching.sweep import Member
 
@@ -65,8 +65,10 @@ class PopulationResult(NamedTuple):
 
 
 class _Prepared(NamedTuple):
+    """A member, ready to be started."""
+
     member: Member
-    inputs: Inputs
+    inputs: SearchInputs
     document: dict[str, Any]  # its config.json
 
 
@@ -129,7 +131,7 @@ def search_population(
             document["platform"]["devices"] = f"1 of {len(devices)} side by side"
             document["devices"] = sharding.describe(sharding.make_mesh(devices))
         prepared.append(_Prepared(member, inputs, document))
-    same_programs.same_programs({one.member.name: one.inputs for one in prepared})
+    same_programs({one.member.name: (one.inputs.problem, one.inputs.digests) for one in prepared})
     values = {path: list(dict.fromkeys(m.values[path] for m in members)) for path in members[0].values}
     listed = {
         "schema_version": POPULATION_SCHEMA,
@@ -138,7 +140,7 @@ def search_population(
         "members": [member.name for member in members],
     }
     _check(workdir, prepared)
-    with locked(workdir), StopRequest() as stop:
+    with WorkdirLock(workdir), StopRequest() as stop:
         _check(workdir, prepared)  # again, now that no other process can change it
         changed = _read(workdir) != listed
         if config.run.overwrite:
@@ -270,8 +272,6 @@ class _Population:
         if path is None or changed or status != "already-finished":
             from prdarts_jax.report import page as report_page
 
-            try:
+            with reporting("population"):
                 path = report_page.report([self.workdir])
-            except (OSError, RunError, UserError) as error:
-                raise no_report("population", error) from error
         return result._replace(report=path)

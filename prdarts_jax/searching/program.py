@@ -23,14 +23,14 @@ from prdarts_jax.devices.sharding import on_mesh
 from prdarts_jax.run.steps import Sums, run_steps
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
-from prdarts_jax.strategy import Progress, Strategy
+from prdarts_jax.strategy import Numbers, Strategy
 
 _INITIAL = 2**32 - 1  # in the place of a step number: the first state shares no key with a step
 _TRAIN, _VAL, _GATES = range(3)  # purposes of a step's keys
 
 
 @flax.struct.dataclass
-class Carry:
+class SearchCarry:
     """What a checkpoint holds: the state, and the sums of this epoch's metrics so far."""
 
     state: SearchState
@@ -44,7 +44,7 @@ class Orders(NamedTuple):
     val: Any  # int32[S,B]
 
 
-class Problem(NamedTuple):
+class SearchProblem(NamedTuple):
     """Static parts of a search: what is computed, without numbers that change."""
 
     space: Space
@@ -58,10 +58,10 @@ class Problem(NamedTuple):
     local_batch_norm: bool = False
 
 
-def _initial(problem: Problem, mesh: Mesh, images: tuple[int, ...]) -> Callable[[jax.Array, Progress], Carry]:
+def _initial(problem: SearchProblem, image: tuple[int, ...]) -> Callable[[jax.Array, Numbers], SearchCarry]:
     step = _step(problem, None)
 
-    def program(key: jax.Array, progress: Progress) -> Carry:
+    def program(key: jax.Array, numbers: Numbers) -> SearchCarry:
         state = bilevel.init_state(
             jax.random.fold_in(key, _INITIAL),
             space=problem.space,
@@ -69,14 +69,14 @@ def _initial(problem: Problem, mesh: Mesh, images: tuple[int, ...]) -> Callable[
             weight_tx=problem.weight_tx,
             arch_tx=problem.arch_tx,
         )
-        batch = Batch(jnp.zeros((2, *images), problem.dtype), jnp.zeros((2,), jnp.int32))
-        _, metrics = jax.eval_shape(step, state, Batches(batch, batch), key, progress)
-        return Carry(state, {name: jnp.zeros((), jnp.float32) for name in metrics})
+        batch = Batch(jnp.zeros((2, *image), problem.dtype), jnp.zeros((2,), jnp.int32))
+        _, metrics = jax.eval_shape(step, state, Batches(batch, batch), key, numbers)
+        return SearchCarry(state, {name: jnp.zeros((), jnp.float32) for name in metrics})
 
     return program
 
 
-class Programs:
+class SearchPrograms:
     """The compiled programs of a search, made when first asked for: searches that differ in arrays alone share them.
 
     Args:
@@ -84,16 +84,16 @@ class Programs:
       image: (H, W, C) of the data.
     """
 
-    def __init__(self, problem: Problem, mesh: Mesh, image: tuple[int, ...]) -> None:
+    def __init__(self, problem: SearchProblem, mesh: Mesh, image: tuple[int, ...]) -> None:
         self.problem, self.mesh, self._image = problem, mesh, image
 
     @functools.cached_property
-    def initial(self) -> Callable[[jax.Array, Progress], Carry]:
-        """(base key, progress of any epoch) -> the carry before the first step, on one device."""
-        return jax.jit(_initial(self.problem, self.mesh, self._image))
+    def initial(self) -> Callable[[jax.Array, Numbers], SearchCarry]:
+        """(base key, numbers of any epoch) -> the carry before the first step, on one device."""
+        return jax.jit(_initial(self.problem, self._image))
 
     @functools.cached_property
-    def dispatch(self) -> Callable[..., tuple[Carry, Sums]]:
+    def dispatch(self) -> Callable[..., tuple[SearchCarry, Sums]]:
         """See `make_dispatch`."""
         return make_dispatch(self.problem, self.mesh)
 
@@ -103,13 +103,15 @@ class Programs:
         return make_evaluation(self.problem, self.mesh)
 
 
-def abstract_carry(problem: Problem, mesh: Mesh, key: jax.Array, progress: Progress, image: tuple[int, ...]) -> Carry:
+def abstract_carry(
+    problem: SearchProblem, mesh: Mesh, key: jax.Array, numbers: Numbers, image: tuple[int, ...]
+) -> SearchCarry:
     """Shapes, dtypes and shardings of the carry: what a checkpoint is restored into, without computing anything."""
-    shapes = jax.eval_shape(_initial(problem, mesh, image), key, progress)
+    shapes = jax.eval_shape(_initial(problem, image), key, numbers)
     return on_mesh(mesh, shapes)
 
 
-def _step(problem: Problem, axis_name: str | None) -> Callable[..., Any]:
+def _step(problem: SearchProblem, axis_name: str | None) -> Callable[..., Any]:
     return bilevel.make_search_step(
         space=problem.space,
         strategy=problem.strategy,
@@ -120,7 +122,7 @@ def _step(problem: Problem, axis_name: str | None) -> Callable[..., Any]:
     )
 
 
-def dispatch_program(problem: Problem, axis_name: str | None) -> Callable[..., tuple[Carry, Sums]]:
+def dispatch_program(problem: SearchProblem, axis_name: str | None) -> Callable[..., tuple[SearchCarry, Sums]]:
     """What `make_dispatch` compiles, as a pure per-device function."""
     step = _step(problem, axis_name)
 
@@ -137,32 +139,32 @@ def dispatch_program(problem: Problem, axis_name: str | None) -> Callable[..., t
         return Batch(images, data.labels[index])
 
     def program(
-        carry: Carry,
+        carry: SearchCarry,
         count: jax.Array,
         fresh: jax.Array,
         orders: Orders,
         positions: jax.Array,
         key: jax.Array,
-        progress: Progress,
+        numbers: Numbers,
         data: Images,
-    ) -> tuple[Carry, Sums]:
+    ) -> tuple[SearchCarry, Sums]:
         def one(i: jax.Array, state: SearchState) -> tuple[SearchState, Sums]:
             keys = [jax.random.fold_in(jax.random.fold_in(key, state.step), purpose) for purpose in range(3)]
             batches = Batches(
                 load(keys[_TRAIN], data, orders.train[i], positions),
                 load(keys[_VAL], data, orders.val[i], positions),
             )
-            return step(state, batches, keys[_GATES], progress)
+            return step(state, batches, keys[_GATES], numbers)
 
         length = orders.train.shape[0]
         state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=length)
-        return Carry(state, sums), rows
+        return SearchCarry(state, sums), rows
 
     return program
 
 
-def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Sums]]:
-    """The jitted program (carry, count, fresh, orders, positions, key, progress, data) -> (carry, rows).
+def make_dispatch(problem: SearchProblem, mesh: Mesh) -> Callable[..., tuple[SearchCarry, Sums]]:
+    """The jitted program (carry, count, fresh, orders, positions, key, numbers, data) -> (carry, rows).
 
     It runs `count` steps on the first `count` batches of `orders`; `fresh` starts the sums of an epoch; `positions`
     int32[B] are the places in the global batch, 0..B-1 (they are split over the devices with the batch). `rows` holds
@@ -183,8 +185,8 @@ def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Su
     return jax.jit(sharding.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
 
 
-def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted program (state, indices [S,B], mask [S,B], progress, data) -> (mean loss, accuracy).
+def make_evaluation(problem: SearchProblem, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The jitted program (state, indices [S,B], mask [S,B], numbers, data) -> (mean loss, accuracy).
 
     The network has the expected gates; batch statistics come from the whole (padded) batches, or their parts on each
     device (`local_batch_norm`), the means from the images under the mask alone.
@@ -193,9 +195,9 @@ def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., tuple[jax.Arr
     norm_axis = None if problem.local_batch_norm else axis_name
 
     def program(
-        state: SearchState, indices: jax.Array, mask: jax.Array, progress: Progress, data: Images
+        state: SearchState, indices: jax.Array, mask: jax.Array, numbers: Numbers, data: Images
     ) -> tuple[jax.Array, jax.Array]:
-        gates = problem.strategy.expected(state.arch, progress)
+        gates = problem.strategy.expected(state.arch, numbers)
 
         def body(sums: jax.Array, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             index, counted = batch

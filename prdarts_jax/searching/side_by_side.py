@@ -21,7 +21,7 @@ from prdarts_jax.data.batches import Images
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.run.digests import is_key
 from prdarts_jax.run.loop import Done, Work
-from prdarts_jax.searching.program import Carry, Problem, dispatch_program
+from prdarts_jax.searching.program import SearchCarry, SearchProblem, dispatch_program
 
 AXIS = "search"
 
@@ -35,7 +35,7 @@ class SideBySide:
       dataset: its training images are put on every device.
     """
 
-    def __init__(self, problem: Problem, devices: Sequence[jax.Device], dataset: Dataset) -> None:
+    def __init__(self, problem: SearchProblem, devices: Sequence[jax.Device], dataset: Dataset) -> None:
         self.devices = tuple(devices)
         self._problem, self._mesh = problem, Mesh(np.array(self.devices), (AXIS,))
         self._split = NamedSharding(self._mesh, PartitionSpec(AXIS))
@@ -55,7 +55,7 @@ class SideBySide:
             self.program = _mapped(self._problem, self._mesh, kinds)
         full = [some if work is None else work for work in works]
         carries = [self._rest(i, some.carry) if work is None else work.carry for i, work in enumerate(works)]
-        numbers = {name: np.array([work.progress[name] for work in full], np.float32) for name in some.progress}
+        numbers = {name: np.array([work.numbers[name] for work in full], np.float32) for name in some.numbers}
         joined, rows = self.program(
             jax.tree.map(self._join, kinds, *carries),
             np.array([0 if work is None else work.steps for work in works], np.int32),
@@ -75,7 +75,7 @@ class SideBySide:
             for i, work in enumerate(works)
         ]
 
-    def _rest(self, i: int, like: Carry) -> Carry:
+    def _rest(self, i: int, like: SearchCarry) -> SearchCarry:
         """A carry for a device without a search: the one that lies there, or a copy of another."""
         if self._resting[i] is not None:
             return self._resting[i]
@@ -120,7 +120,7 @@ def _kind(leaf: Any) -> _Kind:
     return _Kind(False, jax.random.key_impl(leaf)) if is_key(leaf) else _Kind(np.ndim(leaf) == 0, None)
 
 
-def _mapped(problem: Problem, mesh: Mesh, kinds: Any) -> Any:
+def _mapped(problem: SearchProblem, mesh: Mesh, kinds: Any) -> Any:
     """The jitted program over the axis: every argument but the positions and the images is split over it."""
     program = dispatch_program(problem, None)
 
@@ -135,12 +135,12 @@ def _mapped(problem: Problem, mesh: Mesh, kinds: Any) -> Any:
         return jax.random.key_data(leaf) if kind.key else leaf
 
     def local(
-        joined: Any, count: Any, fresh: Any, orders: Any, positions: Any, key: Any, progress: Any, images: Any
+        joined: Any, count: Any, fresh: Any, orders: Any, positions: Any, key: Any, numbers: Any, images: Any
     ) -> Any:
-        count, fresh, orders, key, progress = jax.tree.map(lambda leaf: leaf[0], (count, fresh, orders, key, progress))
+        count, fresh, orders, key, numbers = jax.tree.map(lambda leaf: leaf[0], (count, fresh, orders, key, numbers))
         carry = jax.tree.map(own, kinds, joined)
         key = jax.random.wrap_key_data(key)
-        carry, rows = program(carry, count, fresh, orders, positions, key, progress, images)
+        carry, rows = program(carry, count, fresh, orders, positions, key, numbers, images)
         return jax.tree.map(shared, kinds, carry), {name: value[None] for name, value in rows.items()}
 
     split, whole = PartitionSpec(AXIS), PartitionSpec()

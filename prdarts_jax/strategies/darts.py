@@ -19,7 +19,7 @@ from prdarts_jax.gates import Gates
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
 from prdarts_jax.strategies.derive import derive_pairs, init_normal
-from prdarts_jax.strategy import Arch, Progress, Strategy, Traits
+from prdarts_jax.strategy import Arch, Numbers, Strategy, Traits
 
 
 def darts(*, space: Space, init_scale: float = 1e-3) -> Strategy:
@@ -48,7 +48,7 @@ def darts(*, space: Space, init_scale: float = 1e-3) -> Strategy:
             for kind in CELL_TYPES
         }
 
-    def sample(key: jax.Array, arch: Arch, progress: Progress) -> Gates:
+    def sample(key: jax.Array, arch: Arch, numbers: Numbers) -> Gates:
         return Gates(weights(arch), {kind: gating.all_ops(space.allowed[kind]) for kind in CELL_TYPES})
 
     def derive(arch: Arch) -> Genotype:
@@ -58,9 +58,9 @@ def darts(*, space: Space, init_scale: float = 1e-3) -> Strategy:
         init=lambda key: init_normal(key, space, init_scale),
         schedule=lambda epoch, epochs: {},
         sample=sample,
-        expected=lambda arch, progress: sample(jax.random.key(0), arch, progress),
-        penalty=lambda arch, gates, progress: (jnp.zeros(()), {}),
-        probabilities=lambda arch, progress: weights(arch),
+        expected=lambda arch, numbers: sample(jax.random.key(0), arch, numbers),
+        penalty=lambda arch, gates, numbers: (jnp.zeros(()), {}),
+        probabilities=lambda arch, numbers: weights(arch),
         derive=derive,
         traits=Traits(order="arch_first"),
     )

@@ -22,7 +22,7 @@ from prdarts_jax.gates import Gates
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
 from prdarts_jax.strategies.derive import derive_pairs, init_normal
-from prdarts_jax.strategy import Arch, Progress, Strategy, Traits
+from prdarts_jax.strategy import Arch, Numbers, Strategy, Traits
 
 SUBSAMPLES = ("topk_gate", "uniform", "all")
 SCORES = ("probability", "softmax")
@@ -102,10 +102,10 @@ def prdarts(
         coefficients = {"lambda1": lambda1, "lambda2": lambda2, "lambda3": lambda3}
         return {"tau": tau, **coefficients, "gate_dropout": gate_dropout}
 
-    def probability(beta: jax.Array, progress: Progress) -> jax.Array:
-        return gating.activation_probability(beta, tau=progress["tau"], a=a, b=b)
+    def probability(beta: jax.Array, numbers: Numbers) -> jax.Array:
+        return gating.activation_probability(beta, tau=numbers["tau"], a=a, b=b)
 
-    def choose(key: jax.Array, g: jax.Array, kind: str, progress: Progress) -> jax.Array:
+    def choose(key: jax.Array, g: jax.Array, kind: str, numbers: Numbers) -> jax.Array:
         """int32[E,K]: the executed operations for gates g."""
         allowed = space.allowed[kind]
         score_key, tie_key = jax.random.split(key)
@@ -114,7 +114,7 @@ def prdarts(
         if op_subsample == "uniform":
             return gating.top_k(tie_key, jnp.zeros_like(g), allowed, executed_ops)
         # Drawn at a rate of 0 too, where nothing is dropped: one program serves all rates.
-        dropped = jax.random.bernoulli(score_key, progress["gate_dropout"], g.shape)
+        dropped = jax.random.bernoulli(score_key, numbers["gate_dropout"], g.shape)
         return gating.top_k(tie_key, g - dropped.astype(g.dtype), allowed, executed_ops)
 
     def gates_of(draw: Callable[[int, str], tuple[jax.Array, jax.Array]]) -> Gates:
@@ -129,25 +129,25 @@ def prdarts(
             saturated.append(gating.saturated_share(g, space.allowed[kind]))
         return Gates(ops, executed, None, {"mask": masks, "saturated": (saturated[0] + saturated[1]) / 2})
 
-    def sample(key: jax.Array, arch: Arch, progress: Progress) -> Gates:
+    def sample(key: jax.Array, arch: Arch, numbers: Numbers) -> Gates:
         def draw(i: int, kind: str) -> tuple[jax.Array, jax.Array]:
             noise_key, choice_key = jax.random.split(jax.random.fold_in(key, i))
-            g = gating.hard_concrete(noise_key, arch[kind], tau=progress["tau"], a=a, b=b)
-            return g, choose(choice_key, g, kind, progress)
+            g = gating.hard_concrete(noise_key, arch[kind], tau=numbers["tau"], a=a, b=b)
+            return g, choose(choice_key, g, kind, numbers)
 
         return gates_of(draw)
 
-    def expected(arch: Arch, progress: Progress) -> Gates:
+    def expected(arch: Arch, numbers: Numbers) -> Gates:
         def draw(i: int, kind: str) -> tuple[jax.Array, jax.Array]:
-            g = gating.expected_gate(arch[kind], tau=progress["tau"], a=a, b=b)
+            g = gating.expected_gate(arch[kind], tau=numbers["tau"], a=a, b=b)
             k = space.num_ops if op_subsample == "all" else executed_ops
             # Ranked by beta, of which E[g] is an increasing function: ties of saturated gates cannot occur.
             return g, gating.top_k(jax.random.key(0), arch[kind], space.allowed[kind], k)
 
         return gates_of(draw)
 
-    def penalty(arch: Arch, gates: Gates, progress: Progress) -> tuple[jax.Array, dict[str, jax.Array]]:
-        p = {kind: probability(arch[kind], progress) for kind in CELL_TYPES}
+    def penalty(arch: Arch, gates: Gates, numbers: Numbers) -> tuple[jax.Array, dict[str, jax.Array]]:
+        p = {kind: probability(arch[kind], numbers) for kind in CELL_TYPES}
         masks = {kind: gates.stats["mask"][kind] if executed_mask else None for kind in CELL_TYPES}
 
         def group(columns: np.ndarray) -> jax.Array:
@@ -161,9 +161,9 @@ def prdarts(
             regularizers.path_depth_term(p[k], space, masks[k], kind=k, reduction=path_reduction) for k in CELL_TYPES
         )
         terms = {
-            "skip": progress["lambda1"] * group(skips),
-            "nonskip": progress["lambda2"] * nonskip,
-            "path": -progress["lambda3"] * path / 2,
+            "skip": numbers["lambda1"] * group(skips),
+            "nonskip": numbers["lambda2"] * nonskip,
+            "path": -numbers["lambda3"] * path / 2,
         }
         return terms["skip"] + terms["nonskip"] + terms["path"], terms
 
@@ -181,7 +181,7 @@ def prdarts(
         sample=sample,
         expected=expected,
         penalty=penalty,
-        probabilities=lambda arch, progress: {kind: probability(arch[kind], progress) for kind in CELL_TYPES},
+        probabilities=lambda arch, numbers: {kind: probability(arch[kind], numbers) for kind in CELL_TYPES},
         derive=derive,
         traits=Traits(order="weights_first"),
     )

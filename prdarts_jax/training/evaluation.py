@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from prdarts_jax import optimizers
 from prdarts_jax.config import schema, userfile
 from prdarts_jax.config.train import TrainConfig, TrainDataConfig
 from prdarts_jax.data import prefetch
@@ -25,7 +26,7 @@ from prdarts_jax.run.workdir import NOUNS, atomic_write_json
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.training import inputs as train_inputs
 from prdarts_jax.training import program as train_program
-from prdarts_jax.training.program import Outputs, Problem, Variables
+from prdarts_jax.training.program import Outputs, TrainProblem, Variables
 
 BINS = 15  # of the calibration error
 _TOP = 5
@@ -111,75 +112,64 @@ def figures(loss: np.ndarray, rank: np.ndarray, confidence: np.ndarray, labels: 
     )
 
 
-def measure(
+Measure = Callable[[Variables], Figures]  # the figures of weights, which lie on the devices, on all test images
+
+
+def make_measure(
     program: Callable[..., Outputs],
-    variables: Variables,
-    data: Images,
-    labels: np.ndarray,
-    *,
-    batch_size: int,
-    classes: int,
-) -> Figures:
-    """Evaluates weights on every image exactly once; the last batch is filled up, and what fills it is not counted.
-
-    Args:
-      program: of `train_program.make_evaluation`.
-      variables: parameters and running statistics, on the devices.
-      data: images and labels, on the devices.
-      labels: int32[n], the same on the host.
-      batch_size: global; a multiple of the devices.
-      classes: K.
-
-    Raises:
-      RunError: the loss is not finite.
-    """
-    order, mask = padded_batches(len(labels), batch_size)
-    loss, rank, confidence = (value[mask] for value in processes.fetch(program(variables, order, data)))
-    return _finite_figures(loss, rank, confidence, labels, classes)
-
-
-def _finite_figures(
-    loss: np.ndarray, rank: np.ndarray, confidence: np.ndarray, labels: np.ndarray, classes: int
-) -> Figures:
-    if not np.isfinite(mean := np.mean(loss)):  # comparisons with NaN would count as right
-        raise RunError(f"test_loss is {mean}: the weights are not finite; the last good checkpoint is kept")
-    return figures(loss, rank, confidence, labels, classes)
-
-
-def measure_streamed(
-    program: Callable[..., Outputs],
-    variables: Variables,
-    batches: prefetch.TestBatches,
+    dataset: AnyDataset,
+    options: TrainDataConfig,
     mesh: Mesh,
     *,
+    batch_size: int,
     workers: int,
-    classes: int,
-) -> Figures:
-    """As `measure`, on images that are read meanwhile.
+) -> Measure:
+    """A function from weights to their figures on every test image, each counted exactly once.
+
+    The last batch is filled up, and what fills it is not counted.
 
     Args:
-      program: of `train_program.make_streamed_evaluation`.
-      variables: parameters and running statistics, on the devices.
-      batches: of the test images.
+      program: of `make_evaluation`, streamed if the data set is.
+      dataset: with test images.
+      options: how streamed images are made.
       mesh: of the program.
-      workers: see `stream.prefetched`.
-      classes: K.
+      batch_size: global; a multiple of the devices.
+      workers: that read streamed images, see `prefetch.prefetched`.
 
-    Raises:
-      RunError: the loss is not finite.
-      UserError: an image cannot be read.
+    Returns:
+      the function; it raises RunError where the loss is not finite, UserError where an image cannot be read.
     """
-    found: list[tuple[np.ndarray, ...]] = []
+    order, mask = padded_batches(dataset.test_size, batch_size)
 
-    def place(batch: Images) -> Images:
-        return sharding.split_batch(mesh, batch)
+    def on_each_batch(variables: Variables) -> list[Any]:
+        """Loss, rank, confidence and label of each image, [S,B], of images that are read meanwhile."""
+        assert isinstance(dataset, StreamedDataset)
+        index, count = jax.process_index(), jax.process_count()
+        batches = prefetch.test_batches(
+            dataset, options, batch_size=batch_size, process_index=index, process_count=count
+        )
 
-    with prefetch.prefetched(batches, place, workers=workers) as items:
-        for data in items:
-            found.append(tuple(processes.fetch((*program(variables, data), data.labels))))
-    _, mask = padded_batches(len(batches.records), batches.batch_size)
-    loss, rank, confidence, labels = (np.stack(values)[mask] for values in zip(*found, strict=True))
-    return _finite_figures(loss, rank, confidence, labels, classes)
+        def place(batch: Images) -> Images:
+            return sharding.split_batch(mesh, batch)
+
+        with prefetch.prefetched(batches, place, workers=workers) as items:
+            rows = [processes.fetch((*program(variables, data), data.labels)) for data in items]
+        return [np.stack(values) for values in zip(*rows, strict=True)]
+
+    def measure(variables: Variables) -> Figures:
+        if isinstance(dataset, StreamedDataset):
+            loss, rank, confidence, labels = (value[mask] for value in on_each_batch(variables))
+        else:
+            loss, rank, confidence = (v[mask] for v in processes.fetch(program(variables, placed, resident)))
+            labels = dataset.test_labels
+        if not np.isfinite(mean := np.mean(loss)):  # comparisons with NaN would count as right
+            raise RunError(f"test_loss is {mean}: the weights are not finite; the last good checkpoint is kept")
+        return figures(loss, rank, confidence, labels, dataset.num_classes)
+
+    if not isinstance(dataset, StreamedDataset):
+        resident = sharding.replicate(mesh, Images(dataset.test_images, dataset.test_labels))
+        placed = sharding.place(mesh, order, PartitionSpec(None, sharding.AXIS))
+    return measure
 
 
 def evaluate(
@@ -234,8 +224,11 @@ def evaluate(
         raise UserError(f"data.source: {name!r} has {shown}; allowed: {wanted} as the network was trained with")
     if data is None:
         _same_classes(net.class_names, dataset.class_names, name)
-    figures_of = _measuring(net.problem, mesh, dataset, options, batch_size, prefetch.worker_count(workers))
-
+    program = train_program.make_evaluation(net.problem, mesh, streamed=isinstance(dataset, StreamedDataset))
+    measure = make_measure(
+        program, dataset, options, mesh, batch_size=batch_size, workers=prefetch.worker_count(workers)
+    )
+    ema = None if net.ema is None else measure(sharding.replicate(mesh, net.ema))
     result = Evaluation(
         workdir=workdir,
         source=name,
@@ -243,8 +236,8 @@ def evaluate(
         epoch=net.epoch,
         step=net.step,
         class_names=net.class_names or dataset.class_names,
-        figures=figures_of(net.variables),
-        ema=None if net.ema is None else figures_of(net.ema),
+        figures=measure(sharding.replicate(mesh, net.variables)),
+        ema=ema,
     )
     atomic_write_json(workdir / "evaluation.json", result.to_json())
     return result
@@ -261,28 +254,10 @@ def _same_classes(trained: Sequence[str], found: Sequence[str], name: str) -> No
         )
 
 
-def _measuring(
-    problem: Problem, mesh: Mesh, dataset: AnyDataset, options: TrainDataConfig, batch_size: int, workers: int
-) -> Callable[[Variables], Figures]:
-    """A function from weights to their figures on the test images."""
-    classes = dataset.num_classes
-    if isinstance(dataset, StreamedDataset):
-        streamed = train_program.make_streamed_evaluation(problem, mesh)
-        batches = prefetch.test_batches(dataset, options, batch_size=batch_size)
-        return lambda variables: measure_streamed(
-            streamed, sharding.replicate(mesh, variables), batches, mesh, workers=workers, classes=classes
-        )
-    program, labels = train_program.make_evaluation(problem, mesh), dataset.test_labels
-    placed = sharding.replicate(mesh, Images(dataset.test_images, labels))
-    return lambda variables: measure(
-        program, sharding.replicate(mesh, variables), placed, labels, batch_size=batch_size, classes=classes
-    )
-
-
 class Restored(NamedTuple):
     """A network to evaluate, and what it was trained with."""
 
-    problem: Problem
+    problem: TrainProblem
     variables: Variables
     ema: Variables | None
     image: tuple[int, ...]  # (H, W, C)
@@ -296,21 +271,18 @@ class Restored(NamedTuple):
     batch_size: int = 128
 
 
-def own_primitives(workdir: Path) -> Mapping[str, Any] | None:
-    """The operations that a training took from its user's file; None without one."""
+def own_primitives(workdir: Path) -> Mapping[str, Any]:
+    """The operations that a training took from its user's file; none without one.
+
+    Raises:
+      UserError: no training in the workdir, or the file is no longer what it ran with.
+    """
     config, head = _read_config(workdir)
-    digests: dict[str, str] = {}
-    found = userfile.user_primitives(config.network.primitives, "network.primitives", digests)
-    _same_primitives(config, digests, head)
-    return found
-
-
-def _same_primitives(config: TrainConfig, digests: Mapping[str, str], head: Mapping[str, Any]) -> None:
-    name = "network.primitives"
-    if digests.get(name) != head["digests"].get(name):
-        raise UserError(
-            f"{name}: {config.network.primitives!r} is not what the training ran with; allowed: the file as it was then"
-        )
+    field, file = "network.primitives", config.network.primitives
+    primitives = userfile.user_primitives(file, field)
+    if primitives.digest != head["digests"].get(field, ""):
+        raise UserError(f"{field}: {file!r} is not what the training ran with; allowed: the file as it was then")
+    return primitives.value
 
 
 def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> Restored:
@@ -333,9 +305,11 @@ def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> R
     genotype = Genotype.load(workdir / "genotype.json")
     names, image = tuple(head["data"]["classes"]), tuple(head["image"])
     normalization = (tuple(head["data"]["mean"]), tuple(head["data"]["std"]))
-    digests: dict[str, str] = {}
-    problem = train_inputs.make_problem(config, genotype, len(names), normalization, digests, weight_tx=weight_tx)
-    _same_primitives(config, digests, head)
+    optimizer = optimizers.transformation(config, "weights", weight_tx, lambda: optimizers.sgd(config))
+    operations = own_primitives(workdir)
+    problem = train_inputs.make_problem(
+        config, genotype, len(names), normalization, tx=optimizer.value, operations=operations
+    )
     target = train_program.abstract_carry(problem, mesh, jax.random.key(0), image)
     with Checkpointer(workdir / "checkpoints", warn=warn) as saved:
         found = saved.restore_latest(target)
@@ -363,9 +337,8 @@ def _imported(path: Path) -> Restored:
     from prdarts_jax.interop import export
 
     net, variables, about = export.load_network(path)
-    problem = train_inputs.make_problem(
-        TrainConfig(), net.genotype, net.classes, (tuple(about["mean"]), tuple(about["std"])), {}
-    )._replace(network=net)
+    normalization = (tuple(about["mean"]), tuple(about["std"]))
+    problem = train_inputs.make_problem(TrainConfig(), net.genotype, net.classes, normalization)._replace(network=net)
     made = Variables(variables["params"], variables["batch_stats"])
     image = tuple(about["image"])
     # A network with ImageNet's stem sees centre crops of images of any size.

@@ -3,186 +3,120 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data import prefetch
 from prdarts_jax.data.batches import Images, epoch_order
-from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.stream_source import StreamedDataset
 from prdarts_jax.devices import sharding
+from prdarts_jax.run.loop import Numbers
 from prdarts_jax.training import inputs as train_inputs
 from prdarts_jax.training import program as train_program
-from prdarts_jax.training.evaluation import Figures, measure, measure_streamed
-from prdarts_jax.training.inputs import Inputs
-from prdarts_jax.training.program import Carry, Sums, Variables
+from prdarts_jax.training.inputs import TrainInputs
+from prdarts_jax.training.program import Outputs, Sums, TrainCarry
 
 
-class Programs(NamedTuple):
+class TrainPrograms(NamedTuple):
     """Compiled once for all the seeds."""
 
-    dispatch: Callable[..., tuple[Carry, Sums]]
-    evaluation: Callable[..., train_program.Outputs]
+    dispatch: Callable[..., tuple[TrainCarry, Sums]]
+    evaluation: Callable[..., Outputs]
 
 
-class Feed(Protocol):
-    """The data of one start of a training."""
-
-    def open(self, step: int) -> None:
-        """Called once, with the step the training goes on from."""
-
-    def order(self, epoch: int) -> np.ndarray:
-        """int32[S,B'] a row a step, handed back to `dispatch` in the pieces of the dispatches."""
-
-    def dispatch(
-        self,
-        carry: Carry,
-        count: np.int32,
-        fresh: np.bool_,
-        order: np.ndarray,
-        progress: Mapping[str, np.float32],
-    ) -> tuple[Carry, Sums]:
-        """The next `count` steps, see `train_program.make_dispatch`."""
-
-    def measure(self, variables: Variables) -> Figures:
-        """The figures of weights on the test images."""
-
-
-def make_programs(inputs: Inputs) -> Programs:
+def make_programs(inputs: TrainInputs) -> TrainPrograms:
     """The programs of a training, by the kind of its data."""
-    if isinstance(inputs.dataset, StreamedDataset):
-        return Programs(
-            train_program.make_streamed_dispatch(inputs.problem, inputs.mesh),
-            train_program.make_streamed_evaluation(inputs.problem, inputs.mesh),
-        )
-    return Programs(
-        train_program.make_dispatch(inputs.problem, inputs.mesh),
-        train_program.make_evaluation(inputs.problem, inputs.mesh),
+    streamed = isinstance(inputs.dataset, StreamedDataset)
+    return TrainPrograms(
+        train_program.make_dispatch(inputs.problem, inputs.mesh, streamed=streamed),
+        train_program.make_evaluation(inputs.problem, inputs.mesh, streamed=streamed),
     )
 
 
-def _positions(mesh: Mesh, batch_size: int) -> Any:
-    """The places in the global batch, split as it is."""
-    return sharding.place(mesh, np.arange(batch_size, dtype=np.int32), PartitionSpec(sharding.AXIS))
+class ResidentFeed:
+    """All training images on all devices; an epoch is its order."""
 
-
-@contextlib.contextmanager
-def feed(config: TrainConfig, inputs: Inputs, programs: Programs) -> Iterator[Feed]:
-    """The feed of a training; its threads and processes end with the context."""
-    with contextlib.ExitStack() as stack:
-        dataset = inputs.dataset
-        if isinstance(dataset, StreamedDataset):
-            yield _Streamed(config, inputs, dataset, programs, stack)
-        else:
-            yield _Resident(config, inputs, dataset, programs)
-
-
-class _Resident:
-    """All images on all devices."""
-
-    def __init__(self, config: TrainConfig, inputs: Inputs, dataset: Dataset, programs: Programs) -> None:
-        self.config, self.mesh, self.dataset, self.programs = config, inputs.mesh, dataset, programs
-        self.indices = train_inputs.examples(config, dataset.train_size)
-        self.positions = _positions(inputs.mesh, config.batch_size)
+    def __init__(self, config: TrainConfig, inputs: TrainInputs, programs: TrainPrograms) -> None:
+        self.config, self.inputs, self.program = config, inputs, programs.dispatch
+        self.indices = train_inputs.examples(config, inputs.dataset.train_size)
+        positions = np.arange(config.batch_size, dtype=np.int32)
+        self.positions = sharding.place(inputs.mesh, positions, PartitionSpec(sharding.AXIS))
         self.key = jax.random.key(config.seed)
 
     def open(self, step: int) -> None:
+        """Called once, with the step the training goes on from."""
         del step
-        data = self.dataset
-        self.data = sharding.replicate(self.mesh, Images(data.train_images, data.train_labels))
-        self.test = sharding.replicate(self.mesh, Images(data.test_images, data.test_labels))
+        dataset: Any = self.inputs.dataset
+        self.data = sharding.replicate(self.inputs.mesh, Images(dataset.train_images, dataset.train_labels))
 
     def order(self, epoch: int) -> np.ndarray:
+        """int32[S,B], a row a step, handed back to `dispatch` in the pieces of the dispatches."""
         return epoch_order(self.indices, self.config.batch_size, self.config.seed, epoch, "train")
 
     def dispatch(
-        self, carry: Carry, count: np.int32, fresh: np.bool_, order: np.ndarray, progress: Mapping[str, np.float32]
-    ) -> tuple[Carry, Sums]:
-        return self.programs.dispatch(carry, count, fresh, order, self.positions, self.key, progress, self.data)
-
-    def measure(self, variables: Variables) -> Figures:
-        def program(variables: Variables, order: np.ndarray, data: Images) -> train_program.Outputs:
-            placed = sharding.place(self.mesh, order, PartitionSpec(None, sharding.AXIS))
-            return self.programs.evaluation(variables, placed, data)
-
-        return measure(
-            program,
-            variables,
-            self.test,
-            self.dataset.test_labels,
-            batch_size=self.config.batch_size,
-            classes=self.dataset.num_classes,
-        )
+        self, carry: TrainCarry, count: np.int32, fresh: np.bool_, order: np.ndarray, numbers: Numbers
+    ) -> tuple[TrainCarry, Sums]:
+        """The next `count` steps, see `train_program.make_dispatch`."""
+        return self.program(carry, count, fresh, order, self.positions, self.key, numbers, self.data)
 
 
-class _Streamed:
+class StreamedFeed(ResidentFeed):
     """Batches from disk, on their way to the devices while the steps before them are computed."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        inputs: Inputs,
-        dataset: StreamedDataset,
-        programs: Programs,
-        stack: contextlib.ExitStack,
+        self, config: TrainConfig, inputs: TrainInputs, programs: TrainPrograms, stack: contextlib.ExitStack
     ) -> None:
-        self.config, self.mesh, self.dataset, self.programs, self.stack = config, inputs.mesh, dataset, programs, stack
-        self.positions = _positions(inputs.mesh, config.batch_size)
-        self.key = jax.random.key(config.seed)
-        self.workers = prefetch.worker_count(config.run.workers)
+        super().__init__(config, inputs, programs)
+        self.stack = stack
+        self.items: Iterator[Images] = iter(())
+        assert isinstance(inputs.dataset, StreamedDataset)
         self.train = prefetch.train_batches(
-            dataset,
+            inputs.dataset,
             config.data,
-            train_inputs.examples(config, dataset.train_size),
+            self.indices,
             batch_size=config.batch_size,
             epochs=config.epochs,
             seed=config.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self.items: Iterator[Images] = iter(())
-
-    def _place(self, batch: Images) -> Images:
-        return sharding.split_batch(self.mesh, batch)
 
     def open(self, step: int) -> None:
-        if step == len(self.train):
-            return
-        # A dispatch ahead: while one is computed, the batches of the next one arrive.
-        ahead = min(self.config.run.steps_per_dispatch, self.train.epoch_steps)
-        waiting = prefetch.prefetched(self.train, self._place, workers=self.workers, ahead=ahead, start=step)
-        self.items = self.stack.enter_context(waiting)
+        """Begins to read, a dispatch ahead: while one is computed, the batches of the next one arrive."""
+        if step < len(self.train):
+            ahead = min(self.config.run.steps_per_dispatch, self.train.epoch_steps)
+            workers = prefetch.worker_count(self.config.run.workers)
+            waiting = prefetch.prefetched(self.train, self._place, workers=workers, ahead=ahead, start=step)
+            self.items = self.stack.enter_context(waiting)
+
+    def _place(self, batch: Images) -> Images:
+        return sharding.split_batch(self.inputs.mesh, batch)
 
     def order(self, epoch: int) -> np.ndarray:
-        del epoch  # the batches come one after the other, from the step that `open` is told
+        """Of the right shape and no other meaning: the batches come one after the other, from the step of `open`."""
+        del epoch
         return np.zeros((self.train.epoch_steps, self.config.batch_size), np.int32)
 
     def dispatch(
-        self, carry: Carry, count: np.int32, fresh: np.bool_, order: np.ndarray, progress: Mapping[str, np.float32]
-    ) -> tuple[Carry, Sums]:
-        found = [next(self.items) for _ in range(int(count))]
+        self, carry: TrainCarry, count: np.int32, fresh: np.bool_, order: np.ndarray, numbers: Numbers
+    ) -> tuple[TrainCarry, Sums]:
+        """The next `count` steps on the batches that have arrived."""
+        batches = [next(self.items) for _ in range(int(count))]
         # The program has one number of batches; the loop never reaches the repeated ones.
-        found += found[:1] * (len(order) - len(found))
-        return self.programs.dispatch(carry, count, fresh, tuple(found), self.positions, self.key, progress)
+        batches += batches[:1] * (len(order) - len(batches))
+        return self.program(carry, count, fresh, tuple(batches), self.positions, self.key, numbers)
 
-    def measure(self, variables: Variables) -> Figures:
-        found = prefetch.test_batches(
-            self.dataset,
-            self.config.data,
-            batch_size=self.config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        return measure_streamed(
-            self.programs.evaluation,
-            variables,
-            found,
-            self.mesh,
-            workers=self.workers,
-            classes=self.dataset.num_classes,
-        )
+
+@contextlib.contextmanager
+def feed(config: TrainConfig, inputs: TrainInputs, programs: TrainPrograms) -> Iterator[ResidentFeed]:
+    """The feed of a training; its threads and processes end with the context."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(inputs.dataset, StreamedDataset):
+            yield StreamedFeed(config, inputs, programs, stack)
+        else:
+            yield ResidentFeed(config, inputs, programs)

@@ -23,22 +23,21 @@ from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.network.plan import check_auxiliary
-from prdarts_jax.ops.check import primitives
+from prdarts_jax.ops.check import check_primitives
 from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
-from prdarts_jax.optimizers import sgd
 from prdarts_jax.run import provenance
 from prdarts_jax.run.metrics import check_tensorboard
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES
-from prdarts_jax.training.program import Problem
+from prdarts_jax.training.program import TrainProblem
 
 Transformation: TypeAlias = optax.GradientTransformation | Callable[[TrainConfig], optax.GradientTransformation]
 
 
-class Inputs(NamedTuple):
+class TrainInputs(NamedTuple):
     """The parts of a training."""
 
-    problem: Problem
+    problem: TrainProblem
     genotype: Genotype
     dataset: AnyDataset
     mesh: Mesh
@@ -51,7 +50,7 @@ def prepare(
     *,
     weight_tx: Transformation | None = None,
     data: Dataset | None = None,
-) -> Inputs:
+) -> TrainInputs:
     """Loads and checks everything a training needs. Nothing is written to the disk but the cache of decoded images.
 
     Args:
@@ -64,14 +63,37 @@ def prepare(
       UserError: anything that is not possible, named by its field.
     """
     check_tensorboard(config.run)
-    found = genotype if isinstance(genotype, Genotype) else Genotype.load(genotype)
-    digests = {"genotype": hashlib.sha256(found.to_json().encode()).hexdigest()}
+    genotype = genotype if isinstance(genotype, Genotype) else Genotype.load(genotype)
     mesh = sharding.make_mesh(sharding.choose_devices(config.run.devices))
-    table = _operations(config, digests)
-    found.validate_ops(table)
-    dataset = choose(config.data, config.run.data_dir or None, data)
-    digests["data"] = dataset.digest
-    height, width, channels = dataset.image
+    operations = userfile.user_primitives(config.network.primitives, "network.primitives")
+    genotype.validate_ops({**PRIMITIVES, **operations.value})
+    dataset = _checked_data(config, choose(config.data, config.run.data_dir or None, data), mesh)
+    optimizer = optimizers.transformation(config, "weights", weight_tx, lambda: optimizers.sgd(config))
+    normalization = (dataset.mean, dataset.std)
+    problem = make_problem(
+        config, genotype, dataset.num_classes, normalization, tx=optimizer.value, operations=operations.value
+    )
+    problem.network.plan(dataset.image[2])  # a genotype whose cell has no output is refused here
+    check_primitives(
+        {name: one for name, one in operations.value.items() if one is not PRIMITIVES.get(name)},
+        _uses(genotype),
+        channels=2 * config.network.channels,
+        size=dataset.image[:2],
+        dtype=config.dtype,
+        field="network.primitives",
+    )
+    digests = {
+        "genotype": hashlib.sha256(genotype.to_json().encode()).hexdigest(),
+        "data": dataset.digest,
+        "network.primitives": operations.digest,
+        "weights.transform": optimizer.digest or (_program_digest(problem, dataset) if weight_tx is not None else ""),
+    }
+    return TrainInputs(problem, genotype, dataset, mesh, {field: text for field, text in digests.items() if text})
+
+
+def _checked_data(config: TrainConfig, dataset: AnyDataset, mesh: Mesh) -> AnyDataset:
+    """The images of a training, if they can be batched, augmented and evaluated as the config says."""
+    height, width, _ = dataset.image
     check_augment((height, width), crop_padding=config.data.crop_padding, cutout=config.data.cutout)
     check_batch(config.batch_size, len(examples(config, dataset.train_size)), mesh.size)
     if config.network.auxiliary:
@@ -81,18 +103,15 @@ def prepare(
             f"data.source: {dataset.name!r} has no test images, by which a training is measured; "
             "allowed: a set with test images, or --evaluate-every 0"
         )
-    normalization = (dataset.mean, dataset.std)
-    problem = make_problem(config, found, dataset.num_classes, normalization, digests, weight_tx=weight_tx, table=table)
-    problem.network.plan(channels)  # a genotype whose cell has no output is refused here
-    primitives(
-        {name: one for name, one in table.items() if one is not PRIMITIVES.get(name)},
-        _uses(found),
-        channels=2 * config.network.channels,
-        size=(height, width),
-        dtype=config.dtype,
-        field="network.primitives",
-    )
-    return Inputs(problem, found, dataset, mesh, digests)
+    return dataset
+
+
+def _program_digest(problem: TrainProblem, dataset: AnyDataset) -> str:
+    """SHA-256 of what the caller's own optimizer computes; what it raises is one line."""
+    images = jax.ShapeDtypeStruct((2, *dataset.image), np.dtype(problem.network.dtype))
+    shapes = jax.eval_shape(problem.network.init, jax.random.key(0), images)
+    with userfile.errors_of({"weights.transform": problem.tx}):
+        return hashlib.sha256(optimizers.program_text(problem.tx, shapes["params"]).encode()).hexdigest()
 
 
 def examples(config: TrainConfig, count: int) -> np.ndarray:
@@ -113,21 +132,15 @@ def _uses(genotype: Genotype) -> set[tuple[str, int]]:
     return {(op, 1) for op, _ in normal} | {(op, 2 if source < 2 else 1) for op, source in reduce}
 
 
-def _operations(config: TrainConfig, digests: dict[str, str]) -> dict[str, Primitive]:
-    user = userfile.user_primitives(config.network.primitives, "network.primitives", digests)
-    return {**PRIMITIVES, **(user or {})}
-
-
 def make_problem(
     config: TrainConfig,
     genotype: Genotype,
     classes: int,
     normalization: tuple[tuple[float, ...], tuple[float, ...]],
-    digests: dict[str, str],
     *,
-    weight_tx: Transformation | None = None,
-    table: Mapping[str, Primitive] | None = None,
-) -> Problem:
+    tx: optax.GradientTransformation | None = None,
+    operations: Mapping[str, Primitive] | None = None,
+) -> TrainProblem:
     """The static parts of a training, without its data.
 
     Args:
@@ -135,11 +148,9 @@ def make_problem(
       genotype: of the cells.
       classes: K.
       normalization: (mean, std) of the training images.
-      digests: receives those of the user's own code.
-      weight_tx: see `prepare`.
-      table: the operations by name; default: those of the config.
+      tx: the optimizer; default: the config's SGD.
+      operations: the user's, by name, which extend or replace the built-in ones.
     """
-    table = _operations(config, digests) if table is None else table
     network = DerivedNetwork(
         genotype,
         channels=config.network.channels,
@@ -149,11 +160,11 @@ def make_problem(
         auxiliary=config.network.auxiliary,
         dtype=config.dtype,
         recompute=jax.default_backend() == "cpu",  # elsewhere not measured
-        primitives=tuple(table.items()),
+        primitives=tuple({**PRIMITIVES, **(operations or {})}.items()),
     )
-    return Problem(
+    return TrainProblem(
         network=network,
-        tx=optimizers.transformation(config, "weights", weight_tx, lambda: sgd(config), digests),
+        tx=optimizers.sgd(config) if tx is None else tx,
         data=config.data,
         mean=normalization[0],
         std=normalization[1],
@@ -165,18 +176,10 @@ def make_problem(
     )
 
 
-def document(config: TrainConfig, inputs: Inputs, sources: Mapping[str, str] | None) -> dict[str, Any]:
+def document(config: TrainConfig, inputs: TrainInputs, sources: Mapping[str, str] | None) -> dict[str, Any]:
     """The content of config.json."""
-    return provenance.document(
-        "train",
-        config,
-        sources=sources,
-        digests=inputs.digests,
-        dataset=inputs.dataset,
-        mesh=inputs.mesh,
-        image=list(inputs.dataset.image),
-        streamed=isinstance(inputs.dataset, StreamedDataset),
-    )
+    image, streamed = list(inputs.dataset.image), isinstance(inputs.dataset, StreamedDataset)
+    return provenance.document("train", config, inputs, sources, image=image, streamed=streamed)
 
 
 def compared(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -14,34 +15,36 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from prdarts_jax import optimizers, schedules
+from prdarts_jax import schedules
 from prdarts_jax.config.train import TrainConfig
+from prdarts_jax.data.prefetch import worker_count
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.stream_source import describe
 from prdarts_jax.devices import processes
-from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.run import provenance
-from prdarts_jax.run.loop import Epoch, EpochLoop, Speed, Start
-from prdarts_jax.run.metrics import MetricsLog, check_finite, read
+from prdarts_jax.errors import UserError
+from prdarts_jax.optimizers import base_rate
+from prdarts_jax.run import metrics, provenance
+from prdarts_jax.run.loop import EpochLoop, Numbers, Speed, Start
+from prdarts_jax.run.metrics import MetricsLog, check_finite
 from prdarts_jax.run.progress import Progress
 from prdarts_jax.run.signals import StopRequest
 from prdarts_jax.run.workdir import (
-    atomic_write_json,
     atomic_write_text,
     check_workdir,
     check_writable,
-    clear,
-    locked,
-    no_report,
+    claim,
+    prepared_for,
     report_path,
+    reporting,
 )
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.training import feed as train_feed
 from prdarts_jax.training import inputs as train_inputs
 from prdarts_jax.training import program as train_program
-from prdarts_jax.training.feed import Feed, Programs
-from prdarts_jax.training.inputs import Inputs
-from prdarts_jax.training.program import Carry
+from prdarts_jax.training.evaluation import Measure, make_measure
+from prdarts_jax.training.feed import ResidentFeed, TrainPrograms
+from prdarts_jax.training.inputs import TrainInputs
+from prdarts_jax.training.program import TrainCarry
 
 # Everything a training writes: what --overwrite may remove, and nothing else. The config goes last: while it is there,
 # a folder that a kill left half-cleared is known as that of a training.
@@ -161,7 +164,8 @@ def train_seeds(
     def check() -> None:
         for each, folder in zip(configs, folders, strict=True):
             check_writable(folder)
-            _check(each, inputs, folder, sources)
+            document, overwrite = train_inputs.document(each, inputs, sources), each.run.overwrite
+            check_workdir(folder, document, overwrite=overwrite, compared=train_inputs.compared)
 
     processes.on_first(check)
     programs, began = train_feed.make_programs(inputs), time.monotonic()
@@ -173,9 +177,9 @@ def train_seeds(
         found.append(_train(dataclasses.replace(each, run=run), inputs, programs, folder, sources, out))
         if found[-1].status in ("interrupted", "time-limit"):
             return SeedsResult(found[-1].status, tuple(found), signum=found[-1].signum)
-    page = processes.on_first(lambda: str(_common_report(folders, workdir) or ""))
+    page = processes.on_first(lambda: str(_common_report(folders, workdir)))
     status = "finished" if any(one.status == "finished" for one in found) else "already-finished"
-    return SeedsResult(status, tuple(found), over_seeds([one.metrics for one in found]), Path(page) if page else None)
+    return SeedsResult(status, tuple(found), over_seeds([one.metrics for one in found]), Path(page))
 
 
 def _common_report(folders: Sequence[Path], workdir: Path) -> Path:
@@ -201,51 +205,30 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 # --- one training -----------------------------------------------------------------------------------------------------
 
 
-def _prepared(config: TrainConfig, genotype: Genotype | str | Path, workdir: Path, tx: Any, data: Any) -> Inputs:
+def _prepared(config: TrainConfig, genotype: Genotype | str | Path, workdir: Path, tx: Any, data: Any) -> TrainInputs:
     """The parts of the training, or trainings, in a workdir that can be written."""
-
-    def prepare() -> Inputs:
-        if processes.is_first():
-            check_writable(workdir)
-        return train_inputs.prepare(config, genotype, weight_tx=tx, data=data)
-
-    return processes.prepared(prepare)
-
-
-def _check(
-    config: TrainConfig, inputs: Inputs, workdir: Path, sources: Mapping[str, str] | None
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """(config.json of now, that of the training in the workdir or None)."""
-    document = train_inputs.document(config, inputs, sources)
-    old = check_workdir(workdir, document, overwrite=config.run.overwrite, compared=train_inputs.compared)
-    return document, old
+    return prepared_for(workdir, lambda: train_inputs.prepare(config, genotype, weight_tx=tx, data=data))
 
 
 def _train(
     config: TrainConfig,
-    inputs: Inputs,
-    programs: Programs,
+    inputs: TrainInputs,
+    programs: TrainPrograms,
     workdir: Path,
     sources: Mapping[str, str] | None,
     out: IO[str] | None,
 ) -> TrainResult:
-    document = train_inputs.document(config, inputs, sources)
-    processes.same(config, train_inputs.compared(document), document)
+    document, compared = train_inputs.document(config, inputs, sources), train_inputs.compared
+    processes.same(config, compared(document), document)
     provenance.warn_without_kernels(document["platform"]["cpu_kernels"])
 
     def begin() -> list[Any]:
         """(config.json of the training in the workdir or None, final row and report of a finished one)."""
-        _check(config, inputs, workdir, sources)
-        lock.enter_context(locked(workdir))
-        _, old = _check(config, inputs, workdir, sources)  # again, now that no other process can change it
-        if config.run.overwrite:
-            clear(workdir, _OWN)
-        if old is not None:
-            final = [row for row in read(workdir / "metrics.jsonl") if row["kind"] == "final"]
-            if final:
-                return [old, _values(final[-1]), str(report_path(workdir) or _report(workdir) or "")]
-        else:
-            atomic_write_json(workdir / "config.json", document)
+        old = claim(lock, workdir, document, overwrite=config.run.overwrite, compared=compared, own=_OWN)
+        rows = metrics.read(workdir / "metrics.jsonl") if old is not None else []
+        final = [row for row in rows if row["kind"] == "final"]
+        if final:
+            return [old, metrics.values(final[-1]), str(report_path(workdir) or _report(workdir))]
         if not (workdir / "genotype.json").is_file():
             atomic_write_text(workdir / "genotype.json", inputs.genotype.to_json(indent=1) + "\n")
         return [old, None, ""]
@@ -253,26 +236,23 @@ def _train(
     with contextlib.ExitStack() as lock, StopRequest() as stop:
         old, final, page = processes.on_first(begin)
         if final is not None:
-            return TrainResult("already-finished", workdir, final, Path(page) if page else None)
+            return TrainResult("already-finished", workdir, final, Path(page))
         start = Start(config.run, workdir, out if out is not None else sys.stdout, stop, old, document)
         with train_feed.feed(config, inputs, programs) as data:
-            return _Training(config, inputs, data, start).go()
+            return _Training(config, inputs, programs, data, start).go()
 
 
-def _values(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ("kind", "epoch", "step")}
-
-
-class _Training(EpochLoop[Carry, TrainResult]):
+class _Training(EpochLoop[TrainCarry, TrainResult]):
     """A training as epochs of SGD steps."""
 
     noun = "training"
 
-    def __init__(self, config: TrainConfig, inputs: Inputs, data: Feed, start: Start) -> None:
-        self.config, self.inputs, self.data = config, inputs, data
+    def __init__(
+        self, config: TrainConfig, inputs: TrainInputs, programs: TrainPrograms, data: ResidentFeed, start: Start
+    ) -> None:
+        self.config, self.inputs, self.programs, self.data = config, inputs, programs, data
         self.problem, self.mesh, self.dataset = inputs.problem, inputs.mesh, inputs.dataset
-        self.key = jax.random.key(config.seed)
-        self.image = self.dataset.image
+        self.key, self.image = jax.random.key(config.seed), inputs.dataset.image
         super().__init__(
             start,
             epochs=config.epochs,
@@ -281,46 +261,49 @@ class _Training(EpochLoop[Carry, TrainResult]):
         )
 
     def numbers(self, epoch: int) -> dict[str, float]:
-        """What changes between epochs."""
-        weights, high = self.config.weights, optimizers.base_rate(self.config)
-        rate = schedules.learning_rate(weights.schedule, epoch, self.epochs, high, weights.warmup_epochs)
+        """The learning rate and the rate of drop-path."""
+        weights, high = self.config.weights, base_rate(self.config)
         return {
-            "learning_rate": rate,
+            "learning_rate": schedules.learning_rate(weights.schedule, epoch, self.epochs, high, weights.warmup_epochs),
             "drop_path": schedules.drop_path_rate(epoch, self.epochs, self.config.drop_path),
         }
 
-    def first(self) -> Carry:
+    def first(self) -> TrainCarry:
         return train_program.initial_carry(self.problem, self.mesh, self.key, self.image)
 
-    def target(self) -> Carry:
+    def target(self) -> TrainCarry:
         return train_program.abstract_carry(self.problem, self.mesh, self.key, self.image)
 
     def open(self, step: int) -> None:
         self.say(describe(self.dataset))
         self.data.open(step)
 
-    def epoch(self, epoch: int) -> Epoch:
-        progress = {name: np.float32(value) for name, value in self.numbers(epoch).items()}
-        return Epoch(self.data.order(epoch), progress)
+    def batches(self, epoch: int) -> np.ndarray:
+        return self.data.order(epoch)
 
     def dispatch(
-        self, carry: Carry, count: np.int32, fresh: np.bool_, batches: Any, progress: Mapping[str, np.float32]
-    ) -> tuple[Carry, Mapping[str, jax.Array]]:
-        return self.data.dispatch(carry, count, fresh, batches, progress)
+        self, carry: TrainCarry, count: np.int32, fresh: np.bool_, batches: Any, numbers: Numbers
+    ) -> tuple[TrainCarry, Mapping[str, jax.Array]]:
+        return self.data.dispatch(carry, count, fresh, batches, numbers)
 
-    def shown(self, carry: Carry, values: Mapping[str, np.ndarray], now: Epoch) -> dict[str, Any]:
+    def shown(self, carry: TrainCarry, values: Mapping[str, np.ndarray], numbers: Numbers) -> dict[str, Any]:
         return {"loss": float(values["train_loss"].mean()), "accuracy": float(values["train_accuracy"].mean())}
 
     def end_epoch(
-        self, carry: Carry, epoch: int, step: int, now: Epoch, log: MetricsLog, bar: Progress, speed: Speed
+        self,
+        carry: TrainCarry,
+        epoch: int,
+        step: int,
+        numbers: Numbers,
+        log: MetricsLog,
+        bar: Progress,
+        speed: Speed,
     ) -> dict[str, Any]:
-        row: dict[str, Any] = {name: float(np.float32(v) / self.epoch_steps) for name, v in carry.sums.items()}
-        row |= {f"progress/{name}": float(value) for name, value in self.numbers(epoch).items()}
+        row = self.means(carry.sums, epoch)
         clock = speed.fields()  # before the evaluation: images per second are those of training
-        every = self.config.evaluate_every
         text = f"epoch {epoch + 1}/{self.epochs} | train {row['train_loss']:.3f} {row['train_accuracy']:.1%}"
         check_finite(row, step)
-        if every and ((epoch + 1) % every == 0 or step == self.total_steps):
+        if self.is_due(self.config.evaluate_every, epoch):
             began = time.monotonic()
             row |= self.evaluate(carry)
             clock["time_evaluation_s"] = time.monotonic() - began
@@ -331,23 +314,31 @@ class _Training(EpochLoop[Carry, TrainResult]):
         bar.epoch_line(text)
         return row
 
-    def evaluate(self, carry: Carry) -> dict[str, float]:
+    @functools.cached_property
+    def measure(self) -> Measure:
+        """The figures of weights on the test images."""
+        return make_measure(
+            self.programs.evaluation,
+            self.dataset,
+            self.config.data,
+            self.mesh,
+            batch_size=self.config.batch_size,
+            workers=worker_count(self.config.run.workers),
+        )
+
+    def evaluate(self, carry: TrainCarry) -> dict[str, float]:
         """The test figures of the weights, and of their averages."""
         row: dict[str, float] = {}
         for prefix, variables in (("", carry.state.variables), ("ema_", carry.state.ema)):
             if variables is not None:
-                found = self.data.measure(variables)
-                row |= {
-                    f"{prefix}test_loss": found.loss,
-                    f"{prefix}test_accuracy": found.accuracy,
-                    f"{prefix}test_top5": found.top5,
-                }
+                figures = self.measure(variables)
+                row |= {f"{prefix}test_{name}": getattr(figures, name) for name in ("loss", "accuracy", "top5")}
         return row
 
     def left(self, status: str, row: Mapping[str, Any]) -> TrainResult:
         return TrainResult(status, self.workdir, row, None, self.start.stop.signum)
 
-    def finish(self, carry: Carry, step: int, log: MetricsLog) -> TrainResult:
+    def finish(self, carry: TrainCarry, step: int, log: MetricsLog) -> TrainResult:
         """The network as a flat file, the final row, which is what makes a training finished, and the report."""
         from prdarts_jax.interop import export
 
@@ -357,9 +348,8 @@ class _Training(EpochLoop[Carry, TrainResult]):
         )
         export.safetensors(variables._asdict(), self.workdir / export.NETWORK_FILE, about)
 
-        rows = [row for row in read(self.workdir / "metrics.jsonl") if row["kind"] == "epoch"]
-        last = _values(rows[-1])
-        evaluated = [row for row in rows if "test_accuracy" in row]
+        rows = [row for row in metrics.read(self.workdir / "metrics.jsonl") if row["kind"] == "epoch"]
+        last, evaluated = metrics.values(rows[-1]), [row for row in rows if "test_accuracy" in row]
         if evaluated:
             best = max(evaluated, key=lambda row: row["test_accuracy"])
             last |= {"best_test_accuracy": best["test_accuracy"], "best_epoch": best["epoch"]}
@@ -373,7 +363,5 @@ def _report(workdir: Path) -> Path:
     """The report of a finished training, which can be made at any time."""
     from prdarts_jax.report import page as report_page
 
-    try:
+    with reporting("training"):
         return report_page.report([workdir])
-    except (OSError, RunError, UserError) as error:
-        raise no_report("training", error) from error

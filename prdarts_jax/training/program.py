@@ -26,7 +26,7 @@ from prdarts_jax.ops.losses import accuracy, smoothed_cross_entropy
 from prdarts_jax.optimizers import set_learning_rate
 from prdarts_jax.run.steps import Sums, run_steps
 
-Progress = dict[str, Any]  # name -> float32[]: learning_rate, drop_path
+Numbers = dict[str, Any]  # name -> float32[]: learning_rate, drop_path
 _AUGMENT, _DROP_PATH = range(2)  # purposes of a step's keys
 
 # The program runs once, in milliseconds: at the default level most of a short training would be its compilation.
@@ -51,14 +51,14 @@ class TrainState:
 
 
 @flax.struct.dataclass
-class Carry:
+class TrainCarry:
     """What a checkpoint holds: the state, and the sums of this epoch's metrics so far."""
 
     state: TrainState
     sums: Sums  # name -> float32[]
 
 
-class Problem(NamedTuple):
+class TrainProblem(NamedTuple):
     """Static parts of a training: what is computed, without numbers that change."""
 
     network: DerivedNetwork  # on one device: its axis_name is set where it is mapped
@@ -83,9 +83,9 @@ def average(old: Any, new: Any, decay: float) -> Any:
 
 
 def make_step(
-    problem: Problem, axis_name: str | None = None
-) -> Callable[[TrainState, Batch, jax.Array, jax.Array, Progress], tuple[TrainState, Sums]]:
-    """A pure function (state, batch, positions, key, progress) -> (state, metrics): one step of SGD.
+    problem: TrainProblem, axis_name: str | None = None
+) -> Callable[[TrainState, Batch, jax.Array, jax.Array, Numbers], tuple[TrainState, Sums]]:
+    """A pure function (state, batch, positions, key, numbers) -> (state, metrics): one step of SGD.
 
     `positions` int[B] are the places of the images in the global batch; the key is the same on all devices. Gradients,
     BN statistics and metrics are means over `axis_name`. Metrics are of the network with drop-path, before the update.
@@ -95,13 +95,13 @@ def make_step(
     network = problem.network.clone(axis_name=None if problem.local_batch_norm else axis_name)
 
     def losses(
-        params: Any, statistics: Any, batch: Batch, positions: jax.Array, key: jax.Array, progress: Progress
+        params: Any, statistics: Any, batch: Batch, positions: jax.Array, key: jax.Array, numbers: Numbers
     ) -> tuple[jax.Array, tuple[Any, Sums]]:
         (logits, auxiliary), new = network.apply(
             {"params": params, "batch_stats": statistics},
             batch.images,
             train=True,
-            drop_path=progress["drop_path"] if problem.drop_path else None,
+            drop_path=numbers["drop_path"] if problem.drop_path else None,
             positions=positions,
             rngs={"drop_path": key},
             mutable=["batch_stats"],
@@ -114,17 +114,17 @@ def make_step(
         return loss, (new["batch_stats"], metrics)
 
     def step(
-        state: TrainState, batch: Batch, positions: jax.Array, key: jax.Array, progress: Progress
+        state: TrainState, batch: Batch, positions: jax.Array, key: jax.Array, numbers: Numbers
     ) -> tuple[TrainState, Sums]:
         params, statistics = state.variables
         grads, (statistics, metrics) = jax.grad(losses, has_aux=True)(
-            params, statistics, batch, positions, key, progress
+            params, statistics, batch, positions, key, numbers
         )
         grads, metrics = mean_over(axis_name, (grads, metrics))
         if problem.local_batch_norm:
             statistics = mean_over(axis_name, statistics)
         metrics["gradient_norm/weights"] = optax.global_norm(grads)
-        opt = set_learning_rate(state.opt, progress["learning_rate"])
+        opt = set_learning_rate(state.opt, numbers["learning_rate"])
         updates, opt = problem.tx.update(grads, opt, params)
         variables = Variables(optax.apply_updates(params, updates), statistics)
         ema = None if state.ema is None else average(state.ema, variables, problem.ema)
@@ -134,26 +134,26 @@ def make_step(
     return step
 
 
-def metric_names(problem: Problem) -> tuple[str, ...]:
+def metric_names(problem: TrainProblem) -> tuple[str, ...]:
     """What a step of `make_step` reports. Tracing one to learn it takes most of the time of an initialisation."""
     auxiliary = ("train_auxiliary_loss",) if problem.network.auxiliary else ()
     return ("train_loss", "train_accuracy", "gradient_norm/weights", *auxiliary)
 
 
-def _initial(problem: Problem, image: tuple[int, ...]) -> Callable[[jax.Array], Carry]:
-    def program(key: jax.Array) -> Carry:
+def _initial(problem: TrainProblem, image: tuple[int, ...]) -> Callable[[jax.Array], TrainCarry]:
+    def program(key: jax.Array) -> TrainCarry:
         images = jnp.zeros((2, *image), problem.network.dtype)
         made = problem.network.init(key, images)
         variables = Variables(made["params"], made["batch_stats"])
         # Of its own memory: the state is donated, and a buffer can be donated only once.
         ema = jax.tree.map(jnp.copy, variables) if problem.ema else None
         state = TrainState(jnp.zeros((), jnp.int32), variables, problem.tx.init(variables.params), ema)
-        return Carry(state, {name: jnp.zeros((), jnp.float32) for name in metric_names(problem)})
+        return TrainCarry(state, {name: jnp.zeros((), jnp.float32) for name in metric_names(problem)})
 
     return program
 
 
-def initial_carry(problem: Problem, mesh: Mesh, key: jax.Array, image: tuple[int, ...]) -> Carry:
+def initial_carry(problem: TrainProblem, mesh: Mesh, key: jax.Array, image: tuple[int, ...]) -> TrainCarry:
     """The carry before the first step, on all devices of the mesh.
 
     Args:
@@ -164,104 +164,66 @@ def initial_carry(problem: Problem, mesh: Mesh, key: jax.Array, image: tuple[int
     return sharding.replicate(mesh, jax.jit(_initial(problem, image), compiler_options=_ONCE)(key))
 
 
-def abstract_carry(problem: Problem, mesh: Mesh, key: jax.Array, image: tuple[int, ...]) -> Carry:
+def abstract_carry(problem: TrainProblem, mesh: Mesh, key: jax.Array, image: tuple[int, ...]) -> TrainCarry:
     """Shapes, dtypes and shardings of the carry: what a checkpoint is restored into, without computing anything."""
     return on_mesh(mesh, jax.eval_shape(_initial(problem, image), key))
 
 
-def make_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Sums]]:
-    """The jitted program (carry, count, fresh, order, positions, key, progress, data) -> (carry, rows).
+def make_dispatch(
+    problem: TrainProblem, mesh: Mesh, *, streamed: bool = False
+) -> Callable[..., tuple[TrainCarry, Sums]]:
+    """The jitted program (carry, count, fresh, batches, positions, key, numbers, *data) -> (carry, rows).
 
-    It runs `count` steps on the first `count` batches of `order` int32[S,B]; `fresh` starts the sums of an epoch;
-    `positions` int32[B] are the places in the global batch, 0..B-1 (split over the devices with the batch). `rows`
-    holds each metric of each step, float32[S]. The carry is donated.
+    It runs `count` steps on the first `count` of S batches: those of `batches` int32[S,B], indices into the one `data`,
+    `Images` on the devices; or, streamed, `batches` themselves, a tuple of S `Images` of uint8[B,H,W,C] and int32[B],
+    without `data`. `fresh` starts the sums of an epoch; `positions` int32[B] are the places in the global batch, 0..B-1
+    (split over the devices with the batch). `rows` holds each metric of each step, float32[S]. The carry is donated.
     """
-    advance = _advance(problem, mesh)
+    step = make_step(problem, sharding.axis_of(mesh))
 
     def program(
-        carry: Carry,
+        carry: TrainCarry,
         count: jax.Array,
         fresh: jax.Array,
-        order: jax.Array,
+        batches: Any,
         positions: jax.Array,
         key: jax.Array,
-        progress: Progress,
-        data: Images,
-    ) -> tuple[Carry, Sums]:
+        numbers: Numbers,
+        *data: Images,
+    ) -> tuple[TrainCarry, Sums]:
+        images, labels = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches) if streamed else data[0]
+
         def one(i: jax.Array, state: TrainState) -> tuple[TrainState, Sums]:
-            return advance(state, data.images[order[i]], data.labels[order[i]], positions, key, progress)
+            index = i if streamed else batches[i]
+            keys = [jax.random.fold_in(jax.random.fold_in(key, state.step), purpose) for purpose in range(2)]
+            seen = load_images(
+                keys[_AUGMENT],
+                images[index],
+                positions,
+                data=problem.data,
+                mean=problem.mean,
+                std=problem.std,
+                dtype=problem.network.dtype,
+            )
+            return step(state, Batch(seen, labels[index]), positions, keys[_DROP_PATH], numbers)
 
-        state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=order.shape[0])
-        return Carry(state, sums), rows
+        length = len(batches)
+        state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=length)
+        return TrainCarry(state, sums), rows
 
-    everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
+    everywhere, batch = sharding.REPLICATED, PartitionSpec(sharding.AXIS)
+    each = batch if streamed else PartitionSpec(None, sharding.AXIS)
     in_specs = (
         everywhere,
         everywhere,
         everywhere,
+        each,
         batch,
-        PartitionSpec(sharding.AXIS),
         everywhere,
         everywhere,
-        everywhere,
+        *(() if streamed else (everywhere,)),
     )
     return jax.jit(sharding.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
-
-
-def make_streamed_dispatch(problem: Problem, mesh: Mesh) -> Callable[..., tuple[Carry, Sums]]:
-    """As `make_dispatch`: (carry, count, fresh, batches, positions, key, progress) -> (carry, rows).
-
-    `batches` is a tuple of S `Images`, uint8[B,H,W,C] and int32[B] each, of which the first `count` are used.
-    """
-    advance = _advance(problem, mesh)
-
-    def program(
-        carry: Carry,
-        count: jax.Array,
-        fresh: jax.Array,
-        batches: tuple[Images, ...],
-        positions: jax.Array,
-        key: jax.Array,
-        progress: Progress,
-    ) -> tuple[Carry, Sums]:
-        data = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
-
-        def one(i: jax.Array, state: TrainState) -> tuple[TrainState, Sums]:
-            return advance(state, data.images[i], data.labels[i], positions, key, progress)
-
-        state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=len(batches))
-        return Carry(state, sums), rows
-
-    everywhere, batch = sharding.REPLICATED, PartitionSpec(sharding.AXIS)
-    in_specs = (everywhere, everywhere, everywhere, batch, batch, everywhere, everywhere)
-    return jax.jit(sharding.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
-
-
-def _advance(problem: Problem, mesh: Mesh) -> Callable[..., tuple[TrainState, Sums]]:
-    """(state, images uint8[B,H,W,C], labels, positions, key, progress) -> (state, metrics): one step of a dispatch."""
-    step = make_step(problem, sharding.axis_of(mesh))
-
-    def advance(
-        state: TrainState,
-        images: jax.Array,
-        labels: jax.Array,
-        positions: jax.Array,
-        key: jax.Array,
-        progress: Progress,
-    ) -> tuple[TrainState, Sums]:
-        keys = [jax.random.fold_in(jax.random.fold_in(key, state.step), purpose) for purpose in range(2)]
-        seen = load_images(
-            keys[_AUGMENT],
-            images,
-            positions,
-            data=problem.data,
-            mean=problem.mean,
-            std=problem.std,
-            dtype=problem.network.dtype,
-        )
-        return step(state, Batch(seen, labels), positions, keys[_DROP_PATH], progress)
-
-    return advance
 
 
 class Outputs(NamedTuple):
@@ -288,38 +250,27 @@ def outputs(logits: jax.Array, labels: jax.Array) -> Outputs:
     )
 
 
-def make_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., Outputs]:
+def make_evaluation(problem: TrainProblem, mesh: Mesh, *, streamed: bool = False) -> Callable[..., Outputs]:
     """The jitted program (variables, indices int32[S,B], data) -> Outputs, with running statistics and no augmentation.
 
-    An image's figures do not depend on the others of its batch, so nothing is summed here: the caller drops what pads
-    the last batch.
+    Streamed: (variables, one batch of `Images`) -> Outputs of [B]. An image's figures do not depend on the others of
+    its batch, so nothing is summed here: the caller drops what pads the last batch.
     """
-    measure = _measure(problem)
-
-    def program(variables: Variables, indices: jax.Array, data: Images) -> Outputs:
-        return lax.map(lambda index: measure(variables, data.images[index], data.labels[index]), indices)
-
-    everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
-    return jax.jit(sharding.map_over(mesh, program, (everywhere, batch, everywhere), batch))
-
-
-def make_streamed_evaluation(problem: Problem, mesh: Mesh) -> Callable[..., Outputs]:
-    """As `make_evaluation` for one batch: (variables, Images uint8[B,H,W,C] and int32[B]) -> Outputs of [B]."""
-    measure = _measure(problem)
-
-    def program(variables: Variables, data: Images) -> Outputs:
-        return measure(variables, data.images, data.labels)
-
-    batch = PartitionSpec(sharding.AXIS)
-    return jax.jit(sharding.map_over(mesh, program, (sharding.REPLICATED, batch), batch))
-
-
-def _measure(problem: Problem) -> Callable[[Variables, jax.Array, jax.Array], Outputs]:
     network = problem.network.clone(auxiliary=False)
 
-    def measure(variables: Variables, images: jax.Array, labels: jax.Array) -> Outputs:
-        seen = normalize(images, problem.mean, problem.std, network.dtype)
+    def measure(variables: Variables, data: Images) -> Outputs:
+        seen = normalize(data.images, problem.mean, problem.std, network.dtype)
         logits, _ = network.apply({"params": variables.params, "batch_stats": variables.batch_stats}, seen)
-        return outputs(logits, labels)
+        return outputs(logits, data.labels)
 
-    return measure
+    def program(variables: Variables, indices: jax.Array, data: Images) -> Outputs:
+        return lax.map(lambda index: measure(variables, Images(data.images[index], data.labels[index])), indices)
+
+    everywhere, batch, batches = (
+        sharding.REPLICATED,
+        PartitionSpec(sharding.AXIS),
+        PartitionSpec(None, sharding.AXIS),
+    )
+    if streamed:
+        return jax.jit(sharding.map_over(mesh, measure, (everywhere, batch), batch))
+    return jax.jit(sharding.map_over(mesh, program, (everywhere, batches, everywhere), batches))

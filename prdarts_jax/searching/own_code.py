@@ -1,0 +1,188 @@
+"""The caller's own code, before anything is written to the disk: tried on shapes, and told apart by its programs.
+
+What a strategy or an optimizer computes is the text of the program it lowers to, with the numbers it has closed over as
+constants. Its digest says on resume whether it is the same, its comparison whether members of a population may share
+one compiled step.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from prdarts_jax.config import userfile
+from prdarts_jax.errors import UserError
+from prdarts_jax.ops.check import check_primitives
+from prdarts_jax.ops.primitives import Primitive
+from prdarts_jax.optimizers import program_text
+from prdarts_jax.searching.program import SearchProblem, abstract_carry
+from prdarts_jax.space import supernet
+from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.space.spec import CELL_TYPES, Space
+from prdarts_jax.strategy import Strategy
+
+METHOD, WEIGHTS, ARCH = "method.strategy", "weights.transform", "arch.transform"  # config fields
+
+
+def primitive_uses(space: Space) -> set[tuple[str, int]]:
+    """(operation, stride) of everything an edge of the space may compute.
+
+    >>> sorted(stride for op, stride in primitive_uses(Space()) if op == "skip_connect")
+    [1, 2]
+    """
+    return {
+        (op, group.stride)
+        for kind in CELL_TYPES
+        for group in space.edge_groups(kind)
+        for op, edges in space.rows(kind, group).items()
+        if edges and space.table[op].group != "none"
+    }
+
+
+def try_out(
+    problem: SearchProblem,
+    mesh: Mesh,
+    image: tuple[int, ...],
+    epochs: int,
+    primitives: Mapping[str, Primitive],
+    own: Mapping[str, Any],
+) -> dict[str, str]:
+    """Tries everything of a search that is the caller's: each part alone, then one step of all, on shapes.
+
+    Args:
+      problem, mesh: of the search.
+      image: (H, W, C) of the data.
+      epochs: of the search.
+      primitives: name -> primitive of the user.
+      own: METHOD, WEIGHTS, ARCH, as far as the value is the caller's -> that value.
+
+    Returns:
+      field of `own` -> SHA-256 of what it computes.
+
+    Raises:
+      UserError: the caller's code raises, or gives what a search cannot use.
+    """
+    parts = {**own, **({"space.primitives": tuple(primitives.values())} if primitives else {})}
+    if not parts:
+        return {}
+    channels = 2 * problem.space.channels
+    check_primitives(
+        primitives,
+        primitive_uses(problem.space),
+        channels=channels,
+        size=(image[0], image[1]),
+        dtype=problem.dtype,
+        field="space.primitives",
+    )
+    if METHOD in own:
+        _check_strategy(problem.strategy, problem.space, epochs)
+    digests = {}
+    for field, value in own.items():
+        with userfile.errors_of({field: value}):
+            content = _lowered(problem, field) + (_on_the_host(problem.strategy, epochs) if field == METHOD else "")
+        digests[field] = hashlib.sha256(content.encode()).hexdigest()
+    with userfile.errors_of(parts):
+        numbers = {name: np.float32(value) for name, value in problem.strategy.schedule(0, epochs).items()}
+        numbers |= {"weight_learning_rate": np.float32(0), "arch_learning_rate": np.float32(0)}
+        abstract_carry(problem, mesh, jax.random.key(0), numbers, image)
+    return digests
+
+
+def same_programs(members: Mapping[str, tuple[SearchProblem, Mapping[str, str]]]) -> None:
+    """Refuses members whose strategies or own optimizers compute something else than the first member's.
+
+    A number that reaches the step through `schedule` or the state of an optimizer leaves no trace in the lowered
+    program; a Python number that a function has closed over is a constant in it.
+
+    Args:
+      members: name -> (problem, digests of what is the caller's); the program of the first one is used by all.
+
+    Raises:
+      UserError: a program differs.
+    """
+    (first, own), *_ = members.values()
+    # The optimizers of the config have their numbers in their state.
+    for field in (METHOD, *(field for field in (WEIGHTS, ARCH) if field in own)):
+        differing = {n: other for n, (other, _) in members.items() if _part(other, field) is not _part(first, field)}
+        expected = _lowered(first, field) if differing else ""
+        for name, other in differing.items():
+            if _lowered(other, field) != expected:
+                raise UserError(
+                    f"sweep: {name} makes another program of {field}, which has frozen a swept number; "
+                    "allowed: numbers that enter the step as arrays"
+                )
+
+
+def _part(problem: SearchProblem, field: str) -> Any:
+    return {METHOD: problem.strategy, WEIGHTS: problem.weight_tx, ARCH: problem.arch_tx}[field]
+
+
+def _lowered(problem: SearchProblem, field: str) -> str:
+    """A part of a search as the text of its program."""
+    if field == METHOD:
+        return _strategy_text(problem.strategy)
+    make = problem.strategy.init if field == ARCH else functools.partial(supernet.init, space=problem.space)
+    return program_text(_part(problem, field), jax.eval_shape(make, jax.random.key(0)))
+
+
+def _strategy_text(strategy: Strategy) -> str:
+    """The functions of a strategy that are compiled, lowered on shapes."""
+    numbers = {name: np.float32(value) for name, value in strategy.schedule(0, 2).items()}
+
+    def everything(key: jax.Array, arch: Any, numbers: Any) -> Any:
+        gates = strategy.sample(key, arch, numbers)
+        return gates, strategy.penalty(arch, gates, numbers), strategy.expected(arch, numbers)
+
+    key, arch = jax.random.key(0), jax.eval_shape(strategy.init, jax.random.key(0))
+    init = jax.jit(strategy.init).lower(key).as_text()
+    return init + jax.jit(everything).lower(key, arch, numbers).as_text() + str(strategy.traits)
+
+
+def _on_the_host(strategy: Strategy, epochs: int) -> str:
+    """What of a strategy no program shows: its numbers, a cell it derives, the source of what is not compiled."""
+    genotype = strategy.derive(jax.device_get(strategy.init(jax.random.key(0))))
+    schedule = [strategy.schedule(epoch, epochs) for epoch in range(epochs)]
+    sources = [_source(function) for function in (strategy.derive, strategy.probabilities, strategy.end_epoch)]
+    return json.dumps([schedule, genotype.to_json(), sources], default=str)
+
+
+def _source(function: Callable[..., Any]) -> list[str]:
+    """The source of a function, where it is written in a file, and the plain values it has closed over."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    try:
+        text, closed = inspect.getsource(function), inspect.getclosurevars(function).nonlocals
+    except (OSError, TypeError):
+        return []
+    return [text, *(f"{n}={v!r}" for n, v in sorted(closed.items()) if isinstance(v, bool | int | float | str | tuple))]
+
+
+def _check_strategy(strategy: Strategy, space: Space, epochs: int) -> None:
+    """Calls every function of a caller's strategy that needs no network, on its first architecture."""
+    with userfile.errors_of({METHOD: strategy}):
+        arch = strategy.init(jax.random.key(0))
+        for epoch in {0, epochs - 1}:
+            numbers = {name: np.float32(value) for name, value in strategy.schedule(epoch, epochs).items()}
+            shapes = {kind: np.shape(value) for kind, value in strategy.probabilities(arch, numbers).items()}
+        genotype = strategy.derive(jax.device_get(arch))
+        jax.eval_shape(strategy.expected, arch, numbers)
+        # Not called: what it does with the metrics of an epoch shows when there are some.
+        signature = inspect.signature(strategy.end_epoch)
+    try:
+        signature.bind(arch, {}, 0)
+    except TypeError:
+        raise UserError(f"{METHOD}: end_epoch takes {signature}; allowed: (arch, metrics, epoch)") from None
+    allowed = {kind: (space.num_edges, space.num_ops) for kind in CELL_TYPES}
+    if shapes != allowed:
+        raise UserError(f"{METHOD}: probabilities have shapes {shapes}; allowed: {allowed}")
+    if not isinstance(genotype, Genotype):
+        raise UserError(f"{METHOD}: derive gives a {type(genotype).__name__}; allowed: a Genotype")
