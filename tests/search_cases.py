@@ -153,8 +153,6 @@ def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
     def remembered(config: SearchConfig, **given: Any) -> Any:
         """What is prepared is real; a problem that computes the same as an earlier one is that one."""
         inputs = prepare(config, **given)
-        if given.get("like") is not None or any("uncomparable" in digest for digest in inputs.digests.values()):
-            return inputs
         computed = {k: v for k, v in schema.computed(config).items() if k not in ("seed", "epochs", "evaluate_every")}
         # Where data and the user's files lie is not computed, which function of a file it is, is.
         computed |= {"data.source": "", "space.primitives": ""}

@@ -16,7 +16,7 @@ from prdarts_jax.network.counts import SCALES, Profile, jaxpr_macs
 from prdarts_jax.network.module import DerivedNetwork, profile
 from prdarts_jax.space.genotype import Genotype, names
 
-GOLDEN = json.loads((Path(__file__).parent / "golden_genotypes.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden_genotypes.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -412,7 +412,7 @@ def test_python_m_returns_the_status():
 def test_public_names():
     assert prdarts_jax.Genotype is Genotype
     assert set(prdarts_jax.__all__) <= set(dir(prdarts_jax))
-    assert prdarts_jax.userfile.load is not None
+    assert prdarts_jax.optimizers.weight_transform is not None
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         prdarts_jax.absent
     assert not hasattr(prdarts_jax, "__wrapped__")

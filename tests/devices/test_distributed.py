@@ -135,7 +135,7 @@ time.sleep(60)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
 def test_a_killed_parent_takes_its_process_with_it(tmp_path):
-    root, file = str(Path(__file__).parents[1]), tmp_path / "pid"
+    root, file = str(Path(__file__).parents[2]), tmp_path / "pid"
     child = _CHILD.format(root=root, file=str(file))
     watch = f"import sys; sys.path[:0] = [{root!r}]; from prdarts_jax.devices import launch as c; "
     watch += f"c._watch([sys.executable, '-c', {child!r}])"

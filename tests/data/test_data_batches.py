@@ -72,7 +72,7 @@ def test_over_the_epochs_every_example_is_seen_equally_often():
 def test_order_is_the_same_in_another_process():
     call = "epoch_order(np.arange(9), 3, 1, 2, 'val')"
     code = f"import numpy as np; from prdarts_jax.data.batches import epoch_order; print({call}.tolist())"
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == str(epoch_order(np.arange(9), 3, 1, 2, "val").tolist())
 

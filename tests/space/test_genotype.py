@@ -37,7 +37,7 @@ def test_json_round_trip(name: str) -> None:
 
 
 def test_golden_counts_name_zoo_entries() -> None:
-    golden = json.loads((Path(__file__).parent / "golden_genotypes.json").read_text())
+    golden = json.loads((Path(__file__).parents[1] / "golden_genotypes.json").read_text())
     assert golden and set(golden) <= set(names())
 
 

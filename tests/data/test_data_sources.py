@@ -58,7 +58,7 @@ def test_importing_the_sources_imports_no_heavy_library():
         "import sys; import prdarts_jax.data, prdarts_jax.data.batches, prdarts_jax.data.prepare;"
         "print([m for m in ('jax', 'tensorflow_datasets', 'sklearn', 'PIL', 'tensorflow') if m in sys.modules])"
     )
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

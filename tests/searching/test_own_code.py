@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +114,10 @@ def test_how_a_cell_is_derived_counts():
 
 def test_the_digests_are_those_of_another_process():
     code = "import test_own_code as t; print(*t.digests(t.BASE, t.optax.adam(1e-3)).values())"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=sys.path[0])
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    command, settings = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=settings)
     assert said.stdout.split() == list(digests(BASE, optax.adam(1e-3)).values())
 
 

@@ -17,7 +17,7 @@ from prdarts_jax import cli, presets
 from prdarts_jax.run.metrics import read
 from prdarts_jax.space.genotype import Genotype
 
-FOLDER = Path(__file__).parent.parent / "experiments"
+FOLDER = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture(autouse=True)

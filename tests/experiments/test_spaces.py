@@ -17,7 +17,7 @@ from prdarts_jax.ops.layers import draw
 from prdarts_jax.space import Space
 from prdarts_jax.space.cell import declare_edges, mixed_nodes
 
-FOLDER = Path(__file__).parent.parent / "experiments" / "spaces"
+FOLDER = Path(__file__).parents[2] / "experiments" / "spaces"
 
 
 def space_of(name: str, **flags: object) -> Space:

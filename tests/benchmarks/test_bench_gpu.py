@@ -18,7 +18,7 @@ from benchmarks.lowerings import LIBRARY, LOWERINGS, using
 from prdarts_jax.ops import depthwise
 from prdarts_jax.ops.depthwise import depthwise_conv, depthwise_conv_reference
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ABSENT = [
     *("tensorflow_datasets", "array_record", "importlib_resources", "matplotlib", "sklearn", "PIL", "tqdm"),
     *("safetensors", "flatbuffers", "torch", "tensorboardX"),
