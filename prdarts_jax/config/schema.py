@@ -118,7 +118,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def convert_scalar(hint: Any, value: Any, path: str) -> Any:
-    """A scalar of type bool, int, float or str from a JSON value or a command-line string; others stay as they are.
+    """A scalar of a type of `_SCALARS` from a JSON value or a command-line string; of others the value as it is.
 
     >>> convert_scalar(float, "3e-4", "arch.learning_rate"), convert_scalar(bool, "false", "data.flip")
     (0.0003, False)
@@ -144,12 +144,20 @@ def _whole(value: Any) -> int:
     return int(number)
 
 
+def _number_or_none(value: Any) -> float | int | None:
+    if value is None or str(value).lower() == "none":
+        return None
+    number = float(value)
+    return int(number) if number.is_integer() and "." not in str(value) else number
+
+
 _BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 _SCALARS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     bool: (lambda value: _BOOLS[str(value).lower()], "true | false"),
     int: (_whole, "a whole number"),
     float: (float, "a number"),
     str: (str, "a text"),
+    type(None): (_number_or_none, "a number | none"),  # of a field whose default is None
 }
 
 

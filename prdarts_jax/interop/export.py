@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +20,17 @@ from jax import export as jax_export
 
 from prdarts_jax.data.augment import normalize
 from prdarts_jax.errors import RunError, UserError, unknown
+from prdarts_jax.network.layers import variables_of
 from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.ops.primitives import PRIMITIVES, Primitive
+from prdarts_jax.run.workdir import atomic_write_bytes, atomic_write_text
 from prdarts_jax.space.genotype import Genotype
 
 SCHEMA_VERSION = 1
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 NETWORK_FILE = "network.safetensors"  # in a workdir: the network itself, when there is no run behind it
 _KEY = "prdarts_jax"  # safetensors metadata: strings only, so one JSON document under one key
-_COLLECTIONS = ("params", "batch_stats")
+_FIELDS = ("channels", "cells", "classes", "stem", "auxiliary")  # of DerivedNetwork, that a description repeats
 _SEPARATOR = "/"
 
 
@@ -78,25 +79,18 @@ def describe(
             raise UserError(f"{name}: {len(value)} values for {image[2]} channels; allowed: one a channel")
     if class_names and len(class_names) != net.classes:
         raise UserError(f"class_names: {len(class_names)} for {net.classes} classes; allowed: one a class, or none")
+    used = {op for nodes in (net.genotype.normal, net.genotype.reduce) for node in nodes for op, _ in node}
+    own = [op for op, primitive in net.primitives if op in used and primitive is not PRIMITIVES.get(op)]
     return {
         "schema_version": SCHEMA_VERSION,
         "genotype": json.loads(net.genotype.to_json()),
-        "channels": net.channels,
-        "cells": net.cells,
-        "classes": net.classes,
-        "stem": net.stem,
-        "auxiliary": net.auxiliary,
+        **{field: getattr(net, field) for field in _FIELDS},
         "image": [int(size) for size in image],
         "mean": [float(value) for value in mean],
         "std": [float(value) for value in std],
         "class_names": [str(name) for name in class_names],
-        "own_operations": _own_operations(net),
+        "own_operations": sorted(own),
     }
-
-
-def _own_operations(net: DerivedNetwork) -> list[str]:
-    used = {op for nodes in (net.genotype.normal, net.genotype.reduce) for node in nodes for op, _ in node}
-    return sorted(op for op, primitive in net.primitives if op in used and primitive is not PRIMITIVES.get(op))
 
 
 def rebuild(description: Mapping[str, Any], primitives: Mapping[str, Primitive] | None = None) -> DerivedNetwork:
@@ -117,20 +111,19 @@ def rebuild(description: Mapping[str, Any], primitives: Mapping[str, Primitive] 
     version = description.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(f"schema_version: {version!r} of the network is unknown; allowed: {SCHEMA_VERSION}")
-    fields = ("channels", "cells", "classes", "stem", "auxiliary")
-    for field in ("genotype", *fields, "image", "mean", "std"):
+    for field in ("genotype", *_FIELDS, "image", "mean", "std"):
         if field not in description:
             raise UserError(f"{field}: missing in the description of the network; allowed: what `describe` gives")
+    primitives = primitives or {}
     for name in description.get("own_operations", ()):
-        if name not in (primitives or {}):
+        if name not in primitives:
             raise UserError(
                 f"own_operations: {name!r} of the network is no operation of this library; "
                 "allowed: primitives={...} with it, or the workdir of its training"
             )
-    table = {**PRIMITIVES, **(primitives or {})}
-    genotype = Genotype.from_json(description["genotype"])
-    numbers = {field: description[field] for field in fields}
-    return DerivedNetwork(genotype, **numbers, primitives=tuple(table.items()))
+    fields = {field: description[field] for field in _FIELDS}
+    table = tuple({**PRIMITIVES, **primitives}.items())
+    return DerivedNetwork(Genotype.from_json(description["genotype"]), **fields, primitives=table)
 
 
 # --- a program --------------------------------------------------------------------------------------------------------
@@ -176,7 +169,10 @@ def stablehlo(
         raise UserError(f"platforms: none; allowed: at least one of {' | '.join(PLATFORMS)}")
     _require("flatbuffers", "StableHLO programs are written")
     evaluated = net.clone(auxiliary=False, axis_name=None, own_kernels=False)
-    inside = {name: {k: v for k, v in variables[name].items() if k != "auxiliary"} for name in _COLLECTIONS}
+    inside = {
+        collection: {name: tree for name, tree in variables[collection].items() if name != "auxiliary"}
+        for collection in ("params", "batch_stats")
+    }
 
     def logits(images: jax.Array) -> jax.Array:
         return evaluated.apply(inside, normalize(images, mean, std))[0].astype(jnp.float32)
@@ -218,8 +214,7 @@ def write_stablehlo(
     ...     write_stablehlo(Path(folder) / "net.stablehlo", variables, net, description).name
     'net.stablehlo.json'
     """
-    image = description["image"]
-    mean, std = description["mean"], description["std"]
+    image, mean, std = (description[name] for name in ("image", "mean", "std"))
     data = stablehlo(variables, net, image, mean=mean, std=std, platforms=platforms)
     contract = {
         "format": "jax.export",
@@ -228,8 +223,8 @@ def write_stablehlo(
         "output": {"dtype": "float32", "shape": ["batch", description["classes"]], "meaning": "logits"},
     }
     beside = Path(f"{path}.json")
-    _write(path, data)
-    _write(beside, (json.dumps({**description, **contract}, indent=1) + "\n").encode())
+    atomic_write_bytes(path, data)
+    atomic_write_text(beside, json.dumps({**description, **contract}, indent=1) + "\n")
     return beside
 
 
@@ -257,7 +252,7 @@ def safetensors(variables: Mapping[str, Any], path: Path, metadata: Mapping[str,
     flat = traverse_util.flatten_dict(dict(variables), sep=_SEPARATOR)
     # The format stores the bytes of the buffer: a transposed view would come back as another array.
     tensors = {name: np.asarray(leaf, order="C") for name, leaf in flat.items()}
-    _write(path, numpy_format.save(tensors, metadata={_KEY: json.dumps(dict(metadata))}))
+    atomic_write_bytes(path, numpy_format.save(tensors, metadata={_KEY: json.dumps(dict(metadata))}))
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -318,7 +313,7 @@ def save_network(
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{workdir} could not be made: {error.strerror or error}") from error
-    _write(workdir / "genotype.json", (net.genotype.to_json() + "\n").encode())
+    atomic_write_text(workdir / "genotype.json", net.genotype.to_json() + "\n")
     safetensors(variables, workdir / NETWORK_FILE, description)
 
 
@@ -353,19 +348,17 @@ def shapes(net: DerivedNetwork, channels: int = 3) -> dict[str, jax.ShapeDtypeSt
     >>> shapes(net)["params/stem/conv"].shape
     (3, 3, 3, 12)
     """
-    plan = net.plan(channels)
-    layers = {"classifier": plan.classifier, **dict(plan.stem)}
-    if plan.auxiliary is not None:
-        layers["auxiliary"] = plan.auxiliary
-    trees = {name: {"params": layer.declared, "batch_stats": layer.statistics} for name, layer in layers.items()}
-    for i, cell in enumerate(plan.cells):
-        trees[f"cell_{i}"] = {
-            "params": {name: layer.declared for name, layer in cell.layers.items()},
-            "batch_stats": {name: layer.statistics for name, layer in cell.layers.items()},
-        }
-    nested = {collection: {name: tree[collection] for name, tree in trees.items()} for collection in _COLLECTIONS}
-    flat = traverse_util.flatten_dict(nested, sep=_SEPARATOR)
-    return {name: jax.ShapeDtypeStruct(weight.shape, jnp.float32) for name, weight in flat.items()}
+    declared = variables_of(net.plan(channels).layers)
+
+    def rank(name: tuple[str, ...]) -> tuple[bool, ...]:
+        # An error line names the first variable that does not fit: the parameters, the classifier and the other parts
+        # beside the cells come first.
+        return name[0] != "params", name[1].startswith("cell_"), name[1] != "classifier"
+
+    return {
+        _SEPARATOR.join(name): jax.ShapeDtypeStruct(declared[name].shape, jnp.float32)
+        for name in sorted(declared, key=rank)
+    }
 
 
 def check_variables(net: DerivedNetwork, variables: Mapping[str, Any], channels: int, where: str) -> None:
@@ -379,15 +372,15 @@ def check_variables(net: DerivedNetwork, variables: Mapping[str, Any], channels:
     ...
     prdarts_jax.errors.UserError: a.safetensors: params/classifier/kernel is missing; allowed: the variables of the described network
     """  # noqa: E501 (the message is one line)
-    wanted, found = shapes(net, channels), traverse_util.flatten_dict(dict(variables), sep=_SEPARATOR)
-    for name in (*wanted, *found):
-        if name not in found:
-            raise UserError(f"{where}: {name} is missing; allowed: the variables of the described network")
-        if name not in wanted:
-            raise UserError(f"{where}: {name} is unknown; allowed: the variables of the described network")
-        if np.shape(found[name]) != wanted[name].shape:
-            shape = list(np.shape(found[name]))
-            raise UserError(f"{where}: {name} has shape {shape}; allowed: {list(wanted[name].shape)}")
+    expected = shapes(net, channels)
+    arrays = traverse_util.flatten_dict(dict(variables), sep=_SEPARATOR)
+    for name in (*expected, *arrays):
+        if name not in expected or name not in arrays:
+            problem = "missing" if name in expected else "unknown"
+            raise UserError(f"{where}: {name} is {problem}; allowed: the variables of the described network")
+        shape = np.shape(arrays[name])
+        if shape != expected[name].shape:
+            raise UserError(f"{where}: {name} has shape {list(shape)}; allowed: {list(expected[name].shape)}")
 
 
 # --- files and packages -----------------------------------------------------------------------------------------------
@@ -400,16 +393,3 @@ def _require(package: str, what: str) -> Any:
     except ImportError:
         name = package.partition(".")[0]
         raise RunError(f"{what} with the package {name}, which is not installed (pip install {name})") from None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A reader, or a kill, finds the old content or the new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,26 +18,17 @@ import numpy as np
 from flax import traverse_util
 
 from prdarts_jax.errors import UserError, unknown
+from prdarts_jax.network.layers import TreePath
 from prdarts_jax.network.module import DerivedNetwork
-from prdarts_jax.network.plan import STEMS, CellPlan, NetworkPlan
+from prdarts_jax.network.plan import STEMS, NetworkPlan
 from prdarts_jax.ops.batch_norm import BN_EPS
-from prdarts_jax.ops.layers import Weight
 from prdarts_jax.space.genotype import CELL_INPUTS, Genotype
 
 _WRAPPERS = ("net", "state_dict")  # keys under which the programs save a state_dict beside the epoch and the optimizer
 _PARALLEL = "module."  # nn.DataParallel puts it before every name
-_NORM = {  # our leaf -> (collection, name in nn.BatchNorm2d)
-    "scale": ("params", "weight"),
-    "bias": ("params", "bias"),
-    "mean": ("batch_stats", "running_mean"),
-    "var": ("batch_stats", "running_var"),
-}
-_COUNTER = "num_batches_tracked"  # of use with momentum=None only; old checkpoints have none
 _SHOWN = 3  # keys in an error line
 
-# Our entry -> the submodule, for each kind of layer.
-_FACTORIZED = {"first": "conv_1", "second": "conv_2", "bn": "bn"}
-_RELU_CONV_BN = {"pointwise": "op.1", "bn": "op.2"}
+# The layer -> our entry -> the submodule.
 _SEPARABLE = {
     "depthwise1": "op.1",
     "pointwise1": "op.2",
@@ -47,31 +38,40 @@ _SEPARABLE = {
     "bn2": "op.7",
 }
 _DILATED = {"depthwise": "op.1", "pointwise": "op.2", "bn": "op.3"}
-_OPERATIONS = {
-    "none": {},
-    "max_pool_3x3": {},
-    "avg_pool_3x3": {},
-    "skip_connect": _FACTORIZED,  # of stride 2; without entries at stride 1
+_RELU_CONV_BN = {"pointwise": "op.1", "bn": "op.2"}
+_SUBMODULES = {
+    "stem": {"conv": "0", "bn": "1"},
+    "stem0": {"conv1": "0", "bn1": "1", "conv2": "3", "bn2": "4"},
+    "stem1": {"conv": "1", "bn": "2"},
+    "preprocess0": _RELU_CONV_BN,
+    "preprocess1": _RELU_CONV_BN,
     "sep_conv_3x3": _SEPARABLE,
     "sep_conv_5x5": _SEPARABLE,
     "sep_conv_7x7": _SEPARABLE,
     "dil_conv_3x3": _DILATED,
     "dil_conv_5x5": _DILATED,
     "conv_7x1_1x7": {"conv_1x7": "1", "conv_7x1": "2", "bn": "3"},  # a bare nn.Sequential
+    "auxiliary": {
+        "pointwise": "features.2",
+        "bn1": "features.3",
+        "conv": "features.5",
+        "bn2": "features.6",
+        "kernel": "classifier",
+        "bias": "classifier",
+    },
+    "classifier": {"kernel": "", "bias": ""},
 }
-_STEM = {"conv": "0", "bn": "1"}
-_STEM0 = {"conv1": "0", "bn1": "1", "conv2": "3", "bn2": "4"}
-_STEM1 = {"conv": "1", "bn": "2"}
-_CLASSIFIER = {"kernel": "", "bias": ""}
-_AUXILIARY = {
-    "pointwise": "features.2",
-    "bn1": "features.3",
-    "conv": "features.5",
-    "bn2": "features.6",
-    "kernel": "classifier",
-    "bias": "classifier",
+_FACTORIZED = {"first": "conv_1", "second": "conv_2", "bn": "bn"}  # preprocess0 or skip_connect, where it halves
+# The last part of our name -> of theirs; the rest are called weight.
+_LEAVES = {"bias": "bias", "mean": "running_mean", "var": "running_var"}
+_LAYOUTS = {  # (our rank, theirs) -> their axes in our order; the others are of length 1
+    (4, 4): (2, 3, 1, 0),  # OIHW -> HWIO
+    (3, 4): (2, 3, 0),  # a depthwise convolution, [C,1,k,k] -> [k,k,C]
+    (2, 4): (1, 0),  # a 1x1 convolution, [O,I,1,1] -> [I,O]
+    (2, 2): (1, 0),  # a linear layer
 }
-_BN2 = f"auxiliary_head.{_AUXILIARY['bn2']}"
+_AUXILIARY_NORM = "auxiliary_head.features.6"  # which some programs leave out
+_STEM_WEIGHT = {"cifar": "stem.0.weight", "imagenet": "stem0.0.weight"}  # the first convolution
 
 
 class Converted(NamedTuple):
@@ -81,14 +81,6 @@ class Converted(NamedTuple):
     network: dict[str, Any]  # keyword arguments of DerivedNetwork: channels, cells, classes, stem, auxiliary
     channels: int  # of the images
     notes: tuple[str, ...]  # what is not as in the file
-
-
-class _Source(NamedTuple):
-    """Where an array of ours comes from."""
-
-    name: tuple[str, ...]  # in our tree, collection first
-    shape: tuple[int, ...]
-    key: str  # in the state_dict
 
 
 def load_state_dict(path: Path) -> dict[str, np.ndarray]:
@@ -123,16 +115,16 @@ def load_state_dict(path: Path) -> dict[str, np.ndarray]:
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch raise whatever they like on a file that is none of theirs
+        problem = f"cannot be read ({type(error).__name__}); allowed: a file of torch.save"
         if "global" in str(error).lower():  # what torch says of a class or function that it will not look up
-            reason = "holds other objects than tensors, which are not unpickled"
-            allowed = "tensors and plain containers (save the state_dict alone)"
-        else:
-            reason, allowed = f"cannot be read ({type(error).__name__})", "a file of torch.save"
-        raise UserError(f"FILE: {str(path)!r} {reason}; allowed: {allowed}") from None
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-            break
+            problem = (
+                "holds other objects than tensors, which are not unpickled; "
+                "allowed: tensors and plain containers (save the state_dict alone)"
+            )
+        raise UserError(f"FILE: {str(path)!r} {problem}") from None
+    if isinstance(loaded, Mapping):
+        inner = [loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)]
+        loaded = inner[0] if inner else loaded
     if not isinstance(loaded, Mapping) or not loaded:
         raise UserError(f"FILE: {str(path)!r} holds no state_dict; allowed: one, bare or under {' | '.join(_WRAPPERS)}")
     strangers = [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]
@@ -141,13 +133,9 @@ def load_state_dict(path: Path) -> dict[str, np.ndarray]:
             f"FILE: {str(path)!r} holds {_listed(strangers)}, which are no tensors; "
             f"allowed: a state_dict, bare or under {' | '.join(_WRAPPERS)}"
         )
-    parallel = all(str(key).startswith(_PARALLEL) for key in loaded)
-    arrays = {}
-    for key, tensor in loaded.items():
-        tensor = tensor.detach()
-        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        arrays[str(key).removeprefix(_PARALLEL) if parallel else str(key)] = array
-    return arrays
+    prefix = _PARALLEL if all(str(key).startswith(_PARALLEL) for key in loaded) else ""
+    tensors = {str(key).removeprefix(prefix): tensor.detach() for key, tensor in loaded.items()}
+    return {key: (t.float() if t.is_floating_point() else t).numpy() for key, t in tensors.items()}
 
 
 def convert(state_dict: Mapping[str, np.ndarray], genotype: Genotype, *, stem: str | None = None) -> Converted:
@@ -177,24 +165,34 @@ def convert(state_dict: Mapping[str, np.ndarray], genotype: Genotype, *, stem: s
     """  # noqa: E501 (the message is one line)
     network, in_channels = _size(state_dict, stem)
     plan = DerivedNetwork(genotype, **network).plan(in_channels)
-    sources = list(_sources(plan, genotype))
-    filled, notes = dict(state_dict), []
-    if plan.auxiliary is not None and network["stem"] == "imagenet" and f"{_BN2}.weight" not in state_dict:
-        filled |= _identity_norm(plan)
+    tensors, notes = dict(state_dict), []
+    if plan.auxiliary is not None and network["stem"] == "imagenet" and f"{_AUXILIARY_NORM}.weight" not in tensors:
+        # y = x: the scale sqrt(var + eps) undoes the division.
+        values = {"weight": np.sqrt(1 + BN_EPS), "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+        shape = plan.auxiliary.variables["params", "bn2", "scale"].shape
+        tensors |= {f"{_AUXILIARY_NORM}.{name}": np.full(shape, value, np.float32) for name, value in values.items()}
         notes.append(
             "the auxiliary head has no second batch normalisation: ours is the identity in evaluation, and would "
             "normalise if training went on"
         )
-    sources = [_unwrapped(source, filled) for source in sources]
-    for key in [key for key in filled if key.endswith(f".{_COUNTER}")]:
-        if f"{key.removesuffix(_COUNTER)}running_mean" in filled:
-            del filled[key]
-    unused = [key for key in filled if key.startswith(_void(plan, genotype))]
+    modules = _modules(plan, genotype)
+    sources = _sources(plan, modules, tensors)
+    norms = {key.removesuffix("running_mean") for key in tensors if key.endswith(".running_mean")}
+    idle = {f"{norm}num_batches_tracked" for norm in norms}  # of use with momentum=None only; old checkpoints have none
+    void = tuple(f"{module}." for path, module in modules.items() if path not in plan.layers)
+    unused = [key for key in tensors if key not in idle and key.startswith(void)]
     if unused:
         notes.append(f"left out: {_listed(unused)}, of edges that leave a node without operations")
-    _same_keys({source.key for source in sources}, {key: a for key, a in filled.items() if key not in unused})
-    flat = {source.name: _array(source, filled[source.key]) for source in sources}
-    return Converted(traverse_util.unflatten_dict(flat), network, in_channels, tuple(notes))
+    keys = tensors.keys() - idle - set(unused)
+    differences = {"it lacks": sources.keys() - keys, "it has besides": keys - sources.keys()}
+    parts = [f"{what} {_listed(sorted(names, key=_natural))}" for what, names in differences.items() if names]
+    if parts:
+        raise UserError(
+            f"state_dict: these are not the weights of the genotype's network: {'; '.join(parts)}; "
+            "allowed: the genotype that was trained"
+        )
+    arrays = {name: _array(key, tensors[key], name, shape) for key, (name, shape) in sources.items()}
+    return Converted(traverse_util.unflatten_dict(arrays), network, in_channels, tuple(notes))
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -202,28 +200,22 @@ def convert(state_dict: Mapping[str, np.ndarray], genotype: Genotype, *, stem: s
 
 def _size(state_dict: Mapping[str, np.ndarray], stem: str | None) -> tuple[dict[str, Any], int]:
     """(keyword arguments of DerivedNetwork, channels of the images)."""
-    said = "imagenet" if "stem0.0.weight" in state_dict else "cifar"
+    named = "imagenet" if _STEM_WEIGHT["imagenet"] in state_dict else "cifar"
     if stem is not None and stem not in STEMS:
         raise unknown("stem", stem, STEMS)
-    if stem is not None and stem != said and f"{_first(said)}.0.weight" in state_dict:
-        raise UserError(f"stem: {stem!r}, but the names are those of {said!r} ({_first(said)}.0.weight)")
-    stem = stem or said
-    widest = f"{_first(stem)}.0.weight"
-    shapes = {key: _shape_of(state_dict, key) for key in (widest, "classifier.weight")}
-    divided = shapes[widest][0] // 3 if stem == "cifar" else _shape_of(state_dict, "stem1.1.weight")[0]
+    if stem is not None and stem != named and _STEM_WEIGHT[named] in state_dict:
+        raise UserError(f"stem: {stem!r}, but the names are those of {named!r} ({_STEM_WEIGHT[named]})")
+    stem = stem or named
+    first, last = (_shape_of(state_dict, key) for key in (_STEM_WEIGHT[stem], "classifier.weight"))
     numbers = [int(match[1]) for key in state_dict if (match := re.match(r"cells\.(\d+)\.", key))]
     network = {
-        "channels": divided,
+        "channels": first[0] // 3 if stem == "cifar" else _shape_of(state_dict, "stem1.1.weight")[0],
         "cells": max(numbers, default=-1) + 1,
-        "classes": shapes["classifier.weight"][0],
+        "classes": last[0],
         "stem": stem,
         "auxiliary": any(key.startswith("auxiliary_head.") for key in state_dict),
     }
-    return network, shapes[widest][1]
-
-
-def _first(stem: str) -> str:
-    return "stem" if stem == "cifar" else "stem0"
+    return network, first[1]
 
 
 def _shape_of(state_dict: Mapping[str, np.ndarray], key: str) -> tuple[int, ...]:
@@ -241,73 +233,38 @@ def _shape_of(state_dict: Mapping[str, np.ndarray], key: str) -> tuple[int, ...]
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _sources(plan: NetworkPlan, genotype: Genotype) -> Iterator[_Source]:
-    """Where every variable of the network comes from."""
-    stems = {"stem": _STEM, "stem0": _STEM0, "stem1": _STEM1}
-    for name, layer in plan.stem:
-        yield from _of_layer((name,), layer.declared, name, stems[name])
-    for i, cell in enumerate(plan.cells):
-        for edge in cell.edges:
-            prefix, submodules = _module(cell, genotype, edge.name, edge.layer.declared)
-            yield from _of_layer((f"cell_{i}", edge.name), edge.layer.declared, f"cells.{i}.{prefix}", submodules)
-    if plan.auxiliary is not None:
-        yield from _of_layer(("auxiliary",), plan.auxiliary.declared, "auxiliary_head", _AUXILIARY)
-    yield from _of_layer(("classifier",), plan.classifier.declared, "classifier", _CLASSIFIER)
+def _modules(plan: NetworkPlan, genotype: Genotype) -> dict[TreePath, str]:
+    """Our path of every layer -> their module; also of the edges that leave a node without operations.
 
-
-def _module(
-    cell: CellPlan, genotype: Genotype, entry: str, declared: Mapping[str, Any]
-) -> tuple[str, Mapping[str, str]]:
-    """(the module of an entry of a cell, its submodules): `_ops` numbers the pairs of all nodes one after the other."""
-    if entry.startswith("preprocess"):
-        return entry, _FACTORIZED if "first" in declared else _RELU_CONV_BN
-    match = re.fullmatch(r"node(\d+)_(\d+)_(.+)", entry)
-    assert match is not None
-    nodes = genotype.cell(cell.kind)[0]
-    before = sum(len(pairs) for pairs in nodes[: int(match[1]) - CELL_INPUTS])
-    if match[3] not in _OPERATIONS:
-        raise unknown("genotype", match[3], _OPERATIONS)
-    return f"_ops.{before + int(match[2])}", _OPERATIONS[match[3]]
-
-
-def _of_layer(
-    name: tuple[str, ...], declared: Mapping[str, Any], module: str, submodules: Mapping[str, str]
-) -> Iterator[_Source]:
-    for entry, weight in declared.items():
-        where = f"{module}.{submodules[entry]}".rstrip(".")
-        if isinstance(weight, Weight):
-            yield _Source(("params", *name, entry), weight.shape, f"{where}.{'bias' if entry == 'bias' else 'weight'}")
-            continue
-        for leaf, (collection, theirs) in _NORM.items():
-            yield _Source((collection, *name, entry, leaf), weight["scale"].shape, f"{where}.{theirs}")
-
-
-def _unwrapped(source: _Source, found: Mapping[str, np.ndarray]) -> _Source:
-    """Some programs wrap conv_7x1_1x7, too, in a module whose nn.Sequential is `op`."""
-    wrapped = re.sub(r"(\._ops\.\d+)\.(?=\d)", r"\1.op.", source.key)
-    return source._replace(key=wrapped) if source.key not in found and wrapped in found else source
-
-
-def _void(plan: NetworkPlan, genotype: Genotype) -> tuple[str, ...]:
-    """What names begin with that belong to edges which do nothing: they leave a node that does not exist."""
-    found = []
+    `_ops` numbers the pairs of all nodes of a cell one after the other.
+    """
+    modules: dict[TreePath, str] = {(name,): name for name in ("classifier", *dict(plan.stem))}
+    modules["auxiliary",] = "auxiliary_head"
     for i, cell in enumerate(plan.cells):
         nodes = enumerate(genotype.cell(cell.kind)[0], CELL_INPUTS)
-        names = [f"node{n}_{k}_{op}" for n, pairs in nodes for k, (op, _) in enumerate(pairs)]
-        live = {edge.name for node in cell.nodes for edge in node}
-        found += [f"cells.{i}._ops.{at}." for at, name in enumerate(names) if name not in live]
-    return tuple(found)
+        pairs = [f"node{n}_{k}_{op}" for n, node in nodes for k, (op, _) in enumerate(node)]
+        modules |= {(f"cell_{i}", edge.name): f"cells.{i}.{edge.name}" for edge in cell.preprocess}
+        modules |= {(f"cell_{i}", pair): f"cells.{i}._ops.{number}" for number, pair in enumerate(pairs)}
+    return modules
 
 
-def _same_keys(wanted: set[str], found: Mapping[str, np.ndarray]) -> None:
-    missing, strange = sorted(wanted - set(found), key=_natural), sorted(set(found) - wanted, key=_natural)
-    if not missing and not strange:
-        return
-    parts = [f"{what} {_listed(keys)}" for what, keys in (("it lacks", missing), ("it has besides", strange)) if keys]
-    raise UserError(
-        f"state_dict: these are not the weights of the genotype's network: {'; '.join(parts)}; "
-        "allowed: the genotype that was trained"
-    )
+def _sources(
+    plan: NetworkPlan, modules: Mapping[TreePath, str], tensors: Mapping[str, np.ndarray]
+) -> dict[str, tuple[TreePath, tuple[int, ...]]]:
+    """Key of the state_dict -> (our name, collection first, and shape) of every variable of the network."""
+    sources = {}
+    for path, layer in plan.layers.items():
+        kind = re.sub(r"^node\d+_\d+_", "", path[-1])
+        submodules = _FACTORIZED if "first" in layer.weights else _SUBMODULES.get(kind, {})
+        for (collection, entry, *leaf), weight in layer.variables.items():
+            parts = modules[path], submodules[entry], _LEAVES.get((entry, *leaf)[-1], "weight")
+            key = ".".join(part for part in parts if part)
+            # Some programs wrap conv_7x1_1x7, too, in a module whose nn.Sequential is `op`.
+            wrapped = re.sub(r"(\._ops\.\d+)\.(?=\d)", r"\1.op.", key)
+            if key not in tensors and wrapped in tensors:
+                key = wrapped
+            sources[key] = (collection, *path, entry, *leaf), weight.shape
+    return sources
 
 
 def _natural(key: str) -> list[tuple[int, str]]:
@@ -322,30 +279,17 @@ def _listed(keys: list[str]) -> str:
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def _identity_norm(plan: NetworkPlan) -> dict[str, np.ndarray]:
-    """The second normalisation of the auxiliary head as y = x: scale sqrt(var + eps) undoes the division."""
-    assert plan.auxiliary is not None
-    channels = plan.auxiliary.norms["bn2"]
-    values = {"weight": np.sqrt(1 + BN_EPS), "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
-    return {f"{_BN2}.{name}": np.full(channels, value, np.float32) for name, value in values.items()}
-
-
-def _array(source: _Source, array: np.ndarray) -> np.ndarray:
-    """An array of PyTorch in our layout, which its rank tells."""
-    array, rank = np.asarray(array), len(source.shape)
-    ours = array
-    if rank == 4:  # [O,I,k,k]
-        ours = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-    elif rank == 3:  # depthwise, [C,1,k,k]
-        ours = array[:, 0].transpose(1, 2, 0) if array.ndim == 4 and array.shape[1] == 1 else array
-    elif rank == 2:  # linear [O,I], or 1x1 [O,I,1,1]
-        ours = array[:, :, 0, 0] if array.ndim == 4 and array.shape[2:] == (1, 1) else array
-        ours = ours.T
-    if ours.shape != source.shape:
+def _array(key: str, tensor: np.ndarray, name: TreePath, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of PyTorch in our layout, which the ranks tell."""
+    tensor = np.asarray(tensor)
+    axes = _LAYOUTS.get((len(shape), tensor.ndim), tuple(range(tensor.ndim)))
+    rest = [axis for axis in range(tensor.ndim) if axis not in axes]
+    ours = tensor.transpose(*axes, *rest)
+    if ours.shape != shape + (1,) * len(rest):
         raise UserError(
-            f"state_dict: {source.key} of shape {list(array.shape)} does not fit {'/'.join(source.name[1:])} "
-            f"{list(source.shape)}; allowed: the genotype that was trained"
+            f"state_dict: {key} of shape {list(tensor.shape)} does not fit {'/'.join(name[1:])} "
+            f"{list(shape)}; allowed: the genotype that was trained"
         )
     if not np.all(np.isfinite(ours)):
-        raise UserError(f"state_dict: {source.key} holds NaN or infinity; allowed: finite weights")
-    return np.asarray(ours, np.float32, order="C")
+        raise UserError(f"state_dict: {key} holds NaN or infinity; allowed: finite weights")
+    return np.asarray(ours.reshape(shape), np.float32, order="C")

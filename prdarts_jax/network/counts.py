@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from prdarts_jax.errors import unknown
-from prdarts_jax.network.layers import Layer, abstract, shape_leaves
-from prdarts_jax.network.plan import CellPlan, Edge, NetworkPlan, make_plan, wire
+from prdarts_jax.network.layers import Layer
+from prdarts_jax.network.plan import CellPlan, NetworkPlan, make_plan, wire
 from prdarts_jax.ops.primitives import PRIMITIVES
 from prdarts_jax.space.genotype import Genotype
 
@@ -71,66 +71,35 @@ def profile(
         in_channels=3,
         primitives=PRIMITIVES,
     )
-    assert plan.auxiliary is not None
-    layers = [layer for _, layer in plan.stem] + [layer for cell in plan.cells for layer in cell.layers.values()]
-    params = sum(_parameters(layer) for layer in [*layers, plan.classifier])
-    return Profile(params, params + _parameters(plan.auxiliary), _network_macs(plan, scale.pixels))
+    counts = {
+        path: sum(math.prod(weight.shape) for name, weight in layer.variables.items() if name[0] == "params")
+        for path, layer in plan.layers.items()
+    }
+    total = sum(counts.values())
+    image = jax.ShapeDtypeStruct((1, scale.pixels, scale.pixels, 3), jnp.float32)
+    macs = jaxpr_macs(jax.make_jaxpr(lambda x: _outline(plan, x))(image).jaxpr)
+    return Profile(total - counts[("auxiliary",)], total, macs)
 
 
-@cache
-def _parameters(layer: Layer) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(layer.declared)))
-
-
-class _Shape(NamedTuple):
-    height: int
-    width: int
-    channels: int
-
-
-def _network_macs(plan: NetworkPlan, pixels: int) -> int:
-    total = 0
-
-    def run(layer: Layer, x: _Shape) -> _Shape:
-        nonlocal total
-        macs, out = _layer_macs(layer, x.height, x.width)
-        total += macs
-        return out
-
-    def cell_output(cell: CellPlan, inputs: tuple[_Shape, _Shape]) -> _Shape:
-        def edge(edge: Edge, x: _Shape) -> _Shape:
-            return run(edge.layer, x)
-
-        return wire(cell, inputs, edge, _same, _joined)
-
-    states = [_Shape(pixels, pixels, plan.stem[0][1].channels_in)]
+def _outline(plan: NetworkPlan, x: jax.Array) -> jax.Array:
+    """The network without its auxiliary head, for its trace alone."""
+    states = [x]
     for _, layer in plan.stem:
-        states.append(run(layer, states[-1]))
-    before_last, last = states[-len(plan.stem)], states[-1]
+        states.append(layer.outline(states[-1]))
+    pair = states[-len(plan.stem)], states[-1]
     for cell in plan.cells:
-        before_last, last = last, cell_output(cell, (before_last, last))
-    run(plan.classifier, last)
-    return total
+        pair = pair[1], _outline_cell(cell, pair)
+    return plan.classifier.outline(pair[1])
 
 
-def _same(a: _Shape, b: _Shape) -> _Shape:
-    assert a == b
-    return a
+@partial(jax.jit, static_argnums=0)  # equal cells, and equal layers, of all networks are traced once
+def _outline_cell(cell: CellPlan, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    return wire(cell, pair, lambda edge, x: _outline_layer(edge.layer, x))
 
 
-def _joined(states: list[_Shape]) -> _Shape:
-    return states[0]._replace(channels=sum(state.channels for state in states))
-
-
-@cache
-def _layer_macs(layer: Layer, height: int, width: int) -> tuple[int, _Shape]:
-    """Multiply-adds of a layer for one image of this size, and the shape it gives. Few layers differ: cached."""
-    x = jax.ShapeDtypeStruct((1, height, width, layer.channels_in), jnp.float32)
-    traced = jax.make_jaxpr(lambda params, x: layer.apply(params, x, shape_leaves(lambda _, x: x)))(
-        abstract(layer.weights), x
-    )
-    out = traced.out_avals[0].shape
-    return jaxpr_macs(traced.jaxpr), _Shape(*(out[1:] if len(out) == 4 else (1, 1, out[1])))
+@partial(jax.jit, static_argnums=0)
+def _outline_layer(layer: Layer, x: jax.Array) -> jax.Array:
+    return layer.outline(x)
 
 
 def jaxpr_macs(jaxpr: Any) -> int:

@@ -9,25 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax import lax
+from jax.scipy.linalg import block_diag
 
 from prdarts_jax.ops.batch_norm import BN_EPS, Moments, batch_norm_moments, per_channel
 from prdarts_jax.ops.depthwise import depthwise_conv_reference, wide_dtype
-from prdarts_jax.ops.layer_set import Leaves, composed_pointwise, composed_separable
+from prdarts_jax.ops.layer_set import Leaves, Norm, composed_pointwise, composed_separable
 from prdarts_jax.ops.layers import Weight, conv, factorized_reduce, linear, pointwise
 from prdarts_jax.ops.primitives import Params, Primitive
 
 BN_MOMENTUM = 0.1  # torch's: the weight of the new statistic
-_AUX_POOL = 5
+AUX_POOL = 5  # pixels of the auxiliary head's average
 _AUX_CHANNELS = (128, 768)
 AUX_STRIDES: Mapping[str, int] = {"cifar": 3, "imagenet": 2}
 _PROBE = 8  # pixels; every layer accepts them
+_NORM = (("params", "scale", 1.0), ("params", "bias", 0.0), ("batch_stats", "mean", 0.0), ("batch_stats", "var", 1.0))
+TreePath = tuple[str, ...]  # in the parameters: ("stem",), ("cell_3", "preprocess0")
+Variables = dict[TreePath, Weight]  # ("params" | "batch_stats", *path in the tree of the collection) -> declaration
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,52 +51,44 @@ class Layer:
     apply: Callable[[Params, jax.Array, Leaves], jax.Array]
 
     @cached_property
-    def norms(self) -> Mapping[str, int]:
-        """The normalisations it runs: name -> channels."""
-        found: dict[str, int] = {}
+    def variables(self) -> Variables:
+        """All that it declares; an entry (collection, norm, leaf) is one of the four vectors of a normalisation."""
+        declared: Variables = traverse_util.flatten_dict({"params": dict(self.weights)})
 
         def norm(name: str, x: jax.Array) -> jax.Array:
-            found[name] = x.shape[3]
+            for collection, leaf, value in _NORM:
+                declared[collection, name, leaf] = Weight((x.shape[3],), constant=value)
             return x
 
         x = jax.ShapeDtypeStruct((1, _PROBE, _PROBE, self.channels_in), jnp.float32)
-        jax.eval_shape(lambda params, x: self.apply(params, x, shape_leaves(norm)), abstract(self.weights), x)
-        return found
+        jax.eval_shape(lambda x: self.outline(x, norm), x)
+        return declared
 
-    @property
-    def declared(self) -> dict[str, Any]:
-        """Its entry in the parameters: the weights, and {"scale", "bias"} a normalisation."""
-        affine = {
-            name: {"scale": Weight((c,), constant=1.0), "bias": Weight((c,), constant=0.0)}
-            for name, c in self.norms.items()
-        }
-        return {**self.weights, **affine}
+    def outline(self, x: jax.Array, norm: Norm = lambda _, x: x) -> jax.Array:
+        """A run for its trace alone: every convolution is one equation of it, pools and norms only have a shape."""
 
-    @property
-    def statistics(self) -> dict[str, Any]:
-        """Its entry in the running statistics: {"mean", "var"} a normalisation."""
-        return {
-            name: {"mean": Weight((c,), constant=0.0), "var": Weight((c,), constant=1.0)}
-            for name, c in self.norms.items()
-        }
+        def pool(x: jax.Array, stride: int) -> jax.Array:
+            return x[:, ::stride, ::stride]
+
+        units = composed_separable(depthwise_conv_reference, norm), composed_pointwise(norm)
+        leaves = Leaves(depthwise_conv_reference, pool, pool, norm, *units)
+        return self.apply(constants(self.weights), x, leaves)
 
 
-def abstract(declared: Any) -> Any:
-    """Shapes and dtypes of a tree of declarations."""
+def variables_of(layers: Mapping[TreePath, Layer]) -> Variables:
+    """What several layers declare, each under its path."""
+    return {
+        (collection, *path, *rest): weight
+        for path, layer in layers.items()
+        for (collection, *rest), weight in layer.variables.items()
+    }
+
+
+def constants(declared: Any) -> Any:
+    """A tree of declarations as float32 arrays, each with its constant everywhere."""
     return jax.tree.map(
-        lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32), declared, is_leaf=lambda node: isinstance(node, Weight)
+        lambda w: jnp.full(w.shape, w.constant, jnp.float32), declared, is_leaf=lambda node: isinstance(node, Weight)
     )
-
-
-def shape_leaves(norm: Callable[[str, jax.Array], jax.Array]) -> Leaves:
-    """Leaves for abstract runs: a convolution is one equation of the trace, pools and norms only have a shape."""
-
-    def pool(x: jax.Array, stride: int) -> jax.Array:
-        b, h, w, c = x.shape
-        return jnp.zeros((b, -(-h // stride), -(-w // stride), c), x.dtype)
-
-    units = composed_separable(depthwise_conv_reference, norm), composed_pointwise(norm)
-    return Leaves(depthwise_conv_reference, pool, pool, norm, *units)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -103,31 +101,21 @@ def _wide(x: jax.Array) -> jax.Array:
 @cache
 def operation(primitive: Primitive, channels: int, stride: int) -> Layer:
     """An operation of a cell: a primitive of the search space at a width and stride."""
-    return Layer(channels, primitive.weights(channels, stride), partial(_operation, primitive.apply, stride))
-
-
-def _operation(run: Callable[..., jax.Array], stride: int, params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
-    return run(params, x, stride, leaves)
+    weights = primitive.weights(channels, stride)
+    return Layer(channels, weights, lambda params, x, leaves: primitive.apply(params, x, stride, leaves))
 
 
 @cache
 def preprocess(channels_in: int, channels: int, reduces: bool) -> Layer:
     """What a cell does to an input: ReLU, 1x1 convolution (FactorizedReduce after a reduction), BN."""
-    half = channels // 2
-    if reduces:
-        weights = {
-            "first": Weight((channels_in, half), channels_in),
-            "second": Weight((channels_in, channels - half), channels_in),
-        }
-    else:
-        weights = {"pointwise": Weight((channels_in, channels), channels_in)}
-    return Layer(channels_in, weights, _preprocess)
+    widths = {"first": channels // 2, "second": channels - channels // 2} if reduces else {"pointwise": channels}
 
-
-def _preprocess(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
-    if "pointwise" in params:
+    def apply(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
+        if reduces:
+            return leaves.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
         return leaves.pointwise("bn", x, params["pointwise"])
-    return leaves.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
+
+    return Layer(channels_in, {name: Weight((channels_in, c), channels_in) for name, c in widths.items()}, apply)
 
 
 def widened(x: jax.Array, width: int, halves: bool) -> jax.Array:
@@ -143,50 +131,31 @@ def widened(x: jax.Array, width: int, halves: bool) -> jax.Array:
 
 def dense_preprocess(params: Params, width: int) -> Params:
     """The weights of any preprocessing as those of a 1x1 convolution of `width` inputs: padded, or block-diagonal."""
-    if "pointwise" in params:
-        kernel = params["pointwise"]
-    else:
-        first, second = params["first"], params["second"]
-        top = jnp.pad(first, ((0, 0), (0, second.shape[1])))
-        kernel = jnp.concatenate([top, jnp.pad(second, ((0, 0), (first.shape[1], 0)))])
+    kernel = params["pointwise"] if "pointwise" in params else block_diag(params["first"], params["second"])
     return {"pointwise": jnp.pad(kernel, ((0, width - kernel.shape[0]), (0, 0))), "bn": params["bn"]}
+
+
+@cache
+def stem_layer(channels: tuple[int, ...], stride: int, *, relu_first: bool = False) -> Layer:
+    """3x3 convolutions of a stride, each with BN, and a ReLU before all but the first (`relu_first`: before all).
+
+    Args:
+      channels: of the input and after every convolution. Of several convolutions the names have numbers: conv1, bn1.
+    """
+    numbers = [""] if len(channels) == 2 else [str(n) for n in range(1, len(channels))]
+
+    def apply(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
+        for n in numbers:
+            x = jax.nn.relu(x) if relu_first or n != numbers[0] else x
+            x = leaves.norm(f"bn{n}", conv(x, params[f"conv{n}"], stride=stride))
+        return x
+
+    widths = zip(numbers, pairwise(channels), strict=True)
+    return Layer(channels[0], {f"conv{n}": _dense(3, *ends) for n, ends in widths}, apply)
 
 
 def _dense(kernel: int, channels_in: int, channels: int) -> Weight:
     return Weight((kernel, kernel, channels_in, channels), kernel * kernel * channels_in)
-
-
-@cache
-def cifar_stem(channels_in: int, channels: int) -> Layer:
-    """3x3 convolution to 3C, BN."""
-    return Layer(channels_in, {"conv": _dense(3, channels_in, 3 * channels)}, _cifar_stem)
-
-
-def _cifar_stem(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
-    return leaves.norm("bn", conv(x, params["conv"]))
-
-
-@cache
-def imagenet_stem0(channels_in: int, channels: int) -> Layer:
-    """3x3 convolution of stride 2 to C/2, BN, ReLU, the same to C, BN: the first cell's c_{k-2}."""
-    half = channels // 2
-    weights = {"conv1": _dense(3, channels_in, half), "conv2": _dense(3, half, channels)}
-    return Layer(channels_in, weights, _imagenet_stem0)
-
-
-def _imagenet_stem0(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
-    x = leaves.norm("bn1", conv(x, params["conv1"], stride=2))
-    return leaves.norm("bn2", conv(jax.nn.relu(x), params["conv2"], stride=2))
-
-
-@cache
-def imagenet_stem1(channels: int) -> Layer:
-    """ReLU, 3x3 convolution of stride 2, BN: the first cell's c_{k-1}."""
-    return Layer(channels, {"conv": _dense(3, channels, channels)}, _imagenet_stem1)
-
-
-def _imagenet_stem1(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
-    return leaves.norm("bn", conv(jax.nn.relu(x), params["conv"], stride=2))
 
 
 @cache
@@ -196,35 +165,29 @@ def auxiliary_head(channels_in: int, classes: int, stem: str) -> Layer:
     weights = {
         "pointwise": Weight((channels_in, first), channels_in),
         "conv": _dense(2, first, second),
-        "kernel": Weight((second, classes), second),
-        "bias": Weight((classes,), second),
+        **_linear_weights(second, classes),
     }
-    return Layer(channels_in, weights, partial(_auxiliary_head, AUX_STRIDES[stem]))
+    window, strides = (1, AUX_POOL, AUX_POOL, 1), (1, AUX_STRIDES[stem], AUX_STRIDES[stem], 1)
 
+    def apply(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
+        zero = np.zeros((), x.dtype)  # concrete: JAX then knows the window sum, which has a gradient
+        x = lax.reduce_window(jax.nn.relu(x), zero, lax.add, window, strides, "VALID") / (AUX_POOL * AUX_POOL)
+        x = jax.nn.relu(leaves.norm("bn1", pointwise(x, params["pointwise"])))
+        x = jax.nn.relu(leaves.norm("bn2", conv(x, params["conv"])))
+        return _linear(params, x.reshape(x.shape[0], -1))
 
-def _auxiliary_head(stride: int, params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
-    zero = np.zeros((), x.dtype)  # concrete: JAX then knows the window sum, which has a gradient
-    window, strides = (1, _AUX_POOL, _AUX_POOL, 1), (1, stride, stride, 1)
-    x = lax.reduce_window(jax.nn.relu(x), zero, lax.add, window, strides, "VALID") / (_AUX_POOL * _AUX_POOL)
-    x = jax.nn.relu(leaves.norm("bn1", pointwise(x, params["pointwise"])))
-    x = jax.nn.relu(leaves.norm("bn2", conv(x, params["conv"])))
-    return _linear(params, x.reshape(x.shape[0], -1))
-
-
-def auxiliary_fits(size: int, stem: str) -> bool:
-    """Whether the head turns a feature map of this height or width into one pixel, which its linear layer takes."""
-    return (size - _AUX_POOL) // AUX_STRIDES[stem] + 1 == 2
+    return Layer(channels_in, weights, apply)
 
 
 @cache
 def classifier(channels_in: int, classes: int) -> Layer:
     """Global average pool, linear."""
-    weights = {"kernel": Weight((channels_in, classes), channels_in), "bias": Weight((classes,), channels_in)}
-    return Layer(channels_in, weights, _classifier)
+    weights = _linear_weights(channels_in, classes)
+    return Layer(channels_in, weights, lambda params, x, _: _linear(params, jnp.mean(_wide(x), axis=(1, 2))))
 
 
-def _classifier(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
-    return _linear(params, jnp.mean(_wide(x), axis=(1, 2)))
+def _linear_weights(features: int, classes: int) -> dict[str, Weight]:
+    return {"kernel": Weight((features, classes), features), "bias": Weight((classes,), features)}
 
 
 def _linear(params: Params, x: jax.Array) -> jax.Array:

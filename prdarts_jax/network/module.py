@@ -8,31 +8,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from flax.core import unfreeze
 from jax import lax
 
 from prdarts_jax.errors import UserError
 from prdarts_jax.network.counts import Profile, profile
-from prdarts_jax.network.layers import Layer, batch_norm, dense_preprocess, preprocess, running_statistics, widened
+from prdarts_jax.network.layers import (
+    Layer,
+    TreePath,
+    batch_norm,
+    constants,
+    dense_preprocess,
+    preprocess,
+    running_statistics,
+    variables_of,
+    widened,
+)
 from prdarts_jax.network.plan import CellPlan, Edge, NetworkPlan, check_auxiliary, make_plan, wire
 from prdarts_jax.ops.drop_path import drop_path, drop_path_draws
 from prdarts_jax.ops.layer_set import composed_pointwise, composed_separable, fast_leaves
-from prdarts_jax.ops.layers import Weight, draw
+from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
-from prdarts_jax.ops.separable import WORTH_KEEPING, Affine, Moments, Unit, pointwise_unit, separable_units
+from prdarts_jax.ops.separable import WORTH_KEEPING, Affine, Unit, pointwise_unit, separable_units
 from prdarts_jax.space.genotype import Genotype
 
 __all__ = ["DerivedNetwork", "Profile", "drop_path", "drop_path_draws", "profile"]
 
 Pair = tuple[jax.Array, jax.Array]
-
-
-# --- drop-path --------------------------------------------------------------------------------------------------------
 
 
 # --- what is computed, as pure functions ------------------------------------------------------------------------------
@@ -56,28 +65,23 @@ def _run_layer(
         y, after[name] = batch_norm(x, params[name], statistics[name], train=train, **how._asdict())
         return y
 
-    def keep(name: str, count: int, moments: Moments) -> None:
-        after[name] = running_statistics(count, moments, statistics[name], axis_name=how.axis_name)
-
     def separable(names: Sequence[str], x: jax.Array, units: Sequence[Unit]) -> jax.Array:
         y, moments = separable_units(x, units, [Affine(**params[name]) for name in names], **how._asdict())
         b, h, w, _ = x.shape
-        for name, unit, found in zip(names, units, moments, strict=True):
+        for name, unit, of_unit in zip(names, units, moments, strict=True):
             h, w = -(-h // unit.stride), -(-w // unit.stride)
-            keep(name, b * h * w, found)
+            after[name] = running_statistics(b * h * w, of_unit, statistics[name], axis_name=how.axis_name)
         return y
 
     def pointwise(name: str, x: jax.Array, matrix: jax.Array) -> jax.Array:
         y, moments = pointwise_unit(x, matrix, Affine(**params[name]), **how._asdict())
-        keep(name, math.prod(y.shape[:3]), moments)
+        count = math.prod(y.shape[:3])
+        after[name] = running_statistics(count, moments, statistics[name], axis_name=how.axis_name)
         return y
 
-    if train:
-        leaves = fast._replace(norm=norm, separable=separable, pointwise=pointwise)
-    else:
-        units = composed_separable(fast.depthwise, norm), composed_pointwise(norm)
-        leaves = fast._replace(norm=norm, separable=units[0], pointwise=units[1])
-    return layer.apply(params, x, leaves), after
+    if not train:
+        separable, pointwise = composed_separable(fast.depthwise, norm), composed_pointwise(norm)
+    return layer.apply(params, x, fast._replace(norm=norm, separable=separable, pointwise=pointwise)), after
 
 
 def _run_cell(
@@ -85,12 +89,13 @@ def _run_cell(
     params: Params,
     statistics: Params,
     inputs: Pair,
-    dropping: Callable[[Edge, jax.Array], jax.Array],
+    draws: jax.Array | None,
+    rate: jax.Array | None,
     *,
     train: bool,
     how: How,
 ) -> tuple[jax.Array, Params]:
-    """(output of the cell, its running statistics afterwards)."""
+    """(output of the cell, its running statistics afterwards); `draws` [B, width] of drop-path, or None without it."""
     after: Params = {}
 
     def run(edge: Edge, x: jax.Array) -> jax.Array:
@@ -98,53 +103,45 @@ def _run_cell(
         y, new = _run_layer(edge.layer, weights, running, x, train=train, how=how)
         if new:
             after[edge.name] = new
-        return dropping(edge, y)
-
-    return wire(plan, inputs, run, jnp.add, lambda states: jnp.concatenate(states, axis=3)), after
-
-
-def _dropping(draws: jax.Array | None, rate: jax.Array | None) -> Callable[[Edge, jax.Array], jax.Array]:
-    """Drop-path of a cell from its draws [B, width]; with None nothing is dropped."""
-
-    def apply(edge: Edge, y: jax.Array) -> jax.Array:
         if edge.drop is None or draws is None or rate is None:
             return y
         return drop_path(y, draws[:, edge.drop], rate)
 
-    return apply
+    return wire(plan, inputs, run), after
 
 
 # --- the modules ------------------------------------------------------------------------------------------------------
 
 
-def _variables(module: nn.Module, declared: Params, statistics: Params) -> tuple[Params, dict[str, Any]]:
-    """Parameters (values) and running statistics (flax variables) of a module, made as declared if it has none.
+def _with_variables(
+    module: nn.Module,
+    layers: Mapping[TreePath, Layer],
+    run: Callable[[Params, Params], tuple[jax.Array, Params]],
+    *,
+    train: bool,
+) -> jax.Array:
+    """y of `run(params, statistics) -> (y, statistics afterwards)` with the variables of a module.
 
-    All weights of a module come from one draw: hundreds of small ones would take half a minute to compile.
+    A module without variables makes them as the layers declare. All its weights come from one draw: hundreds of small
+    ones would take half a minute to compile.
     """
-    drawn = draw(module.make_rng("params"), declared) if module.is_initializing() else None
+    declared = traverse_util.unflatten_dict(variables_of(layers))
+    weights = declared.get("params", {})
+    drawn = draw(module.make_rng("params"), weights) if module.is_initializing() else None
 
-    def initial(key: jax.Array, name: str) -> Any:
-        del key
-        return drawn[name] if drawn is not None else _constants(declared[name])
+    def initial(_: jax.Array, name: str) -> Any:
+        return constants(weights[name]) if drawn is None else drawn[name]
 
-    def constants(name: str) -> Any:
-        return _constants(statistics[name])
-
-    params = {name: module.param(name, initial, name) for name in declared if declared[name]}
-    running = {name: module.variable("batch_stats", name, constants, name) for name in statistics if statistics[name]}
-    return params, running
-
-
-def _constants(declared: Any) -> Any:
-    return jax.tree.map(
-        lambda w: jnp.full(w.shape, w.constant, jnp.float32), declared, is_leaf=lambda node: isinstance(node, Weight)
-    )
-
-
-def _keep(running: Mapping[str, Any], after: Params) -> None:
-    for name, new in after.items():
-        running[name].value = new
+    params = {name: module.param(name, initial, name) for name in weights}
+    statistics = {
+        name: module.variable("batch_stats", name, constants, norms)
+        for name, norms in declared.get("batch_stats", {}).items()
+    }
+    y, after = run(params, {name: variable.value for name, variable in statistics.items()})
+    if train and not module.is_initializing():
+        for name, new in after.items():
+            statistics[name].value = new
+    return y
 
 
 class Part(nn.Module):
@@ -156,12 +153,8 @@ class Part(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """[B,H,W,C] -> what the layer computes."""
-        params, running = _variables(self, self.layer.declared, self.layer.statistics)
-        values = {name: variable.value for name, variable in running.items()}
-        y, after = _run_layer(self.layer, params, values, x, train=train, how=self.how)
-        if train and not self.is_initializing():
-            _keep(running, after)
-        return y
+        run = partial(_run_layer, self.layer, x=x, train=train, how=self.how)
+        return _with_variables(self, {(): self.layer}, run, train=train)
 
 
 class Cell(nn.Module):
@@ -181,23 +174,9 @@ class Cell(nn.Module):
         rate: jax.Array | None = None,
     ) -> jax.Array:
         """c_{k-2}, c_{k-1} -> c_k, all [B,H,W,C] of their own H, W, C."""
-        layers = self.plan.layers
-        declared = {name: layer.declared for name, layer in layers.items()}
-        statistics = {name: layer.statistics for name, layer in layers.items()}
-        params, running = _variables(self, declared, statistics)
-        values = {name: variable.value for name, variable in running.items()}
-        y, after = _run_cell(
-            self.plan,
-            params,
-            values,
-            (before_last, last),
-            _dropping(draws, rate),
-            train=train,
-            how=self.how,
-        )
-        if train and not self.is_initializing():
-            _keep(running, after)
-        return y
+        inputs = before_last, last
+        run = partial(_run_cell, self.plan, inputs=inputs, draws=draws, rate=rate, train=train, how=self.how)
+        return _with_variables(self, self.plan.layers, run, train=train)
 
 
 class DerivedNetwork(nn.Module):
@@ -216,13 +195,13 @@ class DerivedNetwork(nn.Module):
       auxiliary: whether there is an auxiliary head after the second reduction cell.
       dtype: of the computation; BN statistics, the classifier and its inputs are float32 at least.
       axis_name: mapped axis over which the batch is split, for the statistics of BN.
-      own_kernels: whether the CPU kernels of `ops/native.py` may be used. A program that leaves this process cannot
+      own_kernels: whether the CPU kernels of `ops/kernels.py` may be used. A program that leaves this process cannot
         have them.
       scan_cells: whether equal neighbouring cells are run by a scan (the same numbers up to rounding, faster to
         compile); without it `capture_intermediates` sees every cell.
       recompute: whether such a scan keeps only the inputs of its cells for the backward pass and computes the rest
-        again: less memory, and measured not slower on CPU. Not
-        over `axis_name`, where the all-reduces of the statistics would run again.
+        again: less memory, and measured not slower on CPU. Not over `axis_name`, where the all-reduces of the
+        statistics would run again.
       primitives: (name, Primitive) pairs the genotype's operations refer to.
 
     Source: Liu et al., "DARTS: Differentiable Architecture Search" (ICLR 2019): its evaluation networks.
@@ -297,20 +276,21 @@ class DerivedNetwork(nn.Module):
             rate = jnp.asarray(drop_path, jnp.float32)
             positions = jnp.arange(images.shape[0]) if positions is None else positions
             draws = drop_path_draws(self.make_rng("drop_path"), positions, (len(plan.cells), width))
+            draws = jnp.moveaxis(draws, 1, 0)  # cells first
 
         states = [images.astype(self.dtype)]
         for name, layer in plan.stem:
             states.append(Part(layer, how, name=name)(states[-1], train=train))
         pair, auxiliary = (states[-len(plan.stem)], states[-1]), None
         for first, end in plan.runs:
-            mine = None if draws is None else jnp.moveaxis(draws[:, first:end], 1, 0)
             if self.scan_cells and end - first > 1 and self._ready(first, end):
-                pair = self._scan(plan, range(first, end), pair, mine, rate, train)
+                of_run = None if draws is None else draws[first:end]
+                pair = self._scan(plan, range(first, end), pair, of_run, rate, train)
             else:
                 for i in range(first, end):
                     cell = Cell(plan.cells[i], how, name=f"cell_{i}")
-                    one = None if mine is None else mine[i - first]
-                    pair = pair[1], cell(*pair, train=train, draws=one, rate=rate)
+                    of_cell = None if draws is None else draws[i]
+                    pair = pair[1], cell(*pair, train=train, draws=of_cell, rate=rate)
             if plan.auxiliary is not None and first <= plan.auxiliary_after < end:
                 auxiliary = Part(plan.auxiliary, how, name="auxiliary")(pair[1], train=train)
         return Part(plan.classifier, how, name="classifier")(pair[1], train=train), auxiliary
@@ -350,8 +330,7 @@ class DerivedNetwork(nn.Module):
 
         def body(pair: Pair, inputs: tuple[Params, Params, jax.Array | None]) -> tuple[Pair, Params]:
             params, statistics, draws = inputs
-            dropping = _dropping(draws, rate)
-            y, after = _run_cell(cell, params, statistics, pair, dropping, train=train, how=how)
+            y, after = _run_cell(cell, params, statistics, pair, draws, rate, train=train, how=how)
             return (pair[1], widened(y, width, False)), after
 
         if self.recompute and train and self.axis_name is None:

@@ -1,4 +1,4 @@
-"""The derived network as a static plan: which layer reads which state, cell after cell. No arrays.
+"""The derived network as a static plan: which layer reads which state, cell after cell.
 
 The network that runs and the counts of parameters and multiply-adds are both read off this plan.
 """
@@ -7,26 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import NamedTuple, TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from prdarts_jax.errors import UserError, unknown
 from prdarts_jax.network.layers import (
+    AUX_POOL,
     AUX_STRIDES,
     Layer,
-    auxiliary_fits,
+    TreePath,
     auxiliary_head,
-    cifar_stem,
     classifier,
-    imagenet_stem0,
-    imagenet_stem1,
     operation,
     preprocess,
+    stem_layer,
 )
 from prdarts_jax.ops.primitives import Primitive
 from prdarts_jax.space.genotype import CELL_INPUTS, Genotype
 
 STEMS = tuple(AUX_STRIDES)
-State = TypeVar("State")  # an array, or its shape
 
 
 class Edge(NamedTuple):
@@ -50,11 +52,6 @@ class CellPlan(NamedTuple):
     channels_out: int
 
     @property
-    def body(self) -> tuple[object, ...]:
-        """What follows the preprocessing: hashable, and equal for cells that may share a compiled body."""
-        return self.nodes, self.concat
-
-    @property
     def width(self) -> int:
         """Channels of the widest input, with a FactorizedReduce counted as a 1x1 convolution of twice the channels."""
         first, second = (edge.layer.channels_in for edge in self.preprocess)
@@ -66,14 +63,14 @@ class CellPlan(NamedTuple):
         return (*self.preprocess, *(edge for node in self.nodes for edge in node))
 
     @property
+    def layers(self) -> dict[TreePath, Layer]:
+        """The layer of every edge under its path in the parameters of the cell."""
+        return {(edge.name,): edge.layer for edge in self.edges}
+
+    @property
     def drops(self) -> int:
         """How many operation outputs drop-path may drop."""
         return sum(edge.drop is not None for edge in self.edges)
-
-    @property
-    def layers(self) -> dict[str, Layer]:
-        """The layer of every entry in the parameters."""
-        return {edge.name: edge.layer for edge in self.edges}
 
 
 class NetworkPlan(NamedTuple):
@@ -86,10 +83,21 @@ class NetworkPlan(NamedTuple):
     classifier: Layer
 
     @property
+    def layers(self) -> dict[TreePath, Layer]:
+        """Every layer under its path in the parameters."""
+        layers: dict[TreePath, Layer] = {(name,): layer for name, layer in self.stem}
+        for i, cell in enumerate(self.cells):
+            layers |= {(f"cell_{i}", *path): layer for path, layer in cell.layers.items()}
+        if self.auxiliary is not None:
+            layers["auxiliary",] = self.auxiliary
+        return layers | {("classifier",): self.classifier}
+
+    @property
     def runs(self) -> tuple[tuple[int, int], ...]:
-        """(first, one past the last) of each maximal run of neighbouring cells with equal bodies."""
-        starts = [i for i, cell in enumerate(self.cells) if i == 0 or cell.body != self.cells[i - 1].body]
-        return tuple(zip(starts, [*starts[1:], len(self.cells)], strict=True))
+        """(first, one past the last) of each maximal run of neighbouring cells that differ in their inputs only."""
+        bodies = [(cell.nodes, cell.concat) for cell in self.cells]
+        ends = [i for i in range(1, len(bodies)) if bodies[i] != bodies[i - 1]]
+        return tuple(pairwise([0, *ends, len(bodies)]))
 
 
 def make_plan(
@@ -130,10 +138,13 @@ def make_plan(
     genotype.validate_ops(primitives)
     first: tuple[tuple[str, Layer], ...]
     if stem == "cifar":
-        first = (("stem", cifar_stem(in_channels, channels)),)
+        first = (("stem", stem_layer((in_channels, 3 * channels), 1)),)
         before_last = last = 3 * channels
     else:
-        first = (("stem0", imagenet_stem0(in_channels, channels)), ("stem1", imagenet_stem1(channels)))
+        first = (
+            ("stem0", stem_layer((in_channels, channels // 2, channels), 2)),
+            ("stem1", stem_layer((channels, channels), 2, relu_first=True)),
+        )
         before_last = last = channels
     previous_reduced = stem == "imagenet"  # the second stem halves the image
     second_reduction = 2 * cells // 3
@@ -185,23 +196,13 @@ def _cell(
     return CellPlan(kind, (before_last, last), halves, tuple(planned), concat, channels, channels * len(concat))
 
 
-def wire(
-    cell: CellPlan,
-    inputs: tuple[State, State],
-    run: Callable[[Edge, State], State],
-    add: Callable[[State, State], State],
-    concatenate: Callable[[list[State]], State],
-) -> State:
-    """What a cell does with its states, whatever a state is: an array that is computed or a shape that is counted."""
-    states: list[State | None] = [run(edge, inputs[edge.source]) for edge in cell.preprocess]
+def wire(cell: CellPlan, inputs: tuple[jax.Array, jax.Array], run: Callable[[Edge, jax.Array], jax.Array]) -> jax.Array:
+    """The output of a cell from its two inputs; `run` gives what an edge makes of the state it reads."""
+    states: list[Any] = [run(edge, inputs[edge.source]) for edge in cell.preprocess]
     for node in cell.nodes:
-        terms = []
-        for edge in node:
-            source = states[edge.source]
-            assert source is not None
-            terms.append(run(edge, source))
-        states.append(reduce(add, terms) if terms else None)
-    return concatenate([state for n in cell.concat if (state := states[n]) is not None])
+        terms = [run(edge, states[edge.source]) for edge in node]
+        states.append(reduce(jnp.add, terms) if terms else None)
+    return jnp.concatenate([states[n] for n in cell.concat], axis=3)
 
 
 def check_auxiliary(stem: str, height: int, width: int) -> None:
@@ -216,8 +217,10 @@ def check_auxiliary(stem: str, height: int, width: int) -> None:
     prdarts_jax.errors.UserError: auxiliary: images of 28x28 do not fit the auxiliary head; allowed: 29..40 pixels (stem cifar), or no auxiliary head
     """  # noqa: E501 (the message is one line)
     reduction = 4 if stem == "cifar" else 32
-    if not all(auxiliary_fits(-(-size // reduction), stem) for size in (height, width)):
-        fitting = [size for size in range(1, 16 * reduction) if auxiliary_fits(-(-size // reduction), stem)]
+    features = {size: -(-size // reduction) for size in range(1, 16 * reduction)}  # pixels of the image, of the map
+    # The pool has to give 2x2 pixels, which the head's second convolution turns into one.
+    fitting = [size for size, feature in features.items() if (feature - AUX_POOL) // AUX_STRIDES[stem] + 1 == 2]
+    if height not in fitting or width not in fitting:
         raise UserError(
             f"auxiliary: images of {height}x{width} do not fit the auxiliary head; allowed: "
             f"{fitting[0]}..{fitting[-1]} pixels (stem {stem}), or no auxiliary head"

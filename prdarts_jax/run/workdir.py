@@ -36,12 +36,21 @@ def atomic_write_text(path: Path, text: str) -> None:
     ...     (Path(folder) / "a.txt").read_text()
     'new'
     """
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """`atomic_write_text` of bytes.
+
+    Raises:
+        RunError: it could not be written; the old content is left.
+    """
     path = Path(path)
     # Beside the target: os.replace is atomic only within one file system. The pid keeps two writers apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with temporary.open("wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)

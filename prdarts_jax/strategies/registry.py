@@ -194,18 +194,19 @@ def options(name_or_path: str) -> dict[str, Any]:
     >>> options("darts")
     {'init_scale': 0.001}
     """
-    found: dict[str, Any] = {}
-    for parameter in inspect.signature(factory(name_or_path)).parameters.values():
-        if parameter.name == "space" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
+    parameters = [
+        parameter
+        for parameter in inspect.signature(factory(name_or_path)).parameters.values()
+        if parameter.name != "space" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    for parameter in parameters:
         if parameter.default is parameter.empty:
             raise UserError(
                 f"method.strategy: argument {parameter.name!r} of {name_or_path!r} has no default; "
                 "allowed: `space` and arguments with a default"
             )
-        if parameter.default is None or isinstance(parameter.default, bool | int | float | str):
-            found[parameter.name] = parameter.default
-    return found
+    kinds = bool | int | float | str | None
+    return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, kinds)}
 
 
 def resolve_options(name_or_path: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,18 +229,6 @@ def resolve_options(name_or_path: str, given: Mapping[str, Any]) -> dict[str, An
         if name not in defaults:
             raise unknown(f"method.options.{name}", name, defaults)
     return {
-        name: _convert(default, given[name], f"method.options.{name}") if name in given else default
+        name: convert_scalar(type(default), given[name], f"method.options.{name}") if name in given else default
         for name, default in defaults.items()
     }
-
-
-def _convert(default: Any, value: Any, path: str) -> Any:
-    if default is not None:
-        return convert_scalar(type(default), value, path)
-    if value is None or (isinstance(value, str) and value.lower() == "none"):
-        return None
-    try:
-        number = convert_scalar(float, value, path)
-    except UserError:
-        raise UserError(f"{path}: {value!r} is not possible; allowed: a number | none") from None
-    return int(number) if number.is_integer() and "." not in str(value) else number
