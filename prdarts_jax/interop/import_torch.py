@@ -28,7 +28,7 @@ _WRAPPERS = ("net", "state_dict")  # keys under which the programs save a state_
 _PARALLEL = "module."  # nn.DataParallel puts it before every name
 _SHOWN = 3  # keys in an error line
 
-# The layer -> our entry -> the submodule.
+# The layer -> our entry -> the submodule; layers without weights are not in it.
 _SEPARABLE = {
     "depthwise1": "op.1",
     "pointwise1": "op.2",
@@ -38,13 +38,12 @@ _SEPARABLE = {
     "bn2": "op.7",
 }
 _DILATED = {"depthwise": "op.1", "pointwise": "op.2", "bn": "op.3"}
-_RELU_CONV_BN = {"pointwise": "op.1", "bn": "op.2"}
 _SUBMODULES = {
     "stem": {"conv": "0", "bn": "1"},
     "stem0": {"conv1": "0", "bn1": "1", "conv2": "3", "bn2": "4"},
     "stem1": {"conv": "1", "bn": "2"},
-    "preprocess0": _RELU_CONV_BN,
-    "preprocess1": _RELU_CONV_BN,
+    "preprocess0": {"pointwise": "op.1", "bn": "op.2"},
+    "preprocess1": {"pointwise": "op.1", "bn": "op.2"},
     "sep_conv_3x3": _SEPARABLE,
     "sep_conv_5x5": _SEPARABLE,
     "sep_conv_7x7": _SEPARABLE,
@@ -238,8 +237,8 @@ def _modules(plan: NetworkPlan, genotype: Genotype) -> dict[TreePath, str]:
 
     `_ops` numbers the pairs of all nodes of a cell one after the other.
     """
-    modules: dict[TreePath, str] = {(name,): name for name in ("classifier", *dict(plan.stem))}
-    modules["auxiliary",] = "auxiliary_head"
+    modules: dict[TreePath, str] = {("auxiliary",): "auxiliary_head"}
+    modules |= {(name,): name for name in ("classifier", *dict(plan.stem))}
     for i, cell in enumerate(plan.cells):
         nodes = enumerate(genotype.cell(cell.kind)[0], CELL_INPUTS)
         pairs = [f"node{n}_{k}_{op}" for n, node in nodes for k, (op, _) in enumerate(node)]

@@ -275,32 +275,28 @@ class DerivedNetwork(nn.Module):
         if train and drop_path is not None and width:
             rate = jnp.asarray(drop_path, jnp.float32)
             positions = jnp.arange(images.shape[0]) if positions is None else positions
-            draws = drop_path_draws(self.make_rng("drop_path"), positions, (len(plan.cells), width))
-            draws = jnp.moveaxis(draws, 1, 0)  # cells first
+            by_sample = drop_path_draws(self.make_rng("drop_path"), positions, (len(plan.cells), width))
+            draws = jnp.moveaxis(by_sample, 1, 0)
 
         states = [images.astype(self.dtype)]
         for name, layer in plan.stem:
             states.append(Part(layer, how, name=name)(states[-1], train=train))
         pair, auxiliary = (states[-len(plan.stem)], states[-1]), None
         for first, end in plan.runs:
-            if self.scan_cells and end - first > 1 and self._ready(first, end):
-                of_run = None if draws is None else draws[first:end]
-                pair = self._scan(plan, range(first, end), pair, of_run, rate, train)
+            cells = range(first, end)
+            # Cells without variables make them one after the other, or say which are missing.
+            ready = not self.is_initializing() and all(
+                self.has_variable(collection, f"cell_{i}") for collection in ("params", "batch_stats") for i in cells
+            )
+            if self.scan_cells and ready and len(cells) > 1:
+                pair = self._scan(plan, cells, pair, None if draws is None else draws[first:end], rate, train, how)
             else:
-                for i in range(first, end):
+                for i in cells:
                     cell = Cell(plan.cells[i], how, name=f"cell_{i}")
-                    of_cell = None if draws is None else draws[i]
-                    pair = pair[1], cell(*pair, train=train, draws=of_cell, rate=rate)
+                    pair = pair[1], cell(*pair, train=train, draws=None if draws is None else draws[i], rate=rate)
             if plan.auxiliary is not None and first <= plan.auxiliary_after < end:
                 auxiliary = Part(plan.auxiliary, how, name="auxiliary")(pair[1], train=train)
         return Part(plan.classifier, how, name="classifier")(pair[1], train=train), auxiliary
-
-    def _ready(self, first: int, end: int) -> bool:
-        """Whether the variables of these cells are there; if not, the cells make them, or say which are missing."""
-        if self.is_initializing():
-            return False
-        names = [f"cell_{i}" for i in range(first, end)]
-        return all(self.has_variable(collection, name) for collection in ("params", "batch_stats") for name in names)
 
     def _scan(
         self,
@@ -310,12 +306,11 @@ class DerivedNetwork(nn.Module):
         draws: jax.Array | None,
         rate: jax.Array | None,
         train: bool,
+        how: How,
     ) -> Pair:
         """Runs equal cells by a scan over their stacked variables."""
-
         # The inputs of the first cells differ from the rest in channels, or in size: as 1x1 convolutions of one width
         # (zeros where there is no input) all the cells are the same.
-        how = How(self.axis_name, self.own_kernels)
         first = plan.cells[cells[0]]
         width = max(first.channels_out, *(plan.cells[i].width for i in cells))
         dense = preprocess(width, first.channels, False)
@@ -341,5 +336,4 @@ class DerivedNetwork(nn.Module):
         if train:
             for row, i in enumerate(cells):
                 self.put_variable("batch_stats", f"cell_{i}", jax.tree.map(lambda leaf, row=row: leaf[row], after))
-        before_last, last = (x[..., : first.channels_out] for x in pair)
-        return before_last, last
+        return pair[0][..., : first.channels_out], pair[1][..., : first.channels_out]

@@ -147,16 +147,17 @@ def settings(name_or_path: str) -> Mapping[str, Any]:
     """
     if not userfile.is_path(name_or_path):
         return row(name_or_path).settings
-    given = getattr(factory(name_or_path), "settings", {})
-    if not isinstance(given, Mapping):
-        raise UserError(f"method.strategy: settings of {name_or_path!r} are {given!r}; allowed: a dict path -> value")
-    for path in given:
+    published = getattr(factory(name_or_path), "settings", {})
+    if not isinstance(published, Mapping):
+        allowed = "a dict path -> value"
+        raise UserError(f"method.strategy: settings of {name_or_path!r} are {published!r}; allowed: {allowed}")
+    for path in published:
         if str(path).startswith("method."):
             raise UserError(
                 f"method.strategy: settings of {name_or_path!r} name {path!r}; allowed: fields of the config "
                 "but the method's own (its defaults are those of the factory)"
             )
-    return given
+    return published
 
 
 def arrays(name_or_path: str) -> tuple[str, ...]:
@@ -172,13 +173,12 @@ def arrays(name_or_path: str) -> tuple[str, ...]:
     """
     if not userfile.is_path(name_or_path):
         return row(name_or_path).arrays
-    given, known = getattr(factory(name_or_path), "arrays", ()), options(name_or_path)
-    names = tuple(given) if isinstance(given, tuple | list | set) else (given,)
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"method.strategy: arrays of {name_or_path!r} are {given!r}; allowed: names among {' | '.join(known)}"
-            )
+    declared, known = getattr(factory(name_or_path), "arrays", ()), options(name_or_path)
+    names = tuple(declared) if isinstance(declared, tuple | list | set) else (declared,)
+    if any(name not in known for name in names):
+        raise UserError(
+            f"method.strategy: arrays of {name_or_path!r} are {declared!r}; allowed: names among {' | '.join(known)}"
+        )
     return names
 
 
