@@ -276,8 +276,9 @@ def load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             document = (file.metadata() or {}).get(_KEY)
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (package.SafetensorError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"safetensors: {str(path)!r} cannot be read: {reason}") from None
+        raise UserError(
+            f"safetensors: {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if document is None:
         raise UserError(f"safetensors: {str(path)!r} has no metadata {_KEY!r}; allowed: a file of prdarts export")
     return traverse_util.unflatten_dict(flat, sep=_SEPARATOR), json.loads(document)

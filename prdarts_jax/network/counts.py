@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from prdarts_jax.errors import unknown
-from prdarts_jax.network.layers import Layer
 from prdarts_jax.network.plan import CellPlan, NetworkPlan, make_plan, wire
 from prdarts_jax.ops.primitives import PRIMITIVES
 from prdarts_jax.space.genotype import Genotype
@@ -92,14 +91,9 @@ def _outline(plan: NetworkPlan, x: jax.Array) -> jax.Array:
     return plan.classifier.outline(pair[1])
 
 
-@partial(jax.jit, static_argnums=0)  # equal cells, and equal layers, of all networks are traced once
+@partial(jax.jit, static_argnums=0)  # equal cells are traced once
 def _outline_cell(cell: CellPlan, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-    return wire(cell, pair, lambda edge, x: _outline_layer(edge.layer, x))
-
-
-@partial(jax.jit, static_argnums=0)
-def _outline_layer(layer: Layer, x: jax.Array) -> jax.Array:
-    return layer.outline(x)
+    return wire(cell, pair, lambda edge, x: edge.layer.outline(x))
 
 
 def jaxpr_macs(jaxpr: Any) -> int:

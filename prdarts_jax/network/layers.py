@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +28,6 @@ from prdarts_jax.ops.primitives import Params, Primitive
 
 BN_MOMENTUM = 0.1  # torch's: the weight of the new statistic
 AUX_POOL = 5  # pixels of the auxiliary head's average
-_AUX_CHANNELS = (128, 768)
 AUX_STRIDES: Mapping[str, int] = {"cifar": 3, "imagenet": 2}
 _PROBE = 8  # pixels; every layer accepts them
 _NORM = (("params", "scale", 1.0), ("params", "bias", 0.0), ("batch_stats", "mean", 0.0), ("batch_stats", "var", 1.0))
@@ -64,6 +63,7 @@ class Layer:
         jax.eval_shape(lambda x: self.outline(x, norm), x)
         return declared
 
+    @partial(jax.jit, static_argnums=(0, 2))  # equal layers are traced once
     def outline(self, x: jax.Array, norm: Norm = lambda _, x: x) -> jax.Array:
         """A run for its trace alone: every convolution is one equation of it, pools and norms only have a shape."""
 
@@ -161,7 +161,7 @@ def _dense(kernel: int, channels_in: int, channels: int) -> Weight:
 @cache
 def auxiliary_head(channels_in: int, classes: int, stem: str) -> Layer:
     """ReLU, 5x5 average pool, 1x1 to 128, BN, ReLU, 2x2 (valid) to 768, BN, ReLU, linear."""
-    first, second = _AUX_CHANNELS
+    first, second = 128, 768
     weights = {
         "pointwise": Weight((channels_in, first), channels_in),
         "conv": _dense(2, first, second),

@@ -75,8 +75,7 @@ def _run_layer(
 
     def pointwise(name: str, x: jax.Array, matrix: jax.Array) -> jax.Array:
         y, moments = pointwise_unit(x, matrix, Affine(**params[name]), **how._asdict())
-        count = math.prod(y.shape[:3])
-        after[name] = running_statistics(count, moments, statistics[name], axis_name=how.axis_name)
+        after[name] = running_statistics(math.prod(y.shape[:3]), moments, statistics[name], axis_name=how.axis_name)
         return y
 
     if not train:
@@ -174,8 +173,15 @@ class Cell(nn.Module):
         rate: jax.Array | None = None,
     ) -> jax.Array:
         """c_{k-2}, c_{k-1} -> c_k, all [B,H,W,C] of their own H, W, C."""
-        inputs = before_last, last
-        run = partial(_run_cell, self.plan, inputs=inputs, draws=draws, rate=rate, train=train, how=self.how)
+        run = partial(
+            _run_cell,
+            self.plan,
+            inputs=(before_last, last),
+            draws=draws,
+            rate=rate,
+            train=train,
+            how=self.how,
+        )
         return _with_variables(self, self.plan.layers, run, train=train)
 
 

@@ -136,16 +136,12 @@ def make_plan(
     if stem not in STEMS:
         raise unknown("stem", stem, STEMS)
     genotype.validate_ops(primitives)
-    first: tuple[tuple[str, Layer], ...]
     if stem == "cifar":
-        first = (("stem", stem_layer((in_channels, 3 * channels), 1)),)
-        before_last = last = 3 * channels
+        stems = {"stem": stem_layer((in_channels, 3 * channels), 1)}
     else:
-        first = (
-            ("stem0", stem_layer((in_channels, channels // 2, channels), 2)),
-            ("stem1", stem_layer((channels, channels), 2, relu_first=True)),
-        )
-        before_last = last = channels
+        stem0 = stem_layer((in_channels, channels // 2, channels), 2)
+        stems = {"stem0": stem0, "stem1": stem_layer((channels, channels), 2, relu_first=True)}
+    before_last = last = 3 * channels if stem == "cifar" else channels
     previous_reduced = stem == "imagenet"  # the second stem halves the image
     second_reduction = 2 * cells // 3
     plans: list[CellPlan] = []
@@ -157,7 +153,7 @@ def make_plan(
         plans.append(_cell(genotype, kind, inputs, previous_reduced, channels, primitives))
         before_last, last, previous_reduced = last, plans[-1].channels_out, reduces
     return NetworkPlan(
-        stem=first,
+        stem=tuple(stems.items()),
         cells=tuple(plans),
         auxiliary=auxiliary_head(plans[second_reduction].channels_out, classes, stem) if auxiliary else None,
         auxiliary_after=second_reduction,
