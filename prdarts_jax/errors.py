@@ -36,3 +36,22 @@ def unknown(field: str, value: str, allowed: Iterable[str]) -> UserError:
 def warn(line: str) -> None:
     """A line on stderr."""
     print(f"prdarts: {line}", file=sys.stderr)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library, for a message of our own; its type where it says nothing.
+
+    >>> first_line(OSError("cannot open file\\nsee the manual")), first_line(ValueError())
+    ('cannot open file', 'ValueError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error, its spaces made single ones, of at most 160 characters.
+
+    >>> brief(ValueError("DATA_LOSS:  bad header\\n  and more")), len(brief(ValueError("long " * 99)))
+    ('DATA_LOSS: bad header', 160)
+    """
+    line = " ".join(first_line(error).split())
+    return line if len(line) <= 160 else line[:157] + "..."

@@ -170,12 +170,3 @@ def stratified_split(labels: np.ndarray, test_counts: Sequence[int], seed: int) 
     chosen = np.zeros(len(labels), bool)
     chosen[np.concatenate(test)] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error of another library, for a message of our own; its type where it says nothing.
-
-    >>> first_line(OSError("cannot open file\\nsee the manual")), first_line(ValueError())
-    ('cannot open file', 'ValueError')
-    """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prdarts_jax.data.arrays import Arrays, digest, first_line
+from prdarts_jax.data.arrays import Arrays, digest
+from prdarts_jax.errors import first_line
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prdarts_jax.data.arrays import first_line
 from prdarts_jax.data.tfds_source import quiet
-from prdarts_jax.errors import RunError, UserError, unknown
+from prdarts_jax.errors import RunError, UserError, first_line, unknown
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from prdarts_jax.data.arrays import first_line
 from prdarts_jax.data.batches import Images
-from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.errors import RunError, UserError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,11 +19,10 @@ from prdarts_jax.data.arrays import (
     as_labels,
     check,
     digest,
-    first_line,
     statistics,
     stratified_split,
 )
-from prdarts_jax.errors import UserError
+from prdarts_jax.errors import UserError, first_line
 
 ALLOWED = "digits | tfds:NAME | npz:FILE | folder:DIR"
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prdarts_jax.data.arrays import Arrays, first_line
+from prdarts_jax.data.arrays import Arrays
 from prdarts_jax.data.batches import Images
 from prdarts_jax.data.cache import cached, file_identity
 from prdarts_jax.data.records import read_image
-from prdarts_jax.errors import UserError
+from prdarts_jax.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds

@@ -13,11 +13,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NamedTuple
 
-from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.errors import RunError, UserError, brief
 
 _PARENT = "PRDARTS_WATCHED_BY"  # in the environment of a watched process: the process id of its parent
 
@@ -68,7 +68,7 @@ def run(found: Cluster | None, command: str, words: Sequence[str], work: Callabl
         raise
     except Exception as error:
         if processes.is_loss(error):
-            raise RunError(f"{_LOST} ({_first_line(error)})") from error
+            raise RunError(f"{_LOST} ({brief(error)})") from error
         raise
 
 
@@ -89,9 +89,17 @@ def is_watched() -> bool:
     return os.environ.get(_PARENT) == str(os.getppid())
 
 
-def _first_line(error: Exception) -> str:
-    line = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())
-    return line if len(line) <= 160 else line[:157] + "..."
+@contextlib.contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """A block in which SIGTERM and SIGINT call `handler`. Python allows that in the main thread alone."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            # None: a handler that was not set from Python and cannot be set back; the system's default is nearest.
+            signal.signal(number, signal.SIG_DFL if former is None else former)
 
 
 def _end_with_parent() -> None:
@@ -116,15 +124,11 @@ def _watch(words: Sequence[str]) -> int:
     def pass_on(signum: int, _: FrameType | None) -> None:
         process.send_signal(signum)
 
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
-    try:
-        status = process.wait()
-    finally:
-        process.kill()  # nothing if it has ended
-        for number, handler in before.items():
-            # None: a handler that was not set from Python and cannot be set back; the system's default is nearest.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    with handling(pass_on):
+        try:
+            status = process.wait()
+        finally:
+            process.kill()  # nothing if it has ended
     if status >= 0:
         return status
     if -status == signal.SIGABRT:

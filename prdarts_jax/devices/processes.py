@@ -36,19 +36,19 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def share(text: str) -> list[str]:
-    """The texts of all processes, in their order. Every process must call it.
+def share(value: Any) -> list[Any]:
+    """A JSON value of each process, in their order. Every process must call it.
 
     >>> share("alone")
     ['alone']
     """
     if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(data)], np.int32))[:, 0]
     room = -(-int(lengths.max()) // _BLOCK) * _BLOCK
-    found = multihost_utils.process_allgather(np.pad(data, (0, room - len(data))))
-    return [bytes(row[:length]).decode() for row, length in zip(found, lengths, strict=True)]
+    texts = multihost_utils.process_allgather(np.pad(data, (0, room - len(data))))
+    return [json.loads(bytes(row[:length])) for row, length in zip(texts, lengths, strict=True)]
 
 
 def together(action: Callable[[], T]) -> T:
@@ -62,20 +62,15 @@ def together(action: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return action()
-    mine: Exception | None = None
-    result: Any = None
     try:
         result = action()
     except Exception as error:
-        mine = error
-    wrong = "" if mine is None else _text(mine)
-    told = [json.loads(text) if text else None for text in share("" if mine is None else _told(mine, wrong))]
-    if mine is not None:
-        raise mine
-    for process, report in enumerate(told):
-        if report:
-            kind = UserError if report["user"] else RunError
-            raise kind(f"process {process}: {report['text']}")
+        ours = isinstance(error, UserError | RunError)
+        share([isinstance(error, UserError), str(error) if ours else f"{type(error).__name__}: {error}"])
+        raise
+    for process, failure in enumerate(share(None)):
+        if failure:
+            raise (UserError if failure[0] else RunError)(f"process {process}: {failure[1]}")
     return result
 
 
@@ -87,7 +82,7 @@ def prepared(prepare: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return prepare()
-    share("")
+    share(None)
     result = together(prepare)
     mesh = Mesh(np.array(jax.devices()), ("all",))
     one = jax.make_array_from_callback((), NamedSharding(mesh, PartitionSpec()), lambda _: np.float32(1))
@@ -103,24 +98,13 @@ def prepared(prepare: Callable[[], T]) -> T:
     return result
 
 
-def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {error}"
-
-
-def _told(error: Exception, text: str) -> str:
-    return json.dumps({"user": isinstance(error, UserError), "text": text})
-
-
 def on_first(action: Callable[[], Any]) -> Any:
     """The JSON result of `action`, which the first process alone runs, on all of them; so is what it raises.
 
     >>> on_first(lambda: {"old": None})
     {'old': None}
     """
-    if jax.process_count() == 1:
-        return action()
-    result = together(lambda: action() if is_first() else None)
-    return json.loads(share(json.dumps(result))[0])
+    return share(together(lambda: action() if is_first() else None))[0]
 
 
 def same(config: Any, computed: Mapping[str, Any], document: Mapping[str, Any]) -> None:
@@ -139,9 +123,9 @@ def same(config: Any, computed: Mapping[str, Any], document: Mapping[str, Any]) 
     if jax.process_count() == 1:
         return
     flat = {path: schema.get(config, path) for path, _, _ in schema.fields(type(config)) if path.startswith("run.")}
-    kept = {path: value for path, value in flat.items() if path not in _OWN_BUSINESS}
+    common = {path: value for path, value in flat.items() if path not in _OWN_BUSINESS}
     versions = {f"version of {name}": value for name, value in document["versions"].items()}
-    everyone = [json.loads(text) for text in share(json.dumps({**computed, **kept, **versions, **_program(document)}))]
+    everyone = share({**computed, **common, **versions, **_program(document)})
     for process, values in enumerate(everyone):
         wrong = [n for n in sorted(everyone[0].keys() | values.keys()) if everyone[0].get(n) != values.get(n)]
         if wrong:

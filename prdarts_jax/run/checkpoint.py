@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +34,7 @@ from prdarts_jax.devices.processes import is_first, share, together
 from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.run import digests
 from prdarts_jax.run.digests import HostLeaf, by_path, dtype_name, flatten_digests, host_leaves, is_key, json_digest
-from prdarts_jax.run.storage_errors import reason, require_room, silence_writers
-from prdarts_jax.run.workdir import atomic_write_text
+from prdarts_jax.run.workdir import atomic_write_text, reason, require_room
 
 __all__ = ["Checkpointer", "Restored", "flatten_digests"]
 
@@ -54,26 +56,6 @@ class _Damage(Exception):
     """This checkpoint cannot be used; the message is the reason."""
 
 
-def _check_files(root: Path) -> None:
-    """Absent SHA256SUMS is not damage: on storage without atomic renames there is no moment to write it."""
-    if (root / _SUMS).is_file():
-        wrong = digests.wrong_files(root, _SUMS)
-        if wrong:
-            raise _Damage(f"{wrong[0]} is missing or differs from its digest")
-
-
-def _key_impl(leaf: Any) -> Any:
-    """The generator of a typed key, also of an abstract one."""
-    impl: list[Any] = []
-
-    def look(key: jax.Array) -> jax.Array:
-        impl.append(jax.random.key_impl(key))
-        return jax.random.key_data(key)
-
-    jax.eval_shape(look, leaf)
-    return impl[0]
-
-
 def _place(value: np.ndarray, like: Any) -> Any:
     """A host array as the kind of leaf, and with the sharding, of the target's leaf."""
     if isinstance(like, bool | int | float | complex) and not isinstance(like, np.generic):
@@ -82,7 +64,9 @@ def _place(value: np.ndarray, like: Any) -> Any:
         return value if isinstance(like, np.ndarray) else value[()]
     sharding = None if isinstance(like, jax.Array) and not like.committed else getattr(like, "sharding", None)
     if is_key(like):
-        keys = jax.random.wrap_key_data(jnp.asarray(value), impl=_key_impl(like))
+        # The generator of an abstract key can be asked of a concrete one alone.
+        impl = jax.random.key_impl(jnp.empty((), like.dtype))
+        keys = jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
         return keys if sharding is None else jax.device_put(keys, sharding)
     if getattr(like, "weak_type", False) and value.ndim == 0 and np.isfinite(value):
         # Weak types decide later promotions, hence the bits; only Python numbers make them.
@@ -93,7 +77,7 @@ def _place(value: np.ndarray, like: Any) -> Any:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     """Asynchronous, verified checkpoints of a run, newest `keep` of them.
 
     Use it as a context manager: leaving it waits for the save in flight, also when an exception leaves it. Opening it
@@ -119,25 +103,20 @@ class Checkpointer:
     ) -> None:
         if keep < 1:
             raise UserError(f"keep: {keep} checkpoints; allowed: an integer >= 1")
-        silence_writers()
+        _silence_writers()
         self._directory = Path(directory).expanduser().resolve()
         self._keep, self._warn, self._writes = keep, warn, writes
         self._writer: ocp.AsyncCheckpointer | None = None
         self._pending: int | None = None  # the step being written
-        self._aside: frozenset[int] = frozenset()  # newer than the restored one: moved away by the next save
-        self._prepared = False
-
-    def __enter__(self) -> Self:
-        return self
+        self._aside: set[int] = set()  # newer than the restored one: moved away by the next save
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is None:
-            self.close()
-            return
         try:
             self.close()
-        except RunError as failed:  # the exception on its way says why the run ends; it must not be replaced
-            self._warn(str(failed))
+        except RunError as failed:
+            if error is None:
+                raise
+            self._warn(str(failed))  # the exception on its way says why the run ends; it must not be replaced
 
     # Reading.
 
@@ -145,31 +124,47 @@ class Checkpointer:
         """The steps of the complete checkpoints, oldest first (complete: written to the end, not yet verified)."""
         if not self._directory.is_dir():
             return []
-        found = (re.fullmatch(r"(?:replaced-)?(\d+)", path.name) for path in self._directory.iterdir() if path.is_dir())
-        return sorted({int(match.group(1)) for match in found if match} - self._aside)
+        names = (re.fullmatch(r"(?:replaced-)?(\d+)", path.name) for path in self._directory.iterdir() if path.is_dir())
+        return sorted({int(match.group(1)) for match in names if match} - self._aside)
 
     def restore_latest(self, target: Any) -> Restored | None:
         """The newest checkpoint whose digests verify, or None where there is none.
 
         A damaged one is reported by one line and the one before it is tried. Checkpoints newer than the restored one
         belong to a history that is no longer continued: they disappear from `steps`, and the next save moves them to
-        `set-aside-<step>`.
+        `set-aside-<step>`. Of several processes, which all must call it, the first reads and sends the others what it
+        reads: they need not see its disk.
 
         Args:
             target: a state, concrete or abstract (`jax.eval_shape`); arrays take its shardings where it has them,
                 Python numbers and NumPy arrays come back as such.
 
         Raises:
-            UserError: `target` has other leaves, shapes or dtypes than an intact checkpoint.
-            RunError: there are checkpoints, and none can be used.
+            UserError: `target` has other leaves, shapes or dtypes than an intact checkpoint; on every process.
+            RunError: there are checkpoints, and none can be used; on every process.
         """
         self.wait()
+        likes = by_path(target)
+        leaves = {path: _blank(like) for path, like in likes.items()}
+        newest = together(lambda: self._newest(leaves) if is_first() else None)
+        head = share(None if newest is None else [newest.step, newest.info])[0]
+        if head is None:
+            return None
+        values = {path: leaf.value for path, leaf in leaves.items()} if newest is None else newest.state
+        placed = [_place(_from_first(values[path]), like) for path, like in likes.items()]
+        return Restored(head[0], jax.tree.unflatten(jax.tree.structure(target), placed), head[1])
+
+    def _newest(self, leaves: Mapping[str, HostLeaf]) -> Restored | None:
+        """The checkpoint that `restore_latest` restores; its state as host arrays by path."""
         steps, reasons = self.steps(), []
         for step in reversed(steps):
             try:
                 document = self._document(step)
-                state = self._state(step, document, target)
-            except _Damage as damage:
+                state = self._state(step, document["leaves"], leaves)
+            except UserError:
+                raise
+            except Exception as error:  # parsers of damaged bytes fail in any way
+                damage = str(error) if isinstance(error, _Damage) else reason(error)
                 reasons.append(f"step {step}: {damage}")
                 where = f"checkpoint at step {step} in {self._directory}"
                 self._warn(f"{where} cannot be used: {damage}; trying the one before it")
@@ -212,11 +207,10 @@ class Checkpointer:
         try:
             self._prepare()
             if step in self.steps():
-                with contextlib.suppress(_Damage, UserError, OSError):
+                with contextlib.suppress(Exception):  # one that cannot be read is replaced
                     if self._document(step)["sha256"] == document["sha256"]:
                         return
-                if self._path(step) == self._directory / str(step):
-                    _move(self._directory / str(step), self._directory / f"replaced-{step}")
+                (self._directory / str(step)).rename(self._directory / f"replaced-{step}")
             require_room(self._directory, sum(array.nbytes for array in arrays.values()))
             if self._writer is None:
                 self._writer = self._open_writer()
@@ -240,9 +234,9 @@ class Checkpointer:
         try:
             self._writer.wait_until_finished()
             self._complete_sums(step)
-            shutil.rmtree(self._directory / f"replaced-{step}", ignore_errors=True)
+            self._tidy()
             for old in self.steps()[: -self._keep]:
-                shutil.rmtree(self._path(old), ignore_errors=True)
+                shutil.rmtree(self._directory / str(old), ignore_errors=True)
         except Exception as error:
             raise self._failed(step, error) from error
         self._pending = None
@@ -270,18 +264,23 @@ class Checkpointer:
 
     def _prepare(self) -> None:
         """Before writing: the directory exists, nothing half-written or abandoned is in it."""
-        if self._prepared and not self._aside:
-            return
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._tidy()
+        for path in self._directory.glob("set-aside-*") if self._aside else ():
+            shutil.rmtree(path, ignore_errors=True)
+        for path in [self._directory / str(step) for step in self._aside]:
+            if path.is_dir():
+                path.rename(path.with_name(f"set-aside-{path.name}"))
+        self._aside = set()
+
+    def _tidy(self) -> None:
+        """Remove what is half-written; what was to be replaced goes too, or back where nothing has replaced it."""
         for path in list(self._directory.iterdir()):
-            if path.is_dir() and (_TMP in path.name or (self._aside and path.name.startswith("set-aside-"))):
-                shutil.rmtree(path)
-        for path in self._directory.glob("replaced-*"):
             final = self._directory / path.name.removeprefix("replaced-")
-            shutil.rmtree(path) if final.is_dir() else path.rename(final)
-        for step in self._aside:
-            _move(self._directory / str(step), self._directory / f"set-aside-{step}")
-        self._prepared, self._aside = True, frozenset()
+            if path.is_dir() and (_TMP in path.name or (path != final and final.is_dir())):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path != final:
+                path.rename(final)
 
     def _open_writer(self) -> ocp.AsyncCheckpointer:
         # Were the directories made in the background, a failure there would leave threads that wait for them, and
@@ -316,30 +315,24 @@ class Checkpointer:
         self._pending, self._writer = None, None
         good: list[int] = []
         with contextlib.suppress(OSError):
-            if self._directory.is_dir():
-                for wreck in self._directory.glob(f"{step}{_TMP}*"):
-                    shutil.rmtree(wreck, ignore_errors=True)
-                if self._path(step) != self._directory / str(step):
-                    self._path(step).rename(self._directory / str(step))
             good = self.steps()
+            self._tidy()
         left = f"the last good checkpoint is step {good[-1]}" if good else "there is no earlier checkpoint"
         return RunError(f"checkpoint at step {step} could not be written to {self._directory}: {reason(error)}; {left}")
 
     def _document(self, step: int) -> dict[str, Any]:
         """The JSON item of a step whose files are all as they were written."""
         path = self._path(step)
-        try:
-            missing = [item for item in _ITEMS if not (path / item).is_dir()]
-            if missing:
-                raise _Damage(f"the step directory has no {' and no '.join(missing)}")
-            _check_files(path)
-            document = self._read(path, info=ocp.args.JsonRestore()).info
-            if not isinstance(document, dict) or document.get("sha256") != json_digest(document):
-                raise _Damage("info differs from its digest")
-        except _Damage:
-            raise
-        except Exception as error:
-            raise _Damage(reason(error)) from error
+        missing = [item for item in _ITEMS if not (path / item).is_dir()]
+        if missing:
+            raise _Damage(f"the step directory has no {' and no '.join(missing)}")
+        # No list is no damage: on storage without atomic renames there is no moment to write it.
+        wrong = digests.wrong_files(path, _SUMS) if (path / _SUMS).is_file() else []
+        if wrong:
+            raise _Damage(f"{wrong[0]} is missing or differs from its digest")
+        document = self._read(path, info=ocp.args.JsonRestore()).info
+        if not isinstance(document, dict) or document.get("sha256") != json_digest(document):
+            raise _Damage("info differs from its digest")
         if document["format"] != _FORMAT:
             raise UserError(
                 f"checkpoint: step {step} in {self._directory} has format {document['format']}; "
@@ -347,38 +340,28 @@ class Checkpointer:
             )
         return document
 
-    def _state(self, step: int, document: Mapping[str, Any], target: Any) -> Any:
-        records, likes = document["leaves"], by_path(target)
-        self._same_structure(step, records, likes)
-        host: dict[str, HostLeaf] = {}
-        for path, like in likes.items():
-            plain = jax.eval_shape(jax.random.key_data, like) if is_key(like) else like
-            dtype = plain.dtype if hasattr(plain, "dtype") else np.asarray(plain).dtype
-            host[path] = HostLeaf(np.zeros(np.shape(plain), dtype), records[path]["dtype"], np.shape(like))
-        wanted = {path: leaf.value for path, leaf in host.items() if leaf.value.size}
-        try:
-            read = self._read(self._path(step), state=ocp.args.StandardRestore(wanted)).state
-        except Exception as error:
-            raise _Damage(reason(error)) from error
-        host = {path: leaf._replace(value=read[path]) if path in read else leaf for path, leaf in host.items()}
-        for path, leaf in host.items():
-            if leaf.record() != records[path]:
+    def _state(self, step: int, records: Mapping[str, Any], leaves: Mapping[str, HostLeaf]) -> dict[str, np.ndarray]:
+        """The host arrays of a step, by path, each as its record in the document says."""
+        self._same_structure(step, records, leaves)
+        values = {path: leaf.value for path, leaf in leaves.items()}
+        stored = {path: value for path, value in values.items() if value.size}
+        values |= self._read(self._path(step), state=ocp.args.StandardRestore(stored)).state
+        for path, leaf in leaves.items():
+            if leaf._replace(value=values[path]).record() != records[path]:
                 raise _Damage(f"leaf {path} differs from its digest")
-        placed = [_place(leaf.value, likes[path]) for path, leaf in host.items()]
-        return jax.tree.unflatten(jax.tree.structure(target), placed)
+        return values
 
-    def _same_structure(self, step: int, records: Mapping[str, Any], likes: Mapping[str, Any]) -> None:
+    def _same_structure(self, step: int, records: Mapping[str, Any], leaves: Mapping[str, HostLeaf]) -> None:
         """An intact checkpoint of another program: the user's mistake, never a reason to try an older one."""
         where = f"checkpoint: step {step} in {self._directory} does not fit this configuration or version"
-        for path in [*likes, *records]:
+        for path in [*leaves, *records]:
             if path not in records:
                 raise UserError(f"{where}: it has no leaf {path}")
-            if path not in likes:
+            if path not in leaves:
                 raise UserError(f"{where}: its leaf {path} is unknown here")
-            dtype, shape = dtype_name(likes[path]), list(np.shape(likes[path]))
-            if (dtype, shape) != (records[path]["dtype"], records[path]["shape"]):
-                saved = f"{records[path]['dtype']}{records[path]['shape']}"
-                raise UserError(f"{where}: leaf {path} is {saved} there and {dtype}{shape} here")
+            saved, here = (f"{leaf['dtype']}{leaf['shape']}" for leaf in (records[path], leaves[path].kind()))
+            if saved != here:
+                raise UserError(f"{where}: leaf {path} is {saved} there and {here} here")
 
     @staticmethod
     def _read(path: Path, **items: Any) -> Any:
@@ -396,45 +379,39 @@ def _alone() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"p{me}")
 
 
-def _move(source: Path, destination: Path) -> None:
-    """Rename a directory over another one; no source is no error (another rename already moved it)."""
-    if source.is_dir():
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        source.rename(destination)
-
-
-def restore_latest(saved: Checkpointer, target: Any) -> Restored | None:
-    """`saved.restore_latest(target)`, read by the first process and sent to the others, who need not see its disk.
-
-    Args:
-      saved: checkpoints of the run; those of the other processes are not looked at.
-      target: the state as `jax.ShapeDtypeStruct` with shardings over all devices.
-
-    Raises:
-      UserError, RunError: see `Checkpointer.restore_latest`; on every process.
-    """
+def _from_first(value: np.ndarray) -> np.ndarray:
+    """An array as the first process has it: sent as bytes, since a sum of floats would lose -0 and NaNs."""
     if jax.process_count() == 1:
-        return saved.restore_latest(target)
-    host = jax.tree.map(lambda like: np.zeros(like.shape, like.dtype), target)
-    found: Restored | None = together(lambda: saved.restore_latest(host) if is_first() else None)
-    head = json.loads(share(json.dumps(None if found is None else [found.step, found.info]))[0])
-    if head is None:
-        return None
-    state = _from_first(host if found is None else found.state)
-
-    def place(like: Any, value: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
-
-    return Restored(head[0], jax.tree.map(place, target, state), head[1])
+        return value
+    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(data)).view(value.dtype).reshape(value.shape)
 
 
-def _from_first(tree: Any) -> Any:
-    """A tree of host arrays as the first process has it: as bytes, since a sum of floats would lose -0 and NaNs."""
+def _blank(like: Any) -> HostLeaf:
+    """A leaf of the target, without its numbers."""
+    plain = jax.eval_shape(jax.random.key_data, like) if is_key(like) else like
+    dtype = plain.dtype if hasattr(plain, "dtype") else np.asarray(plain).dtype
+    return HostLeaf(np.zeros(np.shape(plain), dtype), dtype_name(like), np.shape(like))
 
-    def send(value: np.ndarray) -> np.ndarray:
-        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-        sent = np.asarray(multihost_utils.broadcast_one_to_all(data))
-        return sent.view(value.dtype).reshape(value.shape)
 
-    return jax.tree.map(send, tree)
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _silence_writers() -> None:
+    """Keep orbax and tensorstore from printing the errors that the caller raises as one line of its own.
+
+    Orbax logs a failed write several times, with tracebacks. Tensorstore then reports the writes that were still
+    under way to an event loop that orbax has closed, which Python prints as an exception that nobody can catch.
+    """
+    logging.getLogger("absl").addFilter(_not_from_orbax)  # adding it again changes nothing
+    before = sys.unraisablehook
+    if getattr(before, "__module__", None) == __name__:
+        return
+
+    def unraisable(report: Any) -> None:
+        late = isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed"
+        if not (late and report.object is None):
+            before(report)
+
+    sys.unraisablehook = unraisable

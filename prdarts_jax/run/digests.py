@@ -19,11 +19,15 @@ class HostLeaf(NamedTuple):
     dtype: str  # the dtype of the leaf itself, "key<fry>" for a typed key
     shape: tuple[int, ...]  # the shape of the leaf itself
 
+    def kind(self) -> dict[str, Any]:
+        """Shape and dtype, for JSON."""
+        return {"shape": list(self.shape), "dtype": self.dtype}
+
     def record(self) -> dict[str, Any]:
         """Shape, dtype and SHA-256 over dtype, shape and bytes, for JSON."""
         digest = hashlib.sha256(f"{self.dtype}{list(self.shape)}".encode())
         digest.update(np.ascontiguousarray(self.value).reshape(-1).view(np.uint8).data)
-        return {"shape": list(self.shape), "dtype": self.dtype, "sha256": digest.hexdigest()}
+        return {**self.kind(), "sha256": digest.hexdigest()}
 
 
 def is_key(leaf: Any) -> bool:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from prdarts_jax.config.search import RunConfig
 from prdarts_jax.devices import processes, sharding
 from prdarts_jax.run import provenance
-from prdarts_jax.run.checkpoint import Checkpointer, restore_latest
+from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.run.metrics import MetricsLog, check_finite
 from prdarts_jax.run.progress import Progress
 from prdarts_jax.run.signals import StopRequest
@@ -196,7 +196,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                 return (yield from self._loop(carry, step, saved, log, bar))
 
     def _restore(self, saved: Checkpointer) -> tuple[Carry, int]:
-        found = restore_latest(saved, self.target())
+        found = saved.restore_latest(self.target())
         if found is None:
             return self.first(), 0
         changed = provenance.tolerance(self.start.old or {}, self.start.document)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
 import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self, SupportsFloat
 
 from prdarts_jax.config.search import RunConfig
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.run.workdir import atomic_write_text
+from prdarts_jax.run.workdir import atomic_write_text, reason
 
 Row = dict[str, Any]
 Kind = Literal["step", "epoch", "final"]
@@ -51,8 +50,7 @@ def check_finite(values: Mapping[str, SupportsFloat], step: int) -> None:
     """
     for name, value in values.items():
         if not math.isfinite(float(value)):
-            found = f"{name} is {float(value)} at step {step}"
-            raise RunError(f"{found}; the run stops, earlier checkpoints are kept")
+            raise RunError(f"{name} is {float(value)} at step {step}; the run stops, earlier checkpoints are kept")
 
 
 def values(row: Mapping[str, Any]) -> Row:
@@ -71,8 +69,12 @@ def _scalar(name: str, value: Any) -> int | float:
         raise TypeError(f"metric {name!r} is a {type(value).__name__}, not one number") from error
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a metrics file, without a last line that was cut off; no file is no rows.
+def read(path: Path, *, damaged: bool = False) -> list[Row]:
+    """The rows of a file of JSON lines, without a last line that was cut off; no file is no rows.
+
+    Args:
+        path: the file.
+        damaged: whether other lines that are no JSON objects are passed over.
 
     Raises:
         UserError: another line is not a JSON object.
@@ -83,34 +85,88 @@ def read(path: Path) -> list[Row]:
     ...     read(Path(folder, "metrics.jsonl"))
     [{'kind': 'step', 'step': 1}]
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    *lines, rest = path.read_bytes().split(b"\n")
     rows: list[Row] = []
-    for number, line in enumerate([*lines, rest], start=1):
+    lines = Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.strip() else {}
             if not isinstance(row, dict):
                 raise ValueError("not an object")
         except ValueError as error:
-            if number > len(lines):  # what a kill in mid-write leaves
-                break
+            if damaged or number == len(lines):  # the last line is what a kill in mid-write leaves
+                continue
             raise UserError(f"{path}: line {number} is not a JSON object; remove that line or the run") from error
         rows += [row] if row else []
     return rows
 
 
-class MetricsLog:
+class RowLog:
+    """A file of JSON rows that a run appends to, and cuts back where it resumes.
+
+    Args:
+        path: the file; its folder must exist by the first row. Nothing is touched before.
+        writes: False on a process that leaves it to another one: nothing is touched.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self._writes = Path(path), writes
+        self._stream: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def keep(self, wanted: Callable[[Row], bool], *, damaged: bool = False) -> list[Row]:
+        """Drops all rows but the wanted ones, and a half-written last line, atomically; what is left. See `read`."""
+        if not self._writes or not self.path.exists():
+            return []
+        self.close()
+        rows = [row for row in read(self.path, damaged=damaged) if wanted(row)]
+        atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+    def append(self, row: Mapping[str, Any], *, sync: bool = False) -> None:
+        """Adds a row, which other programs see at once; `sync` also forces it to the disk.
+
+        Raises:
+            RunError: the file could not be written.
+        """
+        try:
+            if self._stream is None:
+                self._stream = self._open()
+            self._stream.write(json.dumps(row) + "\n")
+            self._stream.flush()
+            if sync:
+                os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise RunError(f"{self.path} could not be written: {reason(error)}") from error
+
+    def _open(self) -> IO[str]:
+        """For appending, after cutting off a half-written line that would swallow the next row."""
+        if self.path.exists():
+            content = self.path.read_bytes()
+            if not content.endswith(b"\n"):
+                os.truncate(self.path, content.rfind(b"\n") + 1)
+        return self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Closes the file; a later row opens it again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+class MetricsLog(RowLog):
     """Appends rows to a metrics file; every row is visible to other programs as soon as it is written.
 
     Rows are flat. NaN and infinities are written as Python's json does (`NaN`, `Infinity`). Write the rows of a step
     before its checkpoint is saved: then a resumed run, which drops the rows after its step, misses none.
 
     Args:
-        path: the file; its folder must exist by the first row. Nothing is touched before.
+        path, writes: see `RowLog`.
         tensorboard_dir: also write every number as a TensorBoard scalar (needs tensorboardX).
-        writes: False on a process that leaves it to another one: nothing is touched.
 
     Raises:
         UserError: `tensorboard_dir` is given and tensorboardX is not installed.
@@ -123,22 +179,15 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, tensorboard_dir: Path | None = None, writes: bool = True) -> None:
+        super().__init__(path, writes=writes)
         if writes and tensorboard_dir is not None and importlib.util.find_spec("tensorboardX") is None:
             raise UserError(
                 f"tensorboard: {tensorboard_dir} needs the package tensorboardX; install it: pip install tensorboardX"
             )
-        self.path, self._writes = Path(path), writes
-        self._stream: IO[str] | None = None
         self._tensorboard_dir = tensorboard_dir
         self._mirror: Any = None
         self._first_step: int | None = None  # of the rows to come, after a truncation
-        self._kept: set[tuple[str, int]] = set()  # (kind, epoch) of the rows of the restored step
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close()
+        self._present: set[tuple[str, int]] = set()  # (kind, epoch) of the rows of the restored step
 
     def truncate_after(self, step: int) -> None:
         """Drop all rows with a step above `step` and a half-written last line, atomically.
@@ -146,14 +195,9 @@ class MetricsLog:
         A row of `step` itself that the resumed run writes again (same kind and epoch) is then ignored: a kill between
         a checkpoint and the next row must not double rows.
         """
-        if not self._writes:
-            return
-        self.close()
-        rows = [row for row in read(self.path) if row["step"] <= step]
-        if self.path.exists():
-            atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        rows = self.keep(lambda row: bool(row["step"] <= step))
         self._first_step = step + 1
-        self._kept = {(row["kind"], row["epoch"]) for row in rows if row["step"] == step}
+        self._present = {(row["kind"], row["epoch"]) for row in rows if row["step"] == step}
 
     def write(self, kind: Kind, epoch: int, step: int, **values: Any) -> None:
         """Append one row; epoch and final rows are also forced to the disk.
@@ -170,67 +214,39 @@ class MetricsLog:
         """
         if kind not in ("step", "epoch", "final"):
             raise ValueError(f"kind {kind!r}: allowed: step | epoch | final")
-        if not self._writes or (self._first_step == step + 1 and (kind, epoch) in self._kept):
+        if not self._writes or (self._first_step == step + 1 and (kind, epoch) in self._present):
             return
         numbers_ = {name: _scalar(name, value) for name, value in values.items()}
-        row = {"kind": kind, "epoch": int(epoch), "step": int(step), **numbers_}
-        try:
-            if self._stream is None:
-                self._stream = self._open()
-            self._stream.write(json.dumps(row) + "\n")
-            self._stream.flush()
-            if kind != "step":
-                os.fsync(self._stream.fileno())
-        except OSError as error:
-            raise RunError(f"{self.path} could not be written: {error.strerror or error}") from error
-        if self._tensorboard_dir is not None:
-            self._mirror_row(kind, int(step), numbers_)
-
-    def _open(self) -> IO[str]:
-        """For appending, after cutting off a half-written line that would swallow the next row."""
-        if self.path.exists():
-            content = self.path.read_bytes()
-            if content and not content.endswith(b"\n"):
-                os.truncate(self.path, content.rfind(b"\n") + 1)
-        return self.path.open("a", encoding="utf-8")
-
-    def _mirror_row(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self.append({"kind": kind, "epoch": int(epoch), "step": int(step), **numbers_}, sync=kind != "step")
+        if self._tensorboard_dir is None:
+            return
         if self._mirror is None:
             from tensorboardX import SummaryWriter
 
             # purge_step hides what the killed run had already mirrored of the steps that are computed again.
             self._mirror = SummaryWriter(str(self._tensorboard_dir), purge_step=self._first_step)
-        for name, value in values.items():
-            self._mirror.add_scalar(f"{kind}/{name}", value, step)
+        for name, value in numbers_.items():
+            self._mirror.add_scalar(f"{kind}/{name}", value, int(step))
 
     def close(self) -> None:
         """Close the files; a later `write` opens them again."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        super().close()
         if self._mirror is not None:
             self._mirror.close()
             self._mirror = None
 
 
-class EpochLog:
+class EpochLog(RowLog):
     """A file of one JSON row an epoch; on resume the rows of epochs that are computed again are dropped.
 
     Args:
-        path: the file; its folder exists.
+        path, writes: see `RowLog`.
         epochs_done: how many epochs keep their rows.
-        writes: False on a process that leaves it to another one.
     """
 
     def __init__(self, path: Path, epochs_done: int, *, writes: bool = True) -> None:
-        self._path, self._writes = path, writes
-        if writes and path.is_file():
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line of a killed process
-                    if json.loads(line)["epoch"] < epochs_done:
-                        kept.append(f"{line}\n")
-            atomic_write_text(path, "".join(kept))
+        super().__init__(path, writes=writes)
+        self.keep(lambda row: bool(row["epoch"] < epochs_done), damaged=True)
 
     def write(self, epoch: int, **values: Any) -> None:
         """Append the row of an epoch.
@@ -239,11 +255,8 @@ class EpochLog:
           RunError: the file could not be written.
         """
         if self._writes:
-            try:
-                with self._path.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"epoch": epoch, **values}) + "\n")
-            except OSError as error:
-                raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
+            self.append({"epoch": epoch, **values})
+            self.close()
 
 
 def check_tensorboard(run: RunConfig) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
+
+from tqdm import tqdm
 
 from prdarts_jax.errors import UserError
 
@@ -14,17 +17,7 @@ def _short(value: Any) -> str:
     return f"{float(value):.4g}" if isinstance(value, float) or hasattr(value, "dtype") else str(value)
 
 
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(3725.2), _duration(65)
-    ('1:02:05', '1:05')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class Progress:
+class Progress(contextlib.AbstractContextManager["Progress"]):
     """What a person sees of a run: a bar on a terminal, one line an epoch elsewhere.
 
     Args:
@@ -62,8 +55,6 @@ class Progress:
         self._fields: dict[str, Any] = {}
         self._bar: Any = None
         if enabled == "bar":
-            from tqdm import tqdm
-
             self._bar = tqdm(
                 total=total_steps,
                 initial=initial,
@@ -90,7 +81,8 @@ class Progress:
             parts += [f"{name} {_short(value)}" for name, value in self._fields.items() if f"{name} " not in text]
             if self._done > self._initial:
                 each = (time.monotonic() - self._began) / (self._done - self._initial)
-                parts.append(f"{_duration(each * max(self._total - self._done, 0))} left")
+                left = tqdm.format_interval(round(each * max(self._total - self._done, 0)))
+                parts.append(f"{left.removeprefix('0')} left")
             print(" | ".join(parts), file=self._stream, flush=True)
 
     def close(self) -> None:
@@ -98,10 +90,6 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-            self._mode = "off"
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()

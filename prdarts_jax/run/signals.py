@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-import threading
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import FrameType
+from typing import Self
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from prdarts_jax.devices.launch import handling
 
 
-class StopRequest:
+class StopRequest(contextlib.ExitStack):
     """Within the context, SIGTERM and SIGINT only set a flag; a second Ctrl-C raises KeyboardInterrupt at once.
 
     Python allows handlers in the main thread alone; elsewhere the context does nothing.
@@ -24,9 +24,9 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.signum: int | None = None  # the first signal that came
         self._interrupts = 0
-        self._before: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
         return self.signum is not None
@@ -40,12 +40,5 @@ class StopRequest:
             self.signum = signum
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        self.enter_context(handling(self._handle))
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            # None: a handler that was not set from Python and cannot be set back; the system's default is nearest.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}

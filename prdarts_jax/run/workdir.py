@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be written, who holds it, files that are never half-written."""
+"""The folder of a run: whether it can be written, who holds it, files that are never half-written. Imports no jax."""
 
 from __future__ import annotations
 
@@ -7,18 +7,55 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from prdarts_jax.config import schema
-from prdarts_jax.devices import processes
-from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.errors import RunError, UserError, brief
 
 T = TypeVar("T")
+
+
+_SPARE_BYTES, _SPARE_FILES = 64 * 1024, 32  # metadata, manifests and digests beside the arrays
+
+
+def reason(error: BaseException) -> str:
+    """The shortest true account of an error; tensorstore nests the error of the system in a page of context.
+
+    >>> reason(OSError(28, "No space left on device", "/a/long/path"))
+    'No space left on device'
+    >>> reason(ValueError("RESOURCE_EXHAUSTED: Error writing ... [os_error_code='28']"))
+    'No space left on device'
+    >>> reason(ValueError("DATA_LOSS: bad header\\n  and more"))
+    'DATA_LOSS: bad header'
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code.group(1)))
+    return brief(error)
+
+
+def require_room(directory: Path, size: int) -> None:
+    """Refuse a write that cannot fit before it makes a half of it.
+
+    Args:
+        directory: an existing folder.
+        size: bytes to be written.
+
+    Raises:
+        OSError: ENOSPC, too few free bytes or files.
+    """
+    disk = os.statvfs(directory)
+    full = disk.f_bavail * disk.f_frsize < size + _SPARE_BYTES
+    if full or (disk.f_files and disk.f_favail < _SPARE_FILES):  # 0 files: the file system does not count them
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -55,7 +92,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
+        raise RunError(f"{path} could not be written: {reason(error)}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -95,8 +132,8 @@ def check_writable(path: Path) -> None:
             probe.write(b"\0")
             probe.flush()
     except OSError as error:
-        reason = f"{existing} cannot be written ({error.strerror or error})"
-        raise UserError(f"workdir: {path} cannot be {verb}: {reason}; name another folder") from error
+        why = f"{existing} cannot be written ({reason(error)})"
+        raise UserError(f"workdir: {path} cannot be {verb}: {why}; name another folder") from error
 
 
 def prepared_for(workdir: Path, prepare: Callable[[], T]) -> T:
@@ -105,6 +142,7 @@ def prepared_for(workdir: Path, prepare: Callable[[], T]) -> T:
     Raises:
       UserError: see `check_writable`, or what `prepare` raises; on all processes.
     """
+    from prdarts_jax.devices import processes  # which imports jax
 
     def checked() -> T:
         if processes.is_first():
@@ -130,34 +168,30 @@ class WorkdirLock:
 
     def __init__(self, workdir: Path) -> None:
         self._workdir = Path(workdir).expanduser().absolute()
-        self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
             # Not inherited by programs this one starts (PEP 446), so that they cannot outlive it as holders.
-            descriptor = os.open(self._workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = os.open(self._workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(f"workdir: {self._workdir} cannot be used: {error.strerror or error}") from error
+            raise UserError(f"workdir: {self._workdir} cannot be used: {reason(error)}") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(descriptor)
+            holder = os.pread(self._file, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._file)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 in_use = f"{self._workdir} is in use by process {holder}"
                 raise UserError(f"workdir: {in_use}; wait for it, stop it or name another folder") from None
-            raise UserError(f"workdir: {self._workdir} cannot be locked: {error.strerror or error}") from error
+            raise UserError(f"workdir: {self._workdir} cannot be locked: {reason(error)}") from error
         with contextlib.suppress(OSError):  # a full disk must not stop a run that only has to read and report
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        self._descriptor = descriptor
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        os.close(self._file)
 
 
 NOUNS: Mapping[str, str] = {"search": "search", "train": "training"}  # kind in config.json -> what messages call it
@@ -182,41 +216,40 @@ def check_workdir(
       UserError: the folder holds another run, a run of another kind, or something else.
     """
     path, noun = workdir / "config.json", NOUNS[document["kind"]]
+    allowed = f"allowed: a new folder or one of a {noun}"
     if not workdir.is_dir():
         return None
+    others = _others(workdir)
     if not path.is_file():
-        foreign = _others(workdir)
-        if foreign:
-            raise UserError(
-                f"workdir: {workdir} holds {foreign[0]!r} and no config.json; allowed: a new folder or one of a {noun}"
-            )
+        if others:
+            raise UserError(f"workdir: {workdir} holds {others[0]!r} and no config.json; {allowed}")
         return None
+    # Without a word of --overwrite: what lies beside a foreign config.json may bear the names of our files.
+    foreign = UserError(f"workdir: {path} is not the config of a {noun}; {allowed}")
     text = path.read_bytes().decode("utf-8", "replace")
     try:
         old = json.loads(text)
     except ValueError:
         old = None
     if not isinstance(old, dict):
-        if not _is_torn(text, workdir, document):
-            raise _no_run(path, noun)
+        if not _is_torn(text, others, document):
+            raise foreign
         if not overwrite:
             raise UserError(f"workdir: {path} is half a config of a {noun}; --overwrite starts again")
         return None
-    kind, version = old.get("kind"), old.get("schema_version")
+    kind, version, known = old.get("kind"), old.get("schema_version"), document["schema_version"]
     if kind != document["kind"]:
         if isinstance(kind, str) and kind in NOUNS:
-            raise UserError(f"workdir: {workdir} holds a {NOUNS[kind]}; allowed: a new folder or one of a {noun}")
-        raise _no_run(path, noun)
-    if version != document["schema_version"]:
-        known = document["schema_version"]
+            raise UserError(f"workdir: {workdir} holds a {NOUNS[kind]}; {allowed}")
+        raise foreign
+    if version != known:
         raise UserError(f"workdir: {path} has schema_version {version!r}; allowed: a new folder or one with {known}")
     if overwrite:
         return None
     try:
         before = compared(old)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        damaged = f"{path} is a damaged config of a {noun} ({reason})"
+        damaged = f"{path} is a damaged config of a {noun} ({' '.join(str(error).split())})"
         raise UserError(f"workdir: {damaged}; --overwrite starts again") from None
     differences = schema.differences(before, compared(document))
     if differences:
@@ -236,16 +269,11 @@ def _others(workdir: Path) -> list[str]:
     return sorted(p.name for p in workdir.iterdir() if not any(p.match(name) for name in _UNFINISHED))
 
 
-def _is_torn(text: str, workdir: Path, document: Mapping[str, Any]) -> bool:
+def _is_torn(text: str, names: Sequence[str], document: Mapping[str, Any]) -> bool:
     """Whether a config.json that is no JSON is the beginning of one of ours: only then may its folder be cleared."""
     head = json.dumps({name: document[name] for name in ("schema_version", "kind")}, indent=2).removesuffix("\n}")
     # A few characters say little: then nothing else may be there that could be somebody's.
-    return text.startswith(head) or (head.startswith(text) and _others(workdir) == ["config.json"])
-
-
-def _no_run(path: Path, noun: str) -> UserError:
-    # Without a word of --overwrite: what lies beside a foreign config.json may bear the names of our files.
-    return UserError(f"workdir: {path} is not the config of a {noun}; allowed: a new folder or one of a {noun}")
+    return text.startswith(head) or (head.startswith(text) and list(names) == ["config.json"])
 
 
 def claim(

@@ -134,7 +134,7 @@ CHILD = """
     import sys
     from pathlib import Path
     import jax, jax.numpy as jnp
-    from prdarts_jax.checkpoint import Checkpointer
+    from prdarts_jax.run.checkpoint import Checkpointer
 
     step = jax.jit(lambda s: {"w": s["w"] * 1.0001 + s["n"].astype("float32"), "n": s["n"] + 1}, donate_argnums=0)
     state = {"w": jnp.arange(300_000.0), "n": jnp.zeros((), "int32")}

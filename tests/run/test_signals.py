@@ -15,7 +15,7 @@ from prdarts_jax.run.signals import StopRequest
 
 LOOP = """
     import sys, time
-    from prdarts_jax.signals import StopRequest
+    from prdarts_jax.run.signals import StopRequest
 
     print("import", "jax" in sys.modules, flush=True)
     with StopRequest() as stop:

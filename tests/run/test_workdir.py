@@ -20,7 +20,7 @@ from prdarts_jax.run.workdir import WorkdirLock, atomic_write_json, atomic_write
 HOLDER = """
     import sys
     from pathlib import Path
-    from prdarts_jax.workdir import WorkdirLock
+    from prdarts_jax.run.workdir import WorkdirLock
 
     with WorkdirLock(Path(sys.argv[1])):
         print("held", flush=True)

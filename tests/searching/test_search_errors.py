@@ -14,7 +14,7 @@ from search_cases import EPOCH_STEPS, FLAGS, final_state, one_error, rows, words
 
 from prdarts_jax import cli
 from prdarts_jax.errors import UserError
-from prdarts_jax.run import storage_errors
+from prdarts_jax.run import workdir
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.space.genotype import Genotype
 
@@ -272,7 +272,7 @@ def test_a_full_disk(npz, tmp_path, monkeypatch, capsys):
     assert cli.main([*command, "--run.time_limit=1e-9"]) == 0
     full = types.SimpleNamespace(f_bavail=0, f_frsize=4096, f_files=0, f_favail=0)
     with monkeypatch.context() as patch:
-        patch.setattr(storage_errors.os, "statvfs", lambda _: full)
+        patch.setattr(workdir.os, "statvfs", lambda _: full)
         one_error(capsys, command, 1, "No space left on device", "the last good checkpoint is step 3")
     assert Checkpointer(tmp_path / "w" / "checkpoints").steps() == [3]
     assert cli.main(command) == 0
