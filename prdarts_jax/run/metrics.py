@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -9,8 +10,7 @@ import numbers
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Literal, Self, SupportsFloat
+from typing import IO, Any, Literal, SupportsFloat
 
 from prdarts_jax.config.search import RunConfig
 from prdarts_jax.errors import RunError, UserError
@@ -100,8 +100,8 @@ def read(path: Path, *, damaged: bool = False) -> list[Row]:
     return rows
 
 
-class RowLog:
-    """A file of JSON rows that a run appends to, and cuts back where it resumes.
+class RowLog(contextlib.ExitStack):
+    """A file of JSON rows that a run appends to, and cuts back where it resumes; a row after `close` opens it again.
 
     Args:
         path: the file; its folder must exist by the first row. Nothing is touched before.
@@ -109,14 +109,9 @@ class RowLog:
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
+        super().__init__()
         self.path, self._writes = Path(path), writes
         self._stream: IO[str] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close()
 
     def keep(self, wanted: Callable[[Row], bool], *, damaged: bool = False) -> list[Row]:
         """Drops all rows but the wanted ones, and a half-written last line, atomically; what is left. See `read`."""
@@ -134,8 +129,8 @@ class RowLog:
             RunError: the file could not be written.
         """
         try:
-            if self._stream is None:
-                self._stream = self._open()
+            if self._stream is None or self._stream.closed:
+                self._stream = self.enter_context(self._open())
             self._stream.write(json.dumps(row) + "\n")
             self._stream.flush()
             if sync:
@@ -150,12 +145,6 @@ class RowLog:
             if not content.endswith(b"\n"):
                 os.truncate(self.path, content.rfind(b"\n") + 1)
         return self.path.open("a", encoding="utf-8")
-
-    def close(self) -> None:
-        """Closes the file; a later row opens it again."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
 
 
 class MetricsLog(RowLog):
@@ -224,16 +213,15 @@ class MetricsLog(RowLog):
             from tensorboardX import SummaryWriter
 
             # purge_step hides what the killed run had already mirrored of the steps that are computed again.
-            self._mirror = SummaryWriter(str(self._tensorboard_dir), purge_step=self._first_step)
+            mirror = SummaryWriter(str(self._tensorboard_dir), purge_step=self._first_step)
+            self._mirror = self.enter_context(contextlib.closing(mirror))
         for name, value in numbers_.items():
             self._mirror.add_scalar(f"{kind}/{name}", value, int(step))
 
     def close(self) -> None:
         """Close the files; a later `write` opens them again."""
         super().close()
-        if self._mirror is not None:
-            self._mirror.close()
-            self._mirror = None
+        self._mirror = None
 
 
 class EpochLog(RowLog):

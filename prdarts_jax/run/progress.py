@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from types import TracebackType
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -17,7 +16,7 @@ def _short(value: Any) -> str:
     return f"{float(value):.4g}" if isinstance(value, float) or hasattr(value, "dtype") else str(value)
 
 
-class Progress(contextlib.AbstractContextManager["Progress"]):
+class Progress(contextlib.ExitStack):
     """What a person sees of a run: a bar on a terminal, one line an epoch elsewhere.
 
     Args:
@@ -46,6 +45,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
     ) -> None:
         if enabled not in ("auto", "bar", "lines", "off"):
             raise UserError(f"progress: {enabled!r} is not a mode; allowed: auto | bar | lines | off")
+        super().__init__()
         self._stream = sys.stderr if stream is None else stream
         if enabled == "auto":
             enabled = "bar" if self._stream.isatty() else "lines"
@@ -53,28 +53,27 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         self._total, self._initial, self._done = total_steps, initial, initial
         self._began = time.monotonic()
         self._fields: dict[str, Any] = {}
-        self._bar: Any = None
-        if enabled == "bar":
-            self._bar = tqdm(
-                total=total_steps,
-                initial=initial,
-                file=self._stream,
-                unit="step",
-                dynamic_ncols=True,
-                desc=label or None,
-            )
+        bar = tqdm(
+            total=total_steps,
+            initial=initial,
+            file=self._stream,
+            unit="step",
+            dynamic_ncols=True,
+            desc=label or None,
+            disable=enabled != "bar",
+        )
+        self._bar = self.enter_context(bar)  # `close` leaves it as it stands
 
     def update(self, n: int, **fields: Any) -> None:
         """Advance by n steps; fields (loss, accuracy, tau, skips, images/s ...) replace those shown before."""
         self._done += n
         self._fields.update(fields)
-        if self._bar is not None:
-            self._bar.set_postfix({name: _short(value) for name, value in self._fields.items()}, refresh=False)
-            self._bar.update(n)
+        self._bar.set_postfix({name: _short(value) for name, value in self._fields.items()}, refresh=False)
+        self._bar.update(n)
 
     def epoch_line(self, text: str) -> None:
         """A line that stays: above the bar, or with the step, the last fields and the time left where there is none."""
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.write(f"{self._label}{text}", file=self._stream)
         elif self._mode == "lines":
             parts = [f"{self._label}{text}", f"step {self._done}/{self._total}"]
@@ -84,12 +83,3 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
                 left = tqdm.format_interval(round(each * max(self._total - self._done, 0)))
                 parts.append(f"{left.removeprefix('0')} left")
             print(" | ".join(parts), file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close()
