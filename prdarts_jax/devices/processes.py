@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prdarts_jax.config import schema
 from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.ops import kernels
 
 T = TypeVar("T")
 
@@ -139,10 +140,10 @@ _NUMERICS = ("jax_enable_x64", "jax_default_matmul_precision")
 def _program(document: Mapping[str, Any]) -> dict[str, Any]:
     """What decides which program is compiled, beside the config. Kernels of another processor take the same place."""
     platform = document["platform"]
-    kernels = platform["cpu_kernels"]
+    native = platform["cpu_kernels"].startswith("native ")
     return {
         "backend": platform["backend"],
-        f"CPU kernels, of all or ({kernels.SWITCH}=off) of none": "native" if kernels.startswith("native ") else "XLA",
+        f"CPU kernels, of all or ({kernels.SWITCH}=off) of none": "native" if native else "XLA",
         **{name: str(getattr(jax.config, name)) for name in _NUMERICS},
     }
 

@@ -21,7 +21,7 @@ import search_cases
 from search_cases import EPOCH_STEPS, TOTAL, assert_same, one_error, outcome, search, snapshot, words
 
 from prdarts_jax import cli, presets
-from prdarts_jax.errors import UserError
+from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.searching import loop as search_loop
 from prdarts_jax.space.genotype import Genotype
@@ -224,7 +224,7 @@ def test_only_damaged_checkpoints(stopped, npz, tmp_path, capsys):
     workdir = shutil.copytree(stopped, tmp_path / "w")
     for step in (workdir / "checkpoints").iterdir():
         _flip(step / "SHA256SUMS")
-    with pytest.raises(search_loop.RunError, match=r"no checkpoint in .* can be used"):
+    with pytest.raises(RunError, match=r"no checkpoint in .* can be used"):
         search(workdir)
 
 
