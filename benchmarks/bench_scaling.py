@@ -116,8 +116,8 @@ def all_reduces(jaxpr: Any) -> Total:
 
 
 def _real(scan: Any) -> float:
-    """The share of the slots that a cell's scans run which are not there to fill up: `space.cell` says it."""
-    said = re.search(r"(\d+)_of_(\d+)_slots\W*$", str(scan.source_info.name_stack))
+    """The share of the terms that a cell's scans run which are not there to fill up: `space.cell` says it."""
+    said = re.search(r"(\d+)_of_(\d+)_terms\W*$", str(scan.source_info.name_stack))
     return int(said[1]) / int(said[2]) if said else 1.0
 
 

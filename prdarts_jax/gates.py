@@ -23,7 +23,7 @@ class Gates:
 
     Attributes:
       ops: {"normal", "reduce"} -> float32[E,O]: the multipliers; zero for what is not executed.
-      executed: int32[E,K]: operations that are computed; O (one past the last) computes nothing in that slot.
+      executed: int32[E,K]: operations that are computed; O (one past the last) computes nothing in that term.
       edges: float32[E] multipliers of the edges, or None.
       stats: what a strategy wants to keep of the sample (masks for its penalty, numbers for the log).
     """
@@ -42,7 +42,7 @@ class Gates:
         edges = None if self.edges is None else {kind: pick(self.edges[kind], 1)}
         return Gates({kind: pick(self.ops[kind], 2)}, {kind: pick(self.executed[kind], 2)}, edges)
 
-    def slots(self, kind: str) -> tuple[jax.Array, jax.Array]:
+    def terms(self, kind: str) -> tuple[jax.Array, jax.Array]:
         """(values float32[E,K], executed int32[E,K]) of a cell type: what the sparse path computes with."""
         ops, executed = self.ops[kind], self.executed[kind]
         padded = jnp.pad(ops, ((0, 0), (0, 1)))
@@ -175,7 +175,7 @@ def top_k(key: jax.Array, scores: jax.Array, allowed: np.ndarray, k: int) -> jax
 
 
 def void_zeros(executed: jax.Array, ops: jax.Array) -> jax.Array:
-    """Slots whose gate is exactly 0 execute nothing: value and gradient of a clipped gate are zero anyway.
+    """Terms whose gate is exactly 0 execute nothing: value and gradient of a clipped gate are zero anyway.
 
     Only for gates whose gradient at 0 is zero by definition (clipped ones), never for gates that merely pass through 0.
     """

@@ -41,8 +41,8 @@ def cell_data(space: Space, kind: str, size: tuple[int, int], dtype: Any = np.fl
     return weights, *(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
 
-def random_slots(space: Space, kind: str, k: int, seed: int, *, void: int = 0) -> np.ndarray:
-    """k random allowed operations an edge (void where there are fewer), then `void` more slots emptied."""
+def random_terms(space: Space, kind: str, k: int, seed: int, *, void: int = 0) -> np.ndarray:
+    """k random allowed operations an edge (void where there are fewer), then `void` more terms emptied."""
     rng = np.random.default_rng(seed)
     chosen = np.full((space.num_edges, k), space.num_ops, np.int32)
     for e in range(space.num_edges):
@@ -60,8 +60,8 @@ def sparse(space: Space, kind: str) -> Any:
     @oracles.quick_jit
     def run(weights: Any, s0: jax.Array, s1: jax.Array, ops: jax.Array, ct: jax.Array, executed: jax.Array) -> Any:
         def nodes(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
-            values, slots = Gates({kind: ops}, {kind: executed}).slots(kind)
-            return mixed_nodes(weights, values, slots, s0, s1, space=space, kind=kind)
+            values, terms = Gates({kind: ops}, {kind: executed}).terms(kind)
+            return mixed_nodes(weights, values, terms, s0, s1, space=space, kind=kind)
 
         y, pull = jax.vjp(nodes, weights, ops, s0, s1)
         return y, pull(ct)

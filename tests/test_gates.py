@@ -211,7 +211,7 @@ def test_slots_and_dense_are_the_same_multipliers() -> None:
     executed = jnp.array([[2, 3], [0, 1]], jnp.int32)
     for edges, factor in ((None, [1.0, 1.0]), ({"normal": jnp.array([2.0, 10.0])}, [2.0, 10.0])):
         g = Gates({"normal": ops}, {"normal": executed}, edges)
-        values, found = g.slots("normal")
+        values, found = g.terms("normal")
         np.testing.assert_allclose(values, np.array([[0.3, 0.0], [0.4, 0.5]]) * np.array(factor)[:, None], rtol=1e-6)
         np.testing.assert_array_equal(found, executed)
         dense = np.array([[0.0, 0.0, 0.3], [0.4, 0.5, 0.0]]) * np.array(factor)[:, None]

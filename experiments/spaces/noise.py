@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prdarts_jax.ops.layer_set import Leaves
+from prdarts_jax.ops.layer_set import LayerSet
 from prdarts_jax.ops.layers import Weight
 from prdarts_jax.ops.primitives import Primitive
 
@@ -22,7 +22,7 @@ def _weights(channels: int, stride: int) -> dict[str, Weight]:
     return {}
 
 
-def _noise(params: dict[str, jax.Array], x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+def _noise(params: dict[str, jax.Array], x: jax.Array, stride: int, leaves: LayerSet) -> jax.Array:
     bits = lax.bitcast_convert_type(jnp.sum(x.astype(jnp.float32)), jnp.uint32)
     key = jax.random.fold_in(jax.random.key(0), bits)
     b, h, w, c = x.shape

@@ -92,7 +92,7 @@ def _network(source: Path, *, ema: bool) -> Network:
     Argument("--overwrite", action="store_true", help="replace the network that is in DIR"),
 )
 def import_command(args: argparse.Namespace) -> int:
-    """`prdarts import-torch FILE --genotype NAME --workdir DIR`: a PyTorch state_dict as a workdir of ours.
+    """`prdarts import-torch FILE --genotype NAME --workdir DIR`: a PyTorch state_dict as a workdir.
 
     Raises:
       UserError: bad usage, or a checkpoint that is not the genotype's network; nothing is created then.

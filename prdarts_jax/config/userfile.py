@@ -29,7 +29,7 @@ class UserObject(NamedTuple):
 
 
 def is_path(spec: str) -> bool:
-    """Whether a text means an object in a user's file rather than a name of ours.
+    """Whether a text means an object in a user's file rather than a name of the library.
 
     >>> is_path("mine.py:factory"), is_path("prdarts"), is_path("mine.py")
     (True, False, True)

@@ -232,7 +232,7 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
 
 
 def leave() -> None:
-    """Leaves the other processes in order, when all of them do."""
+    """LayerSet the other processes in order, when all of them do."""
     jax.distributed.shutdown()
 
 

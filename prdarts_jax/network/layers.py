@@ -1,7 +1,7 @@
 """The layers of the derived network as plain data: the weights they declare and the function they compute.
 
 An operation is the primitive of the search, with another normalisation: affine, with running statistics. Primitives
-and layers name their normalisations when they run (`leaves.norm(name, x)`); an abstract run finds the names, so that
+and layers name their normalisations when they run (`layers.norm(name, x)`); an abstract run finds the names, so that
 weights and statistics are declared before anything is computed.
 """
 
@@ -22,7 +22,7 @@ from jax.scipy.linalg import block_diag
 
 from prdarts_jax.ops.batch_norm import BN_EPS, Moments, batch_norm_moments, per_channel
 from prdarts_jax.ops.depthwise import depthwise_conv_reference, wide_dtype
-from prdarts_jax.ops.layer_set import Leaves, Norm, composed_pointwise, composed_separable
+from prdarts_jax.ops.layer_set import LayerSet, Norm, composed_pointwise, composed_separable
 from prdarts_jax.ops.layers import Weight, conv, factorized_reduce, linear, pointwise
 from prdarts_jax.ops.primitives import Params, Primitive
 
@@ -42,12 +42,12 @@ class Layer:
     Attributes:
       channels_in: of its input [B,H,W,channels_in].
       weights: what it declares besides normalisations.
-      apply: (params, x, leaves) -> y.
+      apply: (params, x, layers) -> y.
     """
 
     channels_in: int
     weights: Mapping[str, Weight]
-    apply: Callable[[Params, jax.Array, Leaves], jax.Array]
+    apply: Callable[[Params, jax.Array, LayerSet], jax.Array]
 
     @cached_property
     def variables(self) -> Variables:
@@ -71,8 +71,8 @@ class Layer:
             return x[:, ::stride, ::stride]
 
         units = composed_separable(depthwise_conv_reference, norm), composed_pointwise(norm)
-        leaves = Leaves(depthwise_conv_reference, pool, pool, norm, *units)
-        return self.apply(constants(self.weights), x, leaves)
+        layers = LayerSet(depthwise_conv_reference, pool, pool, norm, *units)
+        return self.apply(constants(self.weights), x, layers)
 
 
 def variables_of(layers: Mapping[TreePath, Layer]) -> Variables:
@@ -102,7 +102,7 @@ def _wide(x: jax.Array) -> jax.Array:
 def operation(primitive: Primitive, channels: int, stride: int) -> Layer:
     """An operation of a cell: a primitive of the search space at a width and stride."""
     weights = primitive.weights(channels, stride)
-    return Layer(channels, weights, lambda params, x, leaves: primitive.apply(params, x, stride, leaves))
+    return Layer(channels, weights, lambda params, x, layers: primitive.apply(params, x, stride, layers))
 
 
 @cache
@@ -110,10 +110,10 @@ def preprocess(channels_in: int, channels: int, reduces: bool) -> Layer:
     """What a cell does to an input: ReLU, 1x1 convolution (FactorizedReduce after a reduction), BN."""
     widths = {"first": channels // 2, "second": channels - channels // 2} if reduces else {"pointwise": channels}
 
-    def apply(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
+    def apply(params: Params, x: jax.Array, layers: LayerSet) -> jax.Array:
         if reduces:
-            return leaves.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
-        return leaves.pointwise("bn", x, params["pointwise"])
+            return layers.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
+        return layers.pointwise("bn", x, params["pointwise"])
 
     return Layer(channels_in, {name: Weight((channels_in, c), channels_in) for name, c in widths.items()}, apply)
 
@@ -144,10 +144,10 @@ def stem_layer(channels: tuple[int, ...], stride: int, *, relu_first: bool = Fal
     """
     numbers = [""] if len(channels) == 2 else [str(n) for n in range(1, len(channels))]
 
-    def apply(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
+    def apply(params: Params, x: jax.Array, layers: LayerSet) -> jax.Array:
         for n in numbers:
             x = jax.nn.relu(x) if relu_first or n != numbers[0] else x
-            x = leaves.norm(f"bn{n}", conv(x, params[f"conv{n}"], stride=stride))
+            x = layers.norm(f"bn{n}", conv(x, params[f"conv{n}"], stride=stride))
         return x
 
     widths = zip(numbers, pairwise(channels), strict=True)
@@ -169,11 +169,11 @@ def auxiliary_head(channels_in: int, classes: int, stem: str) -> Layer:
     }
     window, strides = (1, AUX_POOL, AUX_POOL, 1), (1, AUX_STRIDES[stem], AUX_STRIDES[stem], 1)
 
-    def apply(params: Params, x: jax.Array, leaves: Leaves) -> jax.Array:
+    def apply(params: Params, x: jax.Array, layers: LayerSet) -> jax.Array:
         zero = np.zeros((), x.dtype)  # concrete: JAX then knows the window sum, which has a gradient
         x = lax.reduce_window(jax.nn.relu(x), zero, lax.add, window, strides, "VALID") / (AUX_POOL * AUX_POOL)
-        x = jax.nn.relu(leaves.norm("bn1", pointwise(x, params["pointwise"])))
-        x = jax.nn.relu(leaves.norm("bn2", conv(x, params["conv"])))
+        x = jax.nn.relu(layers.norm("bn1", pointwise(x, params["pointwise"])))
+        x = jax.nn.relu(layers.norm("bn2", conv(x, params["conv"])))
         return _linear(params, x.reshape(x.shape[0], -1))
 
     return Layer(channels_in, weights, apply)
@@ -219,7 +219,7 @@ def batch_norm(
       running: {"mean": [C], "var": [C]}.
       train: whether the statistics are those of the batch.
       axis_name: mapped axis over which the batch is split, or None.
-      own_kernels: whether kernels of ours may be used on CPU.
+      own_kernels: whether the CPU kernels may be used.
 
     Returns:
       (y in the dtype of x, the running statistics afterwards). No gradient flows through the statistics kept.

@@ -33,7 +33,7 @@ from prdarts_jax.network.layers import (
 )
 from prdarts_jax.network.plan import CellPlan, Edge, NetworkPlan, check_auxiliary, make_plan, wire
 from prdarts_jax.ops.drop_path import drop_path, drop_path_draws
-from prdarts_jax.ops.layer_set import composed_pointwise, composed_separable, fast_leaves
+from prdarts_jax.ops.layer_set import composed_pointwise, composed_separable, fast_layers
 from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
 from prdarts_jax.ops.separable import WORTH_KEEPING, Affine, Unit, pointwise_unit, separable_units
@@ -59,7 +59,7 @@ def _run_layer(
 ) -> tuple[jax.Array, Params]:
     """(y, the running statistics afterwards)."""
     after: Params = {}
-    fast = fast_leaves(own_kernels=how.own_kernels)
+    fast = fast_layers(own_kernels=how.own_kernels)
 
     def norm(name: str, x: jax.Array) -> jax.Array:
         y, after[name] = batch_norm(x, params[name], statistics[name], train=train, **how._asdict())

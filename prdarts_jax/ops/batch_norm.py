@@ -83,7 +83,7 @@ def backward_means(
       dy, z: [B,H,W,C].
       mean, scale: [C], at least float32.
       axis_name: mapped axis over which the batch is split, or None.
-      own_kernels: whether a kernel of ours may be used on CPU.
+      own_kernels: whether the CPU kernels may be used.
     """
     if own_kernels and kernels.serve(dy, z, mean, scale):
         means = kernels.lowered(_native_means, _composed_means)(dy, z, mean, scale)
@@ -172,7 +172,7 @@ def batch_norm(x: jax.Array, axis_name: str | None = None, *, own_kernels: bool 
     Args:
       x: [B,H,W,C]; statistics in float32 at least.
       axis_name: mapped axis over which the batch is split, or None.
-      own_kernels: whether kernels of ours may be used on CPU (`ops/native.py`).
+      own_kernels: whether the CPU kernels may be used (`ops/kernels.py`).
 
     >>> y = batch_norm(jnp.arange(8.0).reshape(2, 2, 2, 1))
     >>> bool(abs(y.mean()) < 1e-6), bool(abs(y.std() - 1) < 1e-4)

@@ -10,7 +10,7 @@ import numpy as np
 
 from prdarts_jax.config import userfile
 from prdarts_jax.errors import UserError
-from prdarts_jax.ops.layer_set import fast_leaves
+from prdarts_jax.ops.layer_set import fast_layers
 from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.primitives import Primitive
@@ -46,7 +46,7 @@ def check_primitives(
         one = user[name]
 
         def run(key: jax.Array, x: jax.Array, one: Primitive = one, stride: int = stride) -> jax.Array:
-            return one.apply(draw(key, one.weights(channels, stride)), x, stride, fast_leaves())
+            return one.apply(draw(key, one.weights(channels, stride)), x, stride, fast_layers())
 
         allowed = jax.ShapeDtypeStruct((2, -(-height // stride), -(-width // stride), channels), x.dtype)
         with userfile.errors_of({field: one}):
@@ -65,16 +65,16 @@ def check_primitives(
 def _units_agree(one: Primitive, channels: int, stride: int) -> bool:
     """Whether the units of a primitive compute what it applies, on numbers."""
     assert one.units is not None
-    leaves, params = fast_leaves(own_kernels=False), draw(jax.random.key(0), one.weights(channels, stride))
+    layers, params = fast_layers(own_kernels=False), draw(jax.random.key(0), one.weights(channels, stride))
     x = jax.random.normal(jax.random.key(1), (2, 7, 6, channels))
     units = one.units(params, stride)
     if units is None:
         return True
     if isinstance(units, Pool):
-        y = (leaves.max_pool if units.kind == "maximum" else leaves.avg_pool)(x, units.stride)
+        y = (layers.max_pool if units.kind == "maximum" else layers.avg_pool)(x, units.stride)
     else:
-        y = leaves.separable([f"bn{i}" for i in range(len(units))], x, units) if units else x
-    found = one.apply(params, x, stride, leaves)
+        y = layers.separable([f"bn{i}" for i in range(len(units))], x, units) if units else x
+    found = one.apply(params, x, stride, layers)
     return y.shape == found.shape and bool(jax.numpy.allclose(y, found, rtol=1e-3, atol=1e-3))
 
 

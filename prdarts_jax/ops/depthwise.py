@@ -2,7 +2,7 @@
 
 XLA lowers a grouped convolution on CPU to a naive loop (jax-ml/jax issue 23713), several times slower than a sum of
 shifted slices, and plain autodiff of the shifted sum yields k*k separate reductions for the weight gradient. Hence
-kernels of ours on CPU (`native`), and where they cannot serve:
+the CPU kernels (`kernels`), and where they cannot serve:
 
     y[b,i,j,c]  = sum_{p,q} x[b, s*i + d*p - P, s*j + d*q - P, c] * w[p,q,c]
     dx          = the same sum over the cotangent, dilated by s, with the flipped kernel
@@ -32,7 +32,7 @@ class Window(NamedTuple):
     width: int
     stride: int = 1
     dilation: int = 1
-    own_kernels: bool = True  # whether kernels of ours may compute it on CPU
+    own_kernels: bool = True  # whether the CPU kernels may compute it
 
     @property
     def padding(self) -> tuple[int, int]:
@@ -247,7 +247,7 @@ def depthwise_conv(
       kernel: [k_h,k_w,C], odd sizes.
       stride: of both spatial axes.
       dilation: spacing of the kernel taps.
-      own_kernels: whether kernels of ours may be used on CPU (`ops/native.py`); the values are the same to rounding.
+      own_kernels: whether the CPU kernels may be used (`ops/kernels.py`); the values are the same to rounding.
 
     Returns:
       [B, ceil(H/stride), ceil(W/stride), C] in the dtype of x. Reverse-mode derivatives of any order.

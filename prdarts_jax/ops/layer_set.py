@@ -21,7 +21,7 @@ from prdarts_jax.ops.separable import Unit, pointwise_unit, separable_units
 Norm = Callable[[str, jax.Array], jax.Array]
 
 
-class Leaves(NamedTuple):
+class LayerSet(NamedTuple):
     """The leaf layers a primitive may use. `norm(name, x)` is the normalisation after a layer called `name`."""
 
     depthwise: Callable[..., jax.Array]  # (x, kernel, *, stride, dilation) -> y
@@ -34,7 +34,7 @@ class Leaves(NamedTuple):
 
 
 def composed_separable(depthwise: Callable[..., jax.Array], norm: Norm) -> Callable[..., jax.Array]:
-    """`Leaves.separable` from a depthwise convolution and a normalisation."""
+    """`LayerSet.separable` from a depthwise convolution and a normalisation."""
 
     def separable(names: Sequence[str], x: jax.Array, units: Sequence[Unit]) -> jax.Array:
         for name, unit in zip(names, units, strict=True):
@@ -46,18 +46,18 @@ def composed_separable(depthwise: Callable[..., jax.Array], norm: Norm) -> Calla
 
 
 def composed_pointwise(norm: Norm) -> Callable[..., jax.Array]:
-    """`Leaves.pointwise` from a normalisation."""
+    """`LayerSet.pointwise` from a normalisation."""
     return lambda name, x, matrix: norm(name, pointwise(jax.nn.relu(x), matrix))
 
 
-def fast_leaves(axis_name: str | None = None, *, own_kernels: bool = True) -> Leaves:
-    """Leaves with rules of their own; BN with the statistics of the batch over `axis_name`.
+def fast_layers(axis_name: str | None = None, *, own_kernels: bool = True) -> LayerSet:
+    """LayerSet with rules of their own; BN with the statistics of the batch over `axis_name`.
 
-    `own_kernels`: whether kernels of ours may be used on CPU (a program that leaves this process cannot have them).
+    `own_kernels`: whether the CPU kernels may be used (a program that leaves this process cannot have them).
     """
     depthwise = partial(depthwise_conv, own_kernels=own_kernels)
 
-    return Leaves(
+    return LayerSet(
         depthwise,
         max_pool,
         lambda x, stride: avg_pool_by(x, stride, depthwise),
@@ -67,13 +67,13 @@ def fast_leaves(axis_name: str | None = None, *, own_kernels: bool = True) -> Le
     )
 
 
-def reference_leaves(axis_name: str | None = None) -> Leaves:
-    """Leaves with plain autodiff: slower, and usable under jvp and jax.hessian."""
+def reference_layers(axis_name: str | None = None) -> LayerSet:
+    """LayerSet with plain autodiff: slower, and usable under jvp and jax.hessian."""
 
     def norm(name: str, x: jax.Array) -> jax.Array:
         return batch_norm_reference(x, axis_name)
 
-    return Leaves(
+    return LayerSet(
         depthwise_conv_reference,
         max_pool_reference,
         lambda x, stride: avg_pool_by(x, stride, depthwise_conv_reference),

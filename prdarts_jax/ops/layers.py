@@ -53,7 +53,7 @@ def draw(key: jax.Array, tree: Any) -> Any:
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """1x1 convolution: [B,H,W,C] x [C,D] -> [B,H,W,D] in the dtype of x, accumulated in float32 at least."""
     # As a product of two matrices: the gradient of the kernel is then one too, where that of a product over three axes
-    # makes XLA:CPU compute a transposed copy of the cotangent first (an operation then took up to 1.6 times as long).
+    # makes XLA:CPU compute a transposed copy of the cotangent first.
     flat = x.reshape(-1, x.shape[3])
     out = lax.dot(flat, kernel.astype(x.dtype), preferred_element_type=wide_dtype(x))
     return out.astype(x.dtype).reshape(*x.shape[:3], kernel.shape[1])

@@ -70,8 +70,7 @@ def _max_pool_bwd(stride: int, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
 def _max_pool_gradient_1(x: jax.Array, dy: jax.Array) -> jax.Array:
     """Gathered: input (i, j) is tap (p, q) of the window centred at (i - p + 1, j - q + 1).
 
-    Four times faster than placing nine shares, once the taps are stored (40 ms if they are not: 32x32x16, batch 32,
-    two cores).
+    XLA:CPU gathers faster than it places nine shares, if the taps are stored first (docs/performance_notes.md).
     """
     b, h, w, c = x.shape
     zero = jnp.zeros((), dy.dtype)
@@ -92,7 +91,7 @@ def _interleaved(even: jax.Array, odd: jax.Array, axis: int) -> jax.Array:
 def _max_pool_gradient_2(x: jax.Array, dy: jax.Array) -> jax.Array:
     """Gathered by parity: an even row is the middle of a window, an odd one the end of one and the start of the next.
 
-    Six times faster than placing nine dilated shares (15 ms -> 2.6 ms with ReLU and BN, 32x32x32, batch 32, two cores).
+    XLA:CPU gathers faster than it places nine dilated shares (docs/performance_notes.md).
     """
     _, h, w, _ = x.shape
     ho, wo = dy.shape[1:3]

@@ -1,7 +1,7 @@
 """The candidate operations of an edge, as a table of (weights, apply) that a user can extend.
 
 Every primitive maps [B,H,W,C] to [B,ceil(H/s),ceil(W/s),C]. The same table serves the search (BN without affine) and
-the derived network (BN with affine and running statistics): normalisation comes in through `leaves.norm`. Weights are
+the derived network (BN with affine and running statistics): normalisation comes in through `layers.norm`. Weights are
 declared, not drawn: a network draws all of them at once, since compiling hundreds of small draws takes half a minute.
 
 A user's own primitive: a file with `PRIMITIVES = {"name": Primitive(...)}`, given as `--space.primitives FILE.py`.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prdarts_jax.ops.layer_set import Leaves
+from prdarts_jax.ops.layer_set import LayerSet
 from prdarts_jax.ops.layers import Weight, conv, factorized_reduce
 from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.separable import Unit
@@ -32,7 +32,7 @@ class Primitive(NamedTuple):
       group: "none" | "skip" | "pool" | "conv"; penalties and reports speak of groups. Another name is a group of its
         own, which counts as not skip. "none" is never computed nor derived; "pool" is normalised in the search.
       weights: (channels, stride) -> {name: Weight}; empty: an operation without weights.
-      apply: (params, x [B,H,W,C], stride, leaves) -> y [B,ceil(H/s),ceil(W/s),C].
+      apply: (params, x [B,H,W,C], stride, layers) -> y [B,ceil(H/s),ceil(W/s),C].
       units: (params, stride) -> the units of which `apply` is a row, none for the identity; or the pool that it is; or
         None where it is neither. With it the search runs the operation in one kernel on a CPU. Also called with
         weights that are stacked on a leading axis.
@@ -40,7 +40,7 @@ class Primitive(NamedTuple):
 
     group: str
     weights: Callable[[int, int], dict[str, Weight]]
-    apply: Callable[[Params, jax.Array, int, Leaves], jax.Array]
+    apply: Callable[[Params, jax.Array, int, LayerSet], jax.Array]
     units: Callable[[Params, int], Sequence[Unit] | Pool | None] | None = None
 
 
@@ -48,17 +48,17 @@ def _no_weights(channels: int, stride: int) -> dict[str, Weight]:
     return {}
 
 
-def _none(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+def _none(params: Params, x: jax.Array, stride: int, layers: LayerSet) -> jax.Array:
     b, h, w, c = x.shape
     return jnp.zeros((b, -(-h // stride), -(-w // stride), c), x.dtype)
 
 
-def _max_pool(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
-    return leaves.max_pool(x, stride)
+def _max_pool(params: Params, x: jax.Array, stride: int, layers: LayerSet) -> jax.Array:
+    return layers.max_pool(x, stride)
 
 
-def _avg_pool(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
-    return leaves.avg_pool(x, stride)
+def _avg_pool(params: Params, x: jax.Array, stride: int, layers: LayerSet) -> jax.Array:
+    return layers.avg_pool(x, stride)
 
 
 def _skip_weights(channels: int, stride: int) -> dict[str, Weight]:
@@ -68,10 +68,10 @@ def _skip_weights(channels: int, stride: int) -> dict[str, Weight]:
     return {"first": Weight((channels, half), channels), "second": Weight((channels, channels - half), channels)}
 
 
-def _skip(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+def _skip(params: Params, x: jax.Array, stride: int, layers: LayerSet) -> jax.Array:
     if stride == 1:
         return x
-    return leaves.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
+    return layers.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
 
 
 def _separable(kernel: int) -> Primitive:
@@ -86,8 +86,8 @@ def _separable(kernel: int) -> Primitive:
         first = Unit(params["depthwise1"], params["pointwise1"], stride)
         return first, Unit(params["depthwise2"], params["pointwise2"])
 
-    def apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
-        return leaves.separable(("bn1", "bn2"), x, units(params, stride))
+    def apply(params: Params, x: jax.Array, stride: int, layers: LayerSet) -> jax.Array:
+        return layers.separable(("bn1", "bn2"), x, units(params, stride))
 
     return Primitive("conv", weights, apply, units)
 
@@ -102,8 +102,8 @@ def _dilated(kernel: int) -> Primitive:
     def units(params: Params, stride: int) -> Sequence[Unit]:
         return (Unit(params["depthwise"], params["pointwise"], stride, 2),)
 
-    def apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
-        return leaves.separable(("bn",), x, units(params, stride))
+    def apply(params: Params, x: jax.Array, stride: int, layers: LayerSet) -> jax.Array:
+        return layers.separable(("bn",), x, units(params, stride))
 
     return Primitive("conv", weights, apply, units)
 
@@ -115,10 +115,10 @@ def _factorised_7_weights(channels: int, stride: int) -> dict[str, Weight]:
     }
 
 
-def _factorised_7(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+def _factorised_7(params: Params, x: jax.Array, stride: int, layers: LayerSet) -> jax.Array:
     """ReLU, 1x7 convolution of stride (1,s), 7x1 convolution of stride (s,1), BN."""
     x = conv(jax.nn.relu(x), params["conv_1x7"], stride=(1, stride))
-    return leaves.norm("bn", conv(x, params["conv_7x1"], stride=(stride, 1)))
+    return layers.norm("bn", conv(x, params["conv_7x1"], stride=(stride, 1)))
 
 
 PRIMITIVES: Mapping[str, Primitive] = MappingProxyType(

@@ -248,7 +248,7 @@ def separable_units(
       units: at least one; the output of each is the input of the next.
       affines: gamma and beta after the normalisation of each unit; none: gamma = 1, beta = 0.
       axis_name: mapped axis over which the batch is split, for the statistics; or None.
-      own_kernels: whether kernels of ours may be used on CPU. A program that leaves this process cannot have them.
+      own_kernels: whether the CPU kernels may be used. A program that leaves this process cannot have them.
 
     Returns:
       (y of the last unit [B,ceil(H/s),ceil(W/s),D] in the dtype of x, (mean, biased variance) [D] of each over all

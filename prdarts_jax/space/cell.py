@@ -4,7 +4,7 @@ Only the executed operations of an edge are computed. `mixed_nodes` runs the edg
 is one `lax.switch` over the primitives, so a primitive is compiled once a shape rather than once an edge, and carries a
 differentiation rule of its own: autodiff of such a scan would build a zero buffer of all nodes for each slice, and a
 switch would store the residuals of all branches. The rule keeps the final nodes only (a node is final before an edge
-leaves it), runs the edges in reverse, and recomputes each executed operation. On a CPU, where kernels of ours serve,
+leaves it), runs the edges in reverse, and recomputes each executed operation. On a CPU, where CPU kernels serve,
 `cell_in_place` does the same with sums in place.
 
 `mixed_nodes_reference` is the same sum, dense, unrolled, with plain autodiff: the oracle, and the way to forward-mode
@@ -29,10 +29,10 @@ from prdarts_jax.space.spec import EdgeGroup, Space
 from prdarts_jax.space.terms import (
     CellProgram,
     CellWeights,
-    Slots,
+    Terms,
     Wanted,
     output_shape,
-    slots_of,
+    terms_of,
 )
 
 
@@ -60,12 +60,12 @@ def _forward(
     groups = space.edge_groups(kind)
     if kind == "normal":
         nodes = jnp.concatenate([inputs, jnp.zeros((space.nodes, *s0.shape), s0.dtype)])
-        slots = slots_of(space, kind, groups[0], values, executed)
-        return _run_group(program, groups[0], weights["stride1"], slots, None, nodes)
+        terms = terms_of(space, kind, groups[0], values, executed)
+        return _run_group(program, groups[0], weights["stride1"], terms, None, nodes)
     nodes = jnp.zeros((space.nodes, *output_shape(s0, 2)), s0.dtype)
     for group in groups:
-        slots = slots_of(space, kind, group, values, executed)
-        nodes = _run_group(program, group, weights[group.name], slots, inputs if group.stride == 2 else None, nodes)
+        terms = terms_of(space, kind, group, values, executed)
+        nodes = _run_group(program, group, weights[group.name], terms, inputs if group.stride == 2 else None, nodes)
     return nodes
 
 
@@ -97,17 +97,17 @@ def _reverse(
     program: CellProgram,
     group: EdgeGroup,
     stacks: dict[str, Params],
-    slots: Slots,
+    terms: Terms,
     sources: jax.Array | None,
     nodes: jax.Array,
     cotangents: tuple[jax.Array | None, jax.Array],
     wanted: Wanted,
 ) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, Params], jax.Array]:
     """Cotangents of sources and nodes, of the stacks of a group, and of its gates [n]."""
-    if cell_kernels.serves(program, {"": stacks}, slots.value, nodes, cotangents[1]):
-        return cell_kernels.reverse_group(program, group, stacks, slots, sources, nodes, cotangents, wanted)
-    carry, flats, dvalues = _reverse_group(program, group, stacks, slots, sources, nodes, cotangents, wanted)
-    return carry, _unflatten(program, group, stacks, slots, flats) if wanted.weights else {}, dvalues
+    if cell_kernels.serves(program, {"": stacks}, terms.value, nodes, cotangents[1]):
+        return cell_kernels.reverse_group(program, group, stacks, terms, sources, nodes, cotangents, wanted)
+    carry, flats, dvalues = _reverse_group(program, group, stacks, terms, sources, nodes, cotangents, wanted)
+    return carry, _unflatten(program, group, stacks, terms, flats) if wanted.weights else {}, dvalues
 
 
 def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
@@ -121,13 +121,13 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
     ct_sources = None if sources is None else jnp.zeros_like(sources)
     ct_nodes = jnp.concatenate([jnp.zeros_like(nodes[:2]), ct]) if kind == "normal" else ct
     for group in reversed(space.edge_groups(kind)):
-        slots = slots_of(space, kind, group, values, executed)
+        terms = terms_of(space, kind, group, values, executed)
         outer = group.stride == 2
         carry, dstacks, dvalue = _reverse(
             program,
             group,
             weights[group.name],
-            slots,
+            terms,
             sources if outer else None,
             nodes,
             (ct_sources if outer else None, ct_nodes),
@@ -165,7 +165,7 @@ def mixed_nodes(
 
     Args:
       weights: as declared by `declare_edges`.
-      values: float32[E,K], the gates of the executed slots.
+      values: float32[E,K], the gates of the executed terms.
       executed: int32[E,K], their operations; O (one past the last) executes nothing. Distinct within an edge.
       s0, s1: [B,H,W,C], the preprocessed outputs of the two previous cells.
       space, kind: static; kind is "normal" or "reduce".

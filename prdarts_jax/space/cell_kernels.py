@@ -20,7 +20,7 @@ from jax import lax
 from prdarts_jax.errors import UserError
 from prdarts_jax.ops import kernels
 from prdarts_jax.ops.batch_norm import BN_EPS, inner
-from prdarts_jax.ops.layer_set import fast_leaves
+from prdarts_jax.ops.layer_set import fast_layers
 from prdarts_jax.ops.lowering import Branch, run_branch
 from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.primitives import Params
@@ -29,13 +29,13 @@ from prdarts_jax.space.spec import EdgeGroup
 from prdarts_jax.space.terms import (
     CellProgram,
     CellWeights,
-    Slots,
+    Terms,
     Wanted,
     apply_op,
     output_shape,
     read_row,
     runs,
-    slots_of,
+    terms_of,
     weights_of,
 )
 
@@ -124,9 +124,9 @@ def _others(program: CellProgram, table: _Table, stacks: dict[str, Params]) -> d
     return {op: stacks[op] for op, elsewhere in pairs if elsewhere and op in stacks}
 
 
-def _numbers(slots: Slots) -> jax.Array:
+def _numbers(terms: Terms) -> jax.Array:
     """int32[n,4]: source, target, operation, row of its weights."""
-    columns = (slots.source, slots.target, slots.branch, slots.row)
+    columns = (terms.source, terms.target, terms.branch, terms.row)
     return jnp.stack([jnp.asarray(c, jnp.int32) for c in columns], axis=1)
 
 
@@ -152,20 +152,20 @@ def _run_group(
     program: CellProgram,
     group: EdgeGroup,
     stacks: dict[str, Params],
-    slots: Slots,
+    terms: Terms,
     sources: jax.Array | None,
     nodes: jax.Array,
 ) -> jax.Array:
     space, stride = program.space, group.stride
     table, arrays = _table(program, group, stacks), _arrays(program, group, stacks)
-    leaves = fast_leaves()
+    layers = fast_layers()
 
     def branch(op: str) -> Branch:
-        def run(nodes: jax.Array, operands: tuple[dict[str, Params], Any, Slots]) -> jax.Array:
-            stacks, sources, slot = operands
-            x = read_row(nodes if sources is None else sources, slot.source)
-            y = apply_op(space, op, weights_of(stacks, op, slot.row), x, stride, leaves)
-            return _add(nodes, y, slot.target, slot.value)
+        def run(nodes: jax.Array, operands: tuple[dict[str, Params], Any, Terms]) -> jax.Array:
+            stacks, sources, term = operands
+            x = read_row(nodes if sources is None else sources, term.source)
+            y = apply_op(space, op, weights_of(stacks, op, term.row), x, stride, layers)
+            return _add(nodes, y, term.target, term.value)
 
         return run
 
@@ -173,15 +173,15 @@ def _run_group(
     branches = tuple(branch(op) if runs_ and elsewhere else None for (op, runs_), elsewhere in executes)
     others = _others(program, table, stacks)
 
-    def term(carry: _Carry, of: tuple[jax.Array, Slots]) -> tuple[_Carry, None]:
-        (nodes, work), (numbers, slot) = carry, of
-        operands = (nodes, work, _nothing(nodes) if sources is None else sources, numbers, slot.value, *arrays)
+    def one(carry: _Carry, of: tuple[jax.Array, Terms]) -> tuple[_Carry, None]:
+        (nodes, work), (numbers, term) = carry, of
+        operands = (nodes, work, _nothing(nodes) if sources is None else sources, numbers, term.value, *arrays)
         shapes = [nodes.shape, work.shape]
         nodes, work = kernels.call("term_forward", shapes, *operands, in_place={0: 0, 1: 1}, **table.attributes())
-        return (run_branch(branches, slot.branch, nodes, (others, sources, slot)), work), None
+        return (run_branch(branches, term.branch, nodes, (others, sources, term)), work), None
 
-    scanned = (_numbers(slots), jax.tree.map(jnp.asarray, slots))
-    (nodes, _), _ = lax.scan(term, (nodes, table.work(nodes)), scanned)
+    scanned = (_numbers(terms), jax.tree.map(jnp.asarray, terms))
+    (nodes, _), _ = lax.scan(one, (nodes, table.work(nodes)), scanned)
     return nodes
 
 
@@ -196,9 +196,9 @@ def forward(
     if kind == "normal":
         nodes = jnp.concatenate([inputs, nodes])
     for group in space.edge_groups(kind):
-        slots = slots_of(space, kind, group, values, executed)
+        terms = terms_of(space, kind, group, values, executed)
         sources = inputs if group.stride == 2 else None
-        nodes = _run_group(program, group, weights[group.name], slots, sources, nodes)
+        nodes = _run_group(program, group, weights[group.name], terms, sources, nodes)
     return nodes
 
 
@@ -211,7 +211,7 @@ def reverse_group(
     program: CellProgram,
     group: EdgeGroup,
     stacks: dict[str, Params],
-    slots: Slots,
+    terms: Terms,
     sources: jax.Array | None,
     nodes: jax.Array,
     cotangents: tuple[jax.Array | None, jax.Array],
@@ -224,29 +224,29 @@ def reverse_group(
     space, stride = program.space, group.stride
     table = _table(program, group, stacks)
     arrays, pull_arrays = jax.vjp(lambda stacks: _arrays(program, group, stacks), stacks)
-    leaves, value_dtype = fast_leaves(), slots.value.dtype
+    layers, value_dtype = fast_layers(), terms.value.dtype
     own = sources is None
     others = _others(program, table, stacks)
 
     def branch(op: str) -> Branch:
-        def run(before: _Cotangents, operands: tuple[dict[str, Params], Any, Any, Slots]) -> _Cotangents:
+        def run(before: _Cotangents, operands: tuple[dict[str, Params], Any, Any, Terms]) -> _Cotangents:
             cts, dvalue, dothers = before
-            stacks, inputs, ct_nodes, slot = operands
-            params, x = weights_of(stacks, op, slot.row), read_row(inputs, slot.source)
-            ct = read_row(cts if ct_nodes is None else ct_nodes, slot.target)
+            stacks, inputs, ct_nodes, term = operands
+            params, x = weights_of(stacks, op, term.row), read_row(inputs, term.source)
+            ct = read_row(cts if ct_nodes is None else ct_nodes, term.target)
             # The gate multiplies what comes out: multiplying the cotangent would be a pass over it.
             if wanted.weights and params:
-                y, pull = jax.vjp(lambda p, x: apply_op(space, op, p, x, stride, leaves), params, x)
+                y, pull = jax.vjp(lambda p, x: apply_op(space, op, p, x, stride, layers), params, x)
                 dp, dx = pull(ct)
-                scaled = jax.tree.map(lambda d: slot.value.astype(d.dtype) * d, dp)
-                mine = jax.tree.map(lambda all, d: all.at[slot.row].add(d), dothers[op], scaled)
+                scaled = jax.tree.map(lambda d: term.value.astype(d.dtype) * d, dp)
+                mine = jax.tree.map(lambda all, d: all.at[term.row].add(d), dothers[op], scaled)
                 dothers = {**dothers, op: mine}
             else:
-                y, pull = jax.vjp(lambda x: apply_op(space, op, params, x, stride, leaves), x)
+                y, pull = jax.vjp(lambda x: apply_op(space, op, params, x, stride, layers), x)
                 (dx,) = pull(ct)
             if wanted.values:
                 dvalue = inner(ct, y).astype(value_dtype)
-            return _add(cts, dx, slot.source, slot.value), dvalue, dothers
+            return _add(cts, dx, term.source, term.value), dvalue, dothers
 
         return run
 
@@ -254,27 +254,27 @@ def reverse_group(
     branches = tuple(branch(op) if runs_ and elsewhere else None for (op, runs_), elsewhere in executes)
     inputs = nodes if sources is None else sources
 
-    def term(
-        carry: tuple[jax.Array, jax.Array, list[jax.Array], dict[str, Params]], of: tuple[jax.Array, Slots]
+    def one(
+        carry: tuple[jax.Array, jax.Array, list[jax.Array], dict[str, Params]], of: tuple[jax.Array, Terms]
     ) -> tuple[tuple[jax.Array, jax.Array, list[jax.Array], dict[str, Params]], jax.Array]:
-        (cts, work, gradients, dothers), (numbers, slot) = carry, of
+        (cts, work, gradients, dothers), (numbers, term) = carry, of
         ct_nodes = None if own else cotangents[1]
-        operands = [cts, work, _nothing(cts) if own else cotangents[1], inputs, numbers, slot.value, *arrays]
+        operands = [cts, work, _nothing(cts) if own else cotangents[1], inputs, numbers, term.value, *arrays]
         in_place = {0: 0, 1: 1} | {len(operands) + i: 3 + i for i in range(len(gradients))}
         shapes = [cts.shape, work.shape, (), *(g.shape for g in gradients)]
         name = "term_backward" if wanted.weights else "term_input_gradient"
         cts, work, dvalue, *gradients = kernels.call(
             name, shapes, *operands, *gradients, in_place=in_place, **table.attributes()
         )
-        state = run_branch(branches, slot.branch, (cts, dvalue, dothers), (others, inputs, ct_nodes, slot))
+        state = run_branch(branches, term.branch, (cts, dvalue, dothers), (others, inputs, ct_nodes, term))
         cts, dvalue, dothers = state
         return (cts, work, gradients, dothers), dvalue
 
     before = cotangents[1] if cotangents[0] is None else cotangents[0]
     zeros = jax.tree.map(jnp.zeros_like, (arrays, others) if wanted.weights else ([], {}))
-    scanned = (_numbers(slots), jax.tree.map(jnp.asarray, slots))
+    scanned = (_numbers(terms), jax.tree.map(jnp.asarray, terms))
     carry = (before, table.work(cotangents[1]), *zeros)
-    (after, _, gradients, dothers), dvalues = lax.scan(term, carry, scanned, reverse=True)
+    (after, _, gradients, dothers), dvalues = lax.scan(one, carry, scanned, reverse=True)
     dstacks: dict[str, Params] = {}
     if wanted.weights:
         (dstacks,) = pull_arrays(gradients)

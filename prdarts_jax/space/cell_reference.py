@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from prdarts_jax.ops.layer_set import reference_leaves
+from prdarts_jax.ops.layer_set import reference_layers
 from prdarts_jax.space.spec import Space
 from prdarts_jax.space.terms import (
     CellWeights,
@@ -33,7 +33,7 @@ def mixed_nodes_reference(
     Returns:
       [N,B,h,w,C]; any order and mode of derivative.
     """
-    leaves = reference_leaves(axis_name)
+    layers = reference_layers(axis_name)
     nodes: dict[int, jax.Array] = {0: s0, 1: s1}
     groups = space.edge_groups(kind)
     for e, (j, n) in enumerate(space.edges):
@@ -44,7 +44,7 @@ def mixed_nodes_reference(
                 continue
             row = members.index(e)
             params = {name: stack[row] for name, stack in weights[group.name].get(op, {}).items()}
-            y = apply_op(space, op, params, nodes[j], group.stride, leaves)
+            y = apply_op(space, op, params, nodes[j], group.stride, layers)
             term = gates[e, o].astype(y.dtype) * y
             nodes[n] = nodes[n] + term if n in nodes else term
     shape = output_shape(s0, 1 if kind == "normal" else 2)

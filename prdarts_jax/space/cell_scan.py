@@ -12,13 +12,13 @@ from jax import lax
 
 from prdarts_jax.ops.batch_norm import inner
 from prdarts_jax.ops.depthwise import wide_dtype
-from prdarts_jax.ops.layer_set import fast_leaves
+from prdarts_jax.ops.layer_set import fast_layers
 from prdarts_jax.ops.lowering import Branch, run_branch
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.space.spec import EdgeGroup
 from prdarts_jax.space.terms import (
     CellProgram,
-    Slots,
+    Terms,
     Wanted,
     apply_op,
     read_row,
@@ -31,74 +31,74 @@ _Cotangents = tuple[jax.Array, jax.Array, jax.Array]  # of the source, of the we
 
 
 class _Gathering(NamedTuple):
-    """Slots sorted by the node they add to, as rows of equal length.
+    """Terms sorted by the node they add to, as rows of equal length.
 
     XLA:CPU does not split the update of a part of a buffer over threads, so the terms of a node are summed in an array
     of their own, which is written once.
     """
 
     node: np.ndarray  # int32[m]: the row of the buffer that is summed
-    slot: np.ndarray  # int32[m, w]: its slots; n, one past the last, fills up
-    place: np.ndarray  # int32[n]: where in [m * w] a slot lies
+    term: np.ndarray  # int32[m, w]: its terms; n, one past the last, fills up
+    place: np.ndarray  # int32[n]: where in [m * w] a term lies
 
     def scope(self) -> AbstractContextManager[None]:
-        """Says in the traced program how many of the scanned slots are real."""
-        return jax.named_scope(f"{self.place.size}_of_{self.slot.size}_slots")
+        """Says in the traced program how many of the scanned terms are real."""
+        return jax.named_scope(f"{self.place.size}_of_{self.term.size}_terms")
 
 
 def _gathering(ends: np.ndarray, *, reverse: bool) -> _Gathering:
-    """`ends`: for each slot the node that it adds to, from the last to the first if `reverse`."""
+    """`ends`: for each term the node that it adds to, from the last to the first if `reverse`."""
     order = -1 if reverse else 1
     node = np.unique(ends)[::order].astype(np.int32)
     members = [np.flatnonzero(ends == n)[::order] for n in node]
-    slot = np.full((len(node), max(map(len, members))), len(ends), np.int32)
+    term = np.full((len(node), max(map(len, members))), len(ends), np.int32)
     place = np.zeros(len(ends), np.int32)
     for i, mine in enumerate(members):
-        slot[i, : len(mine)] = mine
-        place[mine] = i * slot.shape[1] + np.arange(len(mine))
-    return _Gathering(node, slot, place)
+        term[i, : len(mine)] = mine
+        place[mine] = i * term.shape[1] + np.arange(len(mine))
+    return _Gathering(node, term, place)
 
 
-def _filled(slots: Slots, void: int, rows: np.ndarray) -> Slots:
-    """The slots in rows; what fills up executes nothing."""
-    fill = Slots(source=0, target=0, branch=void, row=0, value=0)  # type: ignore[arg-type]
-    return jax.tree.map(lambda a, f: jnp.concatenate([a, jnp.full(1, f, a.dtype)])[rows], slots, fill)
+def _filled(terms: Terms, void: int, rows: np.ndarray) -> Terms:
+    """The terms in rows; what fills up executes nothing."""
+    fill = Terms(source=0, target=0, branch=void, row=0, value=0)  # type: ignore[arg-type]
+    return jax.tree.map(lambda a, f: jnp.concatenate([a, jnp.full(1, f, a.dtype)])[rows], terms, fill)
 
 
 def _run_group(
     program: CellProgram,
     group: EdgeGroup,
     stacks: dict[str, Params],
-    slots: Slots,
+    terms: Terms,
     sources: jax.Array | None,
     nodes: jax.Array,
 ) -> jax.Array:
-    """Adds g * op(x) of every slot to its target. Sources: a buffer of their own, or (None) the nodes themselves."""
+    """Adds g * op(x) of every term to its target. Sources: a buffer of their own, or (None) the nodes themselves."""
     space, stride = program.space, group.stride
-    leaves = fast_leaves(program.axis_name)
+    layers = fast_layers(program.axis_name)
 
     def branch(op: str) -> Branch:
-        def run(total: jax.Array, read: tuple[dict[str, Params], jax.Array, Slots]) -> jax.Array:
-            stacks, inputs, slot = read
-            y = apply_op(space, op, weights_of(stacks, op, slot.row), read_row(inputs, slot.source), stride, leaves)
-            return total + slot.value.astype(y.dtype) * y
+        def run(total: jax.Array, read: tuple[dict[str, Params], jax.Array, Terms]) -> jax.Array:
+            stacks, inputs, term = read
+            y = apply_op(space, op, weights_of(stacks, op, term.row), read_row(inputs, term.source), stride, layers)
+            return total + term.value.astype(y.dtype) * y
 
         return run
 
     branches = tuple(branch(op) if runs else None for op, runs in runs(program, group).items())
 
-    def node(nodes: jax.Array, of: tuple[jax.Array, Slots]) -> tuple[jax.Array, None]:
+    def node(nodes: jax.Array, of: tuple[jax.Array, Terms]) -> tuple[jax.Array, None]:
         index, mine = of
         inputs = nodes if sources is None else sources
 
-        def add(total: jax.Array, slot: Slots) -> tuple[jax.Array, None]:
-            return run_branch(branches, slot.branch, total, (stacks, inputs, slot)), None
+        def add(total: jax.Array, term: Terms) -> tuple[jax.Array, None]:
+            return run_branch(branches, term.branch, total, (stacks, inputs, term)), None
 
         total, _ = lax.scan(add, read_row(nodes, index), mine)
         return write_row(nodes, index, total), None
 
-    gathering = _gathering(slots.target, reverse=False)
-    rows = _filled(slots, space.num_ops, gathering.slot)
+    gathering = _gathering(terms.target, reverse=False)
+    rows = _filled(terms, space.num_ops, gathering.term)
     with gathering.scope():
         return lax.scan(node, nodes, (jnp.asarray(gathering.node), rows))[0]
 
@@ -111,7 +111,7 @@ def _reverse_group(
     program: CellProgram,
     group: EdgeGroup,
     stacks: dict[str, Params],
-    slots: Slots,
+    terms: Terms,
     sources: jax.Array | None,
     nodes: jax.Array,
     cotangents: tuple[jax.Array | None, jax.Array],
@@ -122,43 +122,43 @@ def _reverse_group(
     The cotangent of a source is whole once the edges that leave it are done, and so are those of its targets before.
     """
     space, stride = program.space, group.stride
-    leaves = fast_leaves(program.axis_name)
+    layers = fast_layers(program.axis_name)
     width = max(_flat_sizes(stacks).values(), default=0) if wanted.weights else 0
     flat_dtype = wide_dtype(*jax.tree.leaves(stacks))
-    value_dtype = slots.value.dtype
+    value_dtype = terms.value.dtype
 
     def branch(op: str) -> Branch:
-        def run(before: _Cotangents, read: tuple[dict[str, Params], jax.Array, jax.Array, Slots]) -> _Cotangents:
+        def run(before: _Cotangents, read: tuple[dict[str, Params], jax.Array, jax.Array, Terms]) -> _Cotangents:
             total, flat, dvalue = before
-            stacks, x, ct_nodes, slot = read
-            params, ct = weights_of(stacks, op, slot.row), read_row(ct_nodes, slot.target)
+            stacks, x, ct_nodes, term = read
+            params, ct = weights_of(stacks, op, term.row), read_row(ct_nodes, term.target)
             # The gate multiplies what comes out: multiplying the cotangent would be a pass over it.
             if wanted.weights and params:
-                y, pull = jax.vjp(lambda p, x: apply_op(space, op, p, x, stride, leaves), params, x)
+                y, pull = jax.vjp(lambda p, x: apply_op(space, op, p, x, stride, layers), params, x)
                 dp, dx = pull(ct)
                 flat = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(dp)])
-                flat = slot.value.astype(flat.dtype) * jnp.pad(flat, (0, width - flat.shape[0]))
+                flat = term.value.astype(flat.dtype) * jnp.pad(flat, (0, width - flat.shape[0]))
             else:
-                y, pull = jax.vjp(lambda x: apply_op(space, op, params, x, stride, leaves), x)
+                y, pull = jax.vjp(lambda x: apply_op(space, op, params, x, stride, layers), x)
                 (dx,) = pull(ct)
             if wanted.values:
                 dvalue = inner(ct, y).astype(value_dtype)
-            return total + slot.value.astype(dx.dtype) * dx, flat, dvalue
+            return total + term.value.astype(dx.dtype) * dx, flat, dvalue
 
         return run
 
     branches = tuple(branch(op) if runs else None for op, runs in runs(program, group).items())
     own = sources is None
 
-    def source(carry: tuple[jax.Array | None, jax.Array], of: tuple[jax.Array, Slots]):
+    def source(carry: tuple[jax.Array | None, jax.Array], of: tuple[jax.Array, Terms]):
         index, mine = of
         ct_sources, ct_nodes = carry
         x = read_row(nodes if sources is None else sources, index)
 
-        def add(total: jax.Array, slot: Slots) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def add(total: jax.Array, term: Terms) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             nothing = jnp.zeros((width,), flat_dtype), jnp.zeros((), value_dtype)
-            read = (stacks, x, ct_nodes, slot)
-            total, flat, dvalue = run_branch(branches, slot.branch, (total, *nothing), read)
+            read = (stacks, x, ct_nodes, term)
+            total, flat, dvalue = run_branch(branches, term.branch, (total, *nothing), read)
             return total, (flat, dvalue)
 
         before = ct_nodes if ct_sources is None else ct_sources
@@ -166,19 +166,19 @@ def _reverse_group(
         after = write_row(before, index, total)
         return ((None, after) if own else (after, ct_nodes)), gradients
 
-    gathering = _gathering(slots.source, reverse=True)
-    rows = _filled(slots, space.num_ops, gathering.slot)
+    gathering = _gathering(terms.source, reverse=True)
+    rows = _filled(terms, space.num_ops, gathering.term)
     with gathering.scope():
         carry, (flats, dvalues) = lax.scan(source, cotangents, (jnp.asarray(gathering.node), rows))
-    return carry, flats.reshape(gathering.slot.size, width)[gathering.place], dvalues.reshape(-1)[gathering.place]
+    return carry, flats.reshape(gathering.term.size, width)[gathering.place], dvalues.reshape(-1)[gathering.place]
 
 
 def _unflatten(
-    program: CellProgram, group: EdgeGroup, stacks: dict[str, Params], slots: Slots, flats: jax.Array
+    program: CellProgram, group: EdgeGroup, stacks: dict[str, Params], terms: Terms, flats: jax.Array
 ) -> dict[str, Params]:
-    """Flat gradients per slot [n, P] -> gradients of the stacks. An operation runs at most once an edge."""
+    """Flat gradients per term [n, P] -> gradients of the stacks. An operation runs at most once an edge."""
     gradients: dict[str, Params] = {}
-    branch = slots.branch.reshape(len(group.edges), -1)
+    branch = terms.branch.reshape(len(group.edges), -1)
     per_edge = flats.reshape(*branch.shape, flats.shape[1])  # no -1: the width is 0 where no operation has weights
     for o, (op, members) in enumerate(program.space.rows(program.kind, group).items()):
         if op not in stacks:

@@ -15,7 +15,7 @@ from jax import lax
 
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.depthwise import wide_dtype
-from prdarts_jax.ops.layer_set import Leaves, fast_leaves, reference_leaves
+from prdarts_jax.ops.layer_set import LayerSet, fast_layers, reference_layers
 from prdarts_jax.ops.layers import (
     Weight,
     conv,
@@ -126,7 +126,7 @@ def by_cell(weights: Weights, space: Space) -> list[dict[str, Any]]:
 class _Mode(NamedTuple):
     """Fast (custom rules, executed operations only) or reference (plain autodiff, dense)."""
 
-    leaves: Leaves
+    layers: LayerSet
     nodes: Callable[..., jax.Array]  # (edge weights, gates of a cell, s0, s1, space, kind) -> [N,B,h,w,C]
     scans: bool  # whether equal cells are run by a scan
 
@@ -134,8 +134,8 @@ class _Mode(NamedTuple):
 def _preprocess(params: Weights, x: jax.Array, mode: _Mode) -> jax.Array:
     """ReLU, 1x1 convolution (or FactorizedReduce), BN."""
     if "pointwise" in params:
-        return mode.leaves.pointwise("bn", x, params["pointwise"])
-    return mode.leaves.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
+        return mode.layers.pointwise("bn", x, params["pointwise"])
+    return mode.layers.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
 
 
 def _run(params: Weights, gates: Gates, pair: Pair, cells: range, space: Space, mode: _Mode) -> Pair:
@@ -158,7 +158,7 @@ def _forward(
     weights: Weights, gates: Gates, images: jax.Array, space: Space, mode: _Mode
 ) -> tuple[jax.Array, dict[str, Any]]:
     stem = weights["stem"]
-    x = _affine(stem, mode.leaves.norm("bn", conv(images, stem["conv"])))
+    x = _affine(stem, mode.layers.norm("bn", conv(images, stem["conv"])))
     pair = x, x
     if mode.scans:
         for cells, params in zip(space.runs, weights["cells"], strict=True):
@@ -169,7 +169,7 @@ def _forward(
     last = pair[1]
     head = weights["head"]
     if space.head_norm:
-        last = jax.nn.relu(_affine(head["norm"], mode.leaves.norm("bn", last)))
+        last = jax.nn.relu(_affine(head["norm"], mode.layers.norm("bn", last)))
     features = jnp.mean(last.astype(wide_dtype(last)), axis=(1, 2))
     return linear(features, head["kernel"], head["bias"]), {"features": features}
 
@@ -191,10 +191,10 @@ def apply(
     """
 
     def nodes(edges: Any, gates: Gates, s0: jax.Array, s1: jax.Array, *, space: Space, kind: str) -> jax.Array:
-        values, executed = gates.slots(kind)
+        values, executed = gates.terms(kind)
         return mixed_nodes(edges, values, executed, s0, s1, space=space, kind=kind, axis_name=axis_name)
 
-    return _forward(weights, gates, images, space, _Mode(fast_leaves(axis_name), nodes, scans=True))
+    return _forward(weights, gates, images, space, _Mode(fast_layers(axis_name), nodes, scans=True))
 
 
 def apply_reference(
@@ -209,4 +209,4 @@ def apply_reference(
         dense = gates.dense(kind)
         return mixed_nodes_reference(edges, dense, s0, s1, space=space, kind=kind, axis_name=axis_name)
 
-    return _forward(weights, gates, images, space, _Mode(reference_leaves(axis_name), nodes, scans=False))
+    return _forward(weights, gates, images, space, _Mode(reference_layers(axis_name), nodes, scans=False))

@@ -1,4 +1,4 @@
-"""The executed slots of a cell as arrays, and what both ways of running them share."""
+"""The executed terms of a cell as arrays, and what both ways of running them share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from prdarts_jax.ops.layer_set import Leaves
+from prdarts_jax.ops.layer_set import LayerSet
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.space.spec import EdgeGroup, Space
 
@@ -32,17 +32,17 @@ class Wanted(NamedTuple):
     values: bool
 
 
-def apply_op(space: Space, op: str, params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+def apply_op(space: Space, op: str, params: Params, x: jax.Array, stride: int, layers: LayerSet) -> jax.Array:
     """One primitive as the search uses it: pools are normalised (without affine) when the space says so."""
     primitive = space.table[op]
-    y = primitive.apply(params, x, stride, leaves)
+    y = primitive.apply(params, x, stride, layers)
     if primitive.group == "pool" and space.pool_norm:
-        y = leaves.norm("bn", y)
+        y = layers.norm("bn", y)
     return y
 
 
-class Slots(NamedTuple):
-    """What the scan reads per executed slot. Source and target, known statically, are rows of the cell's buffers."""
+class Terms(NamedTuple):
+    """What the scan reads per executed term. Source and target, known statically, are rows of the cell's buffers."""
 
     source: Any  # int32[n]
     target: Any  # int32[n]
@@ -51,8 +51,8 @@ class Slots(NamedTuple):
     value: jax.Array  # float32[n]: the gate
 
 
-def slots_of(space: Space, kind: str, group: EdgeGroup, values: jax.Array, executed: jax.Array) -> Slots:
-    """Slots of the edges of a group, edge-major.
+def terms_of(space: Space, kind: str, group: EdgeGroup, values: jax.Array, executed: jax.Array) -> Terms:
+    """Terms of the edges of a group, edge-major.
 
     A normal cell has one buffer, of nodes 0..N+1; in a reduction cell the two inputs have one of their own.
     """
@@ -76,7 +76,7 @@ def slots_of(space: Space, kind: str, group: EdgeGroup, values: jax.Array, execu
     source, target = (np.repeat(ends[:, i], k).astype(np.int32) for i in (0, 1))
     if kind == "reduce":
         source, target = source if group.stride == 2 else source - 2, target - 2
-    return Slots(source, target, pick(branch), pick(rows), values[edges].reshape(-1))
+    return Terms(source, target, pick(branch), pick(rows), values[edges].reshape(-1))
 
 
 def runs(program: CellProgram, group: EdgeGroup) -> dict[str, bool]:

@@ -13,7 +13,7 @@ import oracles
 import pytest
 
 from prdarts_jax.gates import Gates
-from prdarts_jax.ops.layer_set import fast_leaves
+from prdarts_jax.ops.layer_set import fast_layers
 from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.primitives import PRIMITIVES
 from prdarts_jax.space import supernet
@@ -45,7 +45,7 @@ def test_primitive(name: str, stride: int) -> None:
     with jax.enable_x64(True):
         params = oracles.float64(draw(jax.random.key(1), PRIMITIVES[name].weights(4, stride)))
         _assert_same(
-            lambda p, x: PRIMITIVES[name].apply(p, x, stride, fast_leaves()),
+            lambda p, x: PRIMITIVES[name].apply(p, x, stride, fast_layers()),
             lambda p, x: flax_oracles.primitive(name, p, x, stride),
             params,
             oracles.normal(2, (3, 7, 6, 4)),

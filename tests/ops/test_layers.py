@@ -40,7 +40,7 @@ def test_pooling_by_loops(stride: int, size: tuple[int, int]) -> None:
     largest, mean = np.zeros(out), np.zeros(out)
     for (i, j), window, _ in _windows(x, stride):
         largest[:, i, j], mean[:, i, j] = window.max(axis=(1, 2)), window.mean(axis=(1, 2))
-    for leaves in (leaf_sets.fast_leaves(), leaf_sets.reference_leaves()):
+    for leaves in (leaf_sets.fast_layers(), leaf_sets.reference_layers()):
         np.testing.assert_array_equal(leaves.max_pool(jnp.asarray(x), stride), largest.astype(np.float32))
         np.testing.assert_allclose(leaves.avg_pool(jnp.asarray(x), stride), mean, rtol=1e-5, atol=1e-6)
 
@@ -79,7 +79,7 @@ def test_rules_to_second_order() -> None:
     with jax.enable_x64(True):
         x, v, ct = (jnp.asarray(np.random.default_rng(i).normal(size=(2, 5, 4, 3))) for i in range(3))
         small = ct[:, :3, :2]
-        fast, plain = leaf_sets.fast_leaves(), leaf_sets.reference_leaves()
+        fast, plain = leaf_sets.fast_layers(), leaf_sets.reference_layers()
         pairs: list[tuple[Any, Any, jax.Array]] = [
             (batch_norm.batch_norm, batch_norm.batch_norm_reference, ct),
             (lambda x: fast.max_pool(x, 1), lambda x: plain.max_pool(x, 1), ct),
@@ -102,7 +102,7 @@ def test_rules_to_second_order() -> None:
         check_grads(jax.jit(lambda x: jnp.sum(batch_norm.batch_norm(x) ** 3)), (x,), order=1, modes=["rev"])
 
 
-@pytest.mark.parametrize("leaves", [leaf_sets.fast_leaves, leaf_sets.reference_leaves])
+@pytest.mark.parametrize("leaves", [leaf_sets.fast_layers, leaf_sets.reference_layers])
 def test_batch_norm_over_a_mapped_axis_is_that_of_the_whole_batch(leaves: Any) -> None:
     with jax.enable_x64(True):
         x, ct = (jnp.asarray(np.random.default_rng(i).normal(size=(8, 3, 2, 2))) for i in range(2))

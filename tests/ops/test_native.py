@@ -20,7 +20,7 @@ import pytest
 from prdarts_jax.ops import kernels
 from prdarts_jax.ops.batch_norm import backward_means, batch_moments, batch_norm_reference, inner
 from prdarts_jax.ops.depthwise import depthwise_conv_reference
-from prdarts_jax.ops.layer_set import reference_leaves
+from prdarts_jax.ops.layer_set import reference_layers
 from prdarts_jax.ops.layers import pointwise
 from prdarts_jax.ops.separable import Affine, Unit, pointwise_unit, separable_units
 from prdarts_jax.run import provenance
@@ -74,7 +74,7 @@ def test_a_separable_unit_and_its_gradients(case: tuple[int, ...]) -> None:
 
     def theirs(x: Any, depthwise: Any, matrix: Any, ct: Any) -> list[Any]:
         def z(x: Any, depthwise: Any, matrix: Any) -> Any:
-            convolved = reference_leaves().depthwise(jax.nn.relu(x), depthwise, stride=s, dilation=d)
+            convolved = reference_layers().depthwise(jax.nn.relu(x), depthwise, stride=s, dilation=d)
             return pointwise(convolved, matrix)
 
         y, pull = jax.vjp(lambda *a: batch_norm_reference(z(*a)), x, depthwise, matrix)
@@ -101,7 +101,7 @@ def test_units_in_a_row_and_their_gradients() -> None:
         return separable_units(x, [Unit(*weights[:2], 2), Unit(*weights[2:], 1, 2)])[0]
 
     def theirs(x: Any, *weights: Any) -> Any:
-        return reference_leaves().separable(("", ""), x, [Unit(*weights[:2], 2), Unit(*weights[2:], 1, 2)])
+        return reference_layers().separable(("", ""), x, [Unit(*weights[:2], 2), Unit(*weights[2:], 1, 2)])
 
     y, pull = jax.vjp(ours, *arrays)
     (dx,) = jax.vjp(lambda x: ours(x, *arrays[1:]), arrays[0])[1](ct)

@@ -11,7 +11,7 @@ import oracles
 import pytest
 
 from prdarts_jax.gates import Gates
-from prdarts_jax.ops.layer_set import Leaves, fast_leaves, reference_leaves
+from prdarts_jax.ops.layer_set import LayerSet, fast_layers, reference_layers
 from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.primitives import PRIMITIVES
 from prdarts_jax.space import supernet
@@ -21,7 +21,7 @@ from prdarts_jax.space.spec import CELL_TYPES, Space
 
 pytestmark = pytest.mark.reference
 
-LEAVES = {"fast": fast_leaves(), "reference": reference_leaves()}
+LEAVES = {"fast": fast_layers(), "reference": reference_layers()}
 SIZES = {1: ((5, 8),), 2: ((5, 8), (6, 7))}  # by stride: odd and even, not square
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -36,7 +36,7 @@ def _assert_close(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("name", PRIMITIVES)
 @pytest.mark.parametrize("leaves", LEAVES.values(), ids=LEAVES)
-def test_primitive(name: str, stride: int, leaves: Leaves) -> None:
+def test_primitive(name: str, stride: int, leaves: LayerSet) -> None:
     torch = oracles.require_torch()
     primitive, channels = PRIMITIVES[name], 4
     with jax.enable_x64(True):

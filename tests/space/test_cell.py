@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cells import ALL_OPS, SPACES, cell_data, dense_reference, random_slots, sparse
+from cells import ALL_OPS, SPACES, cell_data, dense_reference, random_terms, sparse
 
 from prdarts_jax.gates import Gates
 from prdarts_jax.space.cell import mixed_nodes
@@ -54,7 +54,7 @@ def test_all_eight_operations(kind: str, k: int) -> None:
 @pytest.mark.parametrize(("k", "void"), [(2, 0), (2, 3)])
 def test_small_spaces(space: Space, kind: str, k: int, void: int) -> None:
     for seed in range(3):
-        _compare(space, kind, (5, 6), random_slots(space, kind, k, seed, void=void))
+        _compare(space, kind, (5, 6), random_terms(space, kind, k, seed, void=void))
 
 
 def test_nothing_executed_gives_zeros() -> None:
@@ -65,7 +65,7 @@ def test_nothing_executed_gives_zeros() -> None:
 
 def test_weights_of_operations_that_did_not_run_get_zero() -> None:
     space = SPACES["two-nodes"]
-    executed = random_slots(space, "normal", 1, 0)
+    executed = random_terms(space, "normal", 1, 0)
     _, (dweights, *_) = _compare(space, "normal", (5, 6), executed)
     for e, o in enumerate(executed[:, 0]):
         for leaf in jax.tree.leaves(dweights["stride1"]["dil_conv_3x3"]):
@@ -76,13 +76,13 @@ def test_weights_of_operations_that_did_not_run_get_zero() -> None:
 def test_gradients_asked_for_separately_are_the_same(kind: str) -> None:
     """The rule computes only what is asked for: weights only, gates only, inputs only, or all at once."""
     space = SPACES["two-nodes"]
-    executed = random_slots(space, kind, 2, 0)
+    executed = random_terms(space, kind, 2, 0)
     with jax.enable_x64(True):
         weights, s0, s1, ops, ct = cell_data(space, kind, (4, 3))
 
         def loss(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
-            values, slots = Gates({kind: ops}, {kind: jnp.asarray(executed)}).slots(kind)
-            nodes = mixed_nodes(weights, values, slots, s0, s1, space=space, kind=kind)
+            values, terms = Gates({kind: ops}, {kind: jnp.asarray(executed)}).terms(kind)
+            nodes = mixed_nodes(weights, values, terms, s0, s1, space=space, kind=kind)
             return jnp.vdot(nodes, jnp.sin(nodes) + ct)
 
         groups = ((0, 1, 2, 3), (0,), (1,), (3,))
@@ -103,8 +103,8 @@ def test_edge_weights_multiply_every_operation_of_an_edge() -> None:
         @oracles.quick_jit
         def run(edges: jax.Array, ops: jax.Array) -> Any:
             def sparse(edges: jax.Array) -> jax.Array:
-                values, slots = Gates({kind: ops}, {kind: executed}, {kind: edges}).slots(kind)
-                return jnp.sum(mixed_nodes(weights, values, slots, s0, s1, space=space, kind=kind) ** 3)
+                values, terms = Gates({kind: ops}, {kind: executed}, {kind: edges}).terms(kind)
+                return jnp.sum(mixed_nodes(weights, values, terms, s0, s1, space=space, kind=kind) ** 3)
 
             def dense(edges: jax.Array) -> jax.Array:
                 gates = ops * edges[:, None]
@@ -120,7 +120,7 @@ def test_edge_weights_multiply_every_operation_of_an_edge() -> None:
 def test_bfloat16_keeps_its_dtype_and_float32_gradients_of_weights() -> None:
     space, kind = SPACES["two-nodes"], "reduce"
     weights, s0, s1, ops, ct = cell_data(space, kind, (5, 6), np.float32)
-    executed = jnp.asarray(random_slots(space, kind, 2, 0))
+    executed = jnp.asarray(random_terms(space, kind, 2, 0))
     low = [a.astype(jnp.bfloat16) for a in (s0, s1)]
     y, grads = sparse(space, kind)(weights, *low, ops, ct.astype(jnp.bfloat16), executed)
     wide, wide_grads = sparse(space, kind)(weights, s0, s1, ops, ct, executed)

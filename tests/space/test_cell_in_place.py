@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cells import ALL_OPS, CHANNELS, SPACES, cell_data, dense_reference, random_slots, sparse
+from cells import ALL_OPS, CHANNELS, SPACES, cell_data, dense_reference, random_terms, sparse
 
 from prdarts_jax.config.search import OPS
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
-from prdarts_jax.ops.layer_set import Leaves
+from prdarts_jax.ops.layer_set import LayerSet
 from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
 from prdarts_jax.ops.separable import Unit
@@ -22,7 +22,7 @@ from prdarts_jax.space.cell import declare_edges, mixed_nodes
 from prdarts_jax.space.spec import CELL_TYPES, Space
 
 
-def _triple_apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+def _triple_apply(params: Params, x: jax.Array, stride: int, leaves: LayerSet) -> jax.Array:
     return leaves.separable(("a", "b", "c"), x, _triple(params, stride))
 
 
@@ -47,16 +47,16 @@ CASES = {
 
 
 def _both(space: Space, kind: str, executed: np.ndarray, programs: dict[int, Any]) -> tuple[Any, Any]:
-    """`programs`: those compiled so far, by the number of slots of an edge."""
-    size, slots = (6, 7), executed.shape[1]
+    """`programs`: those compiled so far, by the number of terms of an edge."""
+    size, terms = (6, 7), executed.shape[1]
     full = np.full((space.num_edges, space.num_ops), space.num_ops, np.int32)
     full[:, : executed.shape[1]] = executed  # one width for the reference, so that it is compiled once
     *args, ct = cell_data(space, kind, size, np.float32)
-    if slots not in programs:
+    if terms not in programs:
         lowered = sparse(space, kind).lower(*args, ct, jnp.asarray(executed))
         assert "prdarts_term_forward" in lowered.as_text()
-        programs[slots] = lowered.compile()
-    ours = programs[slots](*args, ct, jnp.asarray(executed))
+        programs[terms] = lowered.compile()
+    ours = programs[terms](*args, ct, jnp.asarray(executed))
     with jax.enable_x64(True):
         theirs = dense_reference(space, kind)(*cell_data(space, kind, size), jnp.asarray(full))
     return ours, theirs
@@ -65,11 +65,11 @@ def _both(space: Space, kind: str, executed: np.ndarray, programs: dict[int, Any
 @pytest.mark.parametrize("kind", CELL_TYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_nodes_and_gradients(name: str, kind: str) -> None:
-    """Values and gradients in weights, gates and inputs; slots that execute nothing; odd and even sides."""
+    """Values and gradients in weights, gates and inputs; terms that execute nothing; odd and even sides."""
     oracles.require_kernels()
     space, programs = CASES[name], {}
     for k, void in ((1, 0), (space.num_ops, 2), (space.num_ops, 0)):
-        ours, theirs = _both(space, kind, random_slots(space, kind, k, k, void=void), programs)
+        ours, theirs = _both(space, kind, random_terms(space, kind, k, k, void=void), programs)
         for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
             scale = max(float(np.abs(b).max(initial=0)), 1e-3)
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-6 * scale, err_msg=jax.tree_util.keystr(path))
@@ -90,12 +90,12 @@ def test_the_first_of_equal_pixels_is_the_maximum() -> None:
 @pytest.mark.parametrize("kind", CELL_TYPES)
 def test_gradients_asked_for_separately_have_the_same_bits(kind: str) -> None:
     oracles.require_kernels()
-    executed = jnp.asarray(random_slots(ALL_OPS, kind, 2, 0))
+    executed = jnp.asarray(random_terms(ALL_OPS, kind, 2, 0))
     weights, s0, s1, ops, ct = cell_data(ALL_OPS, kind, (6, 7), np.float32)
 
     def loss(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
-        values, slots = Gates({kind: ops}, {kind: executed}).slots(kind)
-        return jnp.vdot(mixed_nodes(weights, values, slots, s0, s1, space=ALL_OPS, kind=kind), ct)
+        values, terms = Gates({kind: ops}, {kind: executed}).terms(kind)
+        return jnp.vdot(mixed_nodes(weights, values, terms, s0, s1, space=ALL_OPS, kind=kind), ct)
 
     groups = ((0, 1, 2, 3), (0,), (1,), (3,))
     joint, *single = [oracles.quick_jit(jax.grad(loss, argnums=n))(weights, ops, s0, s1) for n in groups]
@@ -108,13 +108,13 @@ def test_two_cells_in_one_program_keep_apart() -> None:
     """The memory of one's units is that of the other's."""
     oracles.require_kernels()
     space, kind = SPACES["three-nodes"], "normal"
-    executed = jnp.asarray(random_slots(space, kind, 2, 0))
+    executed = jnp.asarray(random_terms(space, kind, 2, 0))
     weights, s0, s1, ops, _ = cell_data(space, kind, (6, 6), np.float32)
 
     def cells(s0: jax.Array, s1: jax.Array, count: int) -> jax.Array:
-        values, slots = Gates({kind: ops}, {kind: executed}).slots(kind)
+        values, terms = Gates({kind: ops}, {kind: executed}).terms(kind)
         for _ in range(count):
-            nodes = mixed_nodes(weights, values, slots, s0, s1, space=space, kind=kind)
+            nodes = mixed_nodes(weights, values, terms, s0, s1, space=space, kind=kind)
             s0, s1 = s1, nodes[-1]
         return s1
 
@@ -133,13 +133,13 @@ def test_no_node_is_copied(kind: str) -> None:
     oracles.require_kernels()
     space = Space(nodes=3)
     weights, s0, s1, ops, ct = cell_data(space, kind, (6, 6), np.float32)
-    executed = jnp.asarray(random_slots(space, kind, 2, 0))
+    executed = jnp.asarray(random_terms(space, kind, 2, 0))
 
     def run(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
-        values, slots = Gates({kind: ops}, {kind: executed}).slots(kind)
-        nodes = mixed_nodes(weights, values, slots, s0, s1, space=space, kind=kind)
+        values, terms = Gates({kind: ops}, {kind: executed}).terms(kind)
+        nodes = mixed_nodes(weights, values, terms, s0, s1, space=space, kind=kind)
         if kind == "normal":
-            nodes = mixed_nodes(weights, values, slots, nodes[0], nodes[1], space=space, kind=kind)
+            nodes = mixed_nodes(weights, values, terms, nodes[0], nodes[1], space=space, kind=kind)
         return jnp.vdot(nodes, ct)
 
     text = jax.jit(jax.grad(run, argnums=(0, 1))).lower(weights, ops, s0, s1).compile().as_text()
@@ -162,7 +162,7 @@ def test_nan_reaches_the_nodes(op: str) -> None:
     assert bool(jnp.isnan(nodes).any())
 
 
-def _narrow_apply(params: Params, x: jax.Array, stride: int, leaves: Leaves) -> jax.Array:
+def _narrow_apply(params: Params, x: jax.Array, stride: int, leaves: LayerSet) -> jax.Array:
     return leaves.separable(("a", "b"), x, _narrow(params, stride))
 
 
