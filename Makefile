@@ -33,7 +33,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow $(ARGS)
 
 # Whether the quick tests notice slips: a hundred, one after the other (ARGS: parts of their names, or --list).
 mutate: $(STAMP)

@@ -177,7 +177,7 @@ def _search(case: Case, local: bool) -> Made:
 
 def _train(case: Case, local: bool) -> Made:
     config = TrainConfig(network=NetworkConfig(channels=case.channels, cells=case.cells))
-    problem = train_inputs.make_problem(config, Genotype.named("PRDARTS"), 10, ((0.5,) * 3, (0.25,) * 3), {})
+    problem = train_inputs.make_problem(config, Genotype.named("PRDARTS"), 10, ((0.5,) * 3, (0.25,) * 3))
     problem = problem._replace(local_batch_norm=local, tx=optax.inject_hyperparams(optax.sgd)(learning_rate=0.025))
     mesh = sharding.make_mesh(jax.devices()[:1])
     image = (case.side, case.side, 3)
@@ -199,7 +199,7 @@ def _batch(case: Case, batch: int, seed: int) -> Batch:
 
 
 def _mapped(made: Made, mesh: Mesh) -> Callable[..., Any]:
-    # Not parallel.map_over: on one device it leaves the axis out, and here it is to be counted.
+    # Not sharding.map_over: on one device it leaves the axis out, and here it is to be counted.
     return jax.shard_map(made.step, mesh=mesh, in_specs=made.in_specs, out_specs=(WHOLE, WHOLE), check_vma=False)
 
 

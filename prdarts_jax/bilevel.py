@@ -3,7 +3,7 @@
     weights <- weights - update by weight_tx of  grad_w CE_train(weights, g),              g  ~ gates(beta)
     beta    <- beta - update by arch_tx of       grad_beta [CE_val(weights, g') + penalty], g' ~ gates(beta), fresh
 
-First order: each group is a constant in the other's step. The step is a pure per-device function; `parallel.map_over`
+First order: each group is a constant in the other's step. The step is a pure per-device function; `sharding.map_over`
 maps it over a mesh, and gradients, BN statistics and metrics are means over `axis_name`.
 """
 

@@ -20,7 +20,7 @@ def weight_transform(config: WeightsConfig) -> optax.GradientTransformation:
     """SGD as published: clip by global norm, then coupled L2, then (Nesterov) momentum, then the learning rate.
 
     Learning rate, weight decay and momentum are hyperparameters of the state, so that searches with other values share
-    a compiled step; the step sets the learning rate from `progress["weight_learning_rate"]`.
+    a compiled step; the step sets the learning rate from `numbers["weight_learning_rate"]`.
 
     >>> tx = weight_transform(WeightsConfig())
     >>> {name: round(float(value), 6) for name, value in tx.init({"w": jnp.zeros(2)}).hyperparams.items()}
@@ -119,9 +119,15 @@ def program_text(tx: optax.GradientTransformation, parameters: Any) -> str:
 
     def both(parameters: Any) -> Any:
         state = tx.init(parameters)
-        return state, tx.update(jax.tree.map(jnp.ones_like, parameters), state, parameters)
+        updates, after = tx.update(jax.tree.map(jnp.ones_like, parameters), state, parameters)
+        return state, after, optax.apply_updates(parameters, updates)
 
-    return jax.jit(both).lower(parameters).as_text()
+    return lowered_text(both, parameters)
+
+
+def lowered_text(function: Callable[..., Any], *shapes: Any) -> str:
+    """A function as StableHLO, with the numbers it has closed over; for a CPU wherever it is called, to be compared."""
+    return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cpu",)).as_text()
 
 
 def base_rate(config: TrainConfig) -> float:
@@ -137,10 +143,8 @@ def base_rate(config: TrainConfig) -> float:
 def sgd(config: TrainConfig) -> optax.GradientTransformation:
     """SGD of the config's numbers, with the learning rate as a hyperparameter of the state.
 
-        >>> import jax
-    import jax.numpy as jnp
-        >>> print(sgd(TrainConfig()).init({"w": jnp.zeros(2)}).hyperparams["learning_rate"])
-        0.025
+    >>> print(sgd(TrainConfig()).init({"w": jnp.zeros(2)}).hyperparams["learning_rate"])
+    0.025
     """
     weights = config.weights
     return weight_transform(

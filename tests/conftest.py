@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -65,3 +66,4 @@ def _programs_end_with_their_module() -> Iterator[None]:
         maps = _MAPS
     if maps >= _MAPS:
         jax.clear_caches()
+    gc.freeze()  # what stays is large, and each full collection would walk through it

@@ -153,6 +153,10 @@ def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
     def remembered(config: SearchConfig, **given: Any) -> Any:
         """What is prepared is real; a problem that computes the same as an earlier one is that one."""
         inputs = prepare(config, **given)
+        if given.get("like") is not None and any(given.get(name) for name in ("weight_tx", "arch_tx", "strategy")):
+            return (
+                inputs  # its digests are those of the first member, whatever the caller's own code makes of its config
+            )
         computed = {k: v for k, v in schema.computed(config).items() if k not in ("seed", "epochs", "evaluate_every")}
         # Where data and the user's files lie is not computed, which function of a file it is, is.
         computed |= {"data.source": "", "space.primitives": ""}

@@ -22,7 +22,7 @@ def _weights(channels: int, stride: int) -> dict[str, Weight]:
     return {}
 
 
-def _noise(params: dict[str, jax.Array], x: jax.Array, stride: int, leaves: LayerSet) -> jax.Array:
+def _noise(params: dict[str, jax.Array], x: jax.Array, stride: int, layers: LayerSet) -> jax.Array:
     bits = lax.bitcast_convert_type(jnp.sum(x.astype(jnp.float32)), jnp.uint32)
     key = jax.random.fold_in(jax.random.key(0), bits)
     b, h, w, c = x.shape

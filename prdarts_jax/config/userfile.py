@@ -159,6 +159,17 @@ def _files(value: Any) -> set[str]:
     return set()
 
 
+def is_users(file: str) -> bool:
+    """Whether code of this file is the user's: neither this library's nor an installed one's.
+
+    >>> is_users(__file__), is_users("mine.py")
+    (False, True)
+    """
+    path = Path(file)
+    libraries = {"site-packages", "dist-packages", f"python{sys.version_info.major}.{sys.version_info.minor}"}
+    return not path.is_relative_to(_PACKAGE) and not libraries & set(path.parts)
+
+
 def _shown(file: str) -> str:
     """A path as short as it can be said: relative below the current directory."""
     near = os.path.relpath(file)

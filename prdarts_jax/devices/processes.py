@@ -115,7 +115,7 @@ def same(config: Any, computed: Mapping[str, Any], document: Mapping[str, Any]) 
 
     Args:
       config: of the run on this process.
-      computed: what a resumed run must share with it, see `runs.compared`.
+      computed: what a resumed run must share with it, see `provenance.compared`.
       document: config.json, for the versions of packages and the platform.
 
     Raises:
@@ -232,7 +232,7 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
 
 
 def leave() -> None:
-    """LayerSet the other processes in order, when all of them do."""
+    """Leaves the other processes in order, when all of them do."""
     jax.distributed.shutdown()
 
 

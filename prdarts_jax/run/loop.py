@@ -161,10 +161,13 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         """The numbers of an epoch as the compiled steps take them."""
         return {name: np.float32(value) for name, value in self.numbers(epoch).items()}
 
-    def means(self, sums: Mapping[str, Any], epoch: int) -> dict[str, Any]:
-        """The row of an epoch as every kind of run begins it: the mean of each metric, and the epoch's numbers."""
-        row: dict[str, Any] = {name: float(np.float32(total) / self.epoch_steps) for name, total in sums.items()}
-        return row | {f"progress/{name}": float(value) for name, value in self.numbers(epoch).items()}
+    def means(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """The mean of each metric over an epoch, as its row begins."""
+        return {name: float(np.float32(total) / self.epoch_steps) for name, total in sums.items()}
+
+    def numbers_row(self, epoch: int) -> dict[str, float]:
+        """The numbers of an epoch as its row has them."""
+        return {f"progress/{name}": float(value) for name, value in self.numbers(epoch).items()}
 
     def is_due(self, every: int, epoch: int) -> bool:
         """Whether an epoch is one of every so many, or the last one; never if `every` is 0."""

@@ -156,7 +156,7 @@ class WorkdirLock:
     """One run a workdir: an advisory lock on WORKDIR/.lock that ends with its process, however that ends.
 
     The folder is made if absent; the file `.lock` stays (removing it would let two processes lock two files).
-    Processes of one distributed run share a workdir, so only one of them may take it (`runs.lock`).
+    Processes of one distributed run share a workdir, so only one of them may take it (`claim` is called by the first).
 
     Raises (on entering):
         UserError: another process holds it, or the folder cannot be locked.
@@ -286,6 +286,8 @@ def claim(
     own: Iterable[str],
 ) -> dict[str, Any] | None:
     """Takes a workdir for a run: checks it, locks it, clears it if it is to be overwritten, writes config.json.
+
+    Of several processes the first alone calls it (`processes.on_first`): two would not both get the lock.
 
     Args:
       lock: holds the lock from now on.

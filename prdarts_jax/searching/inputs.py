@@ -168,7 +168,8 @@ def document(config: SearchConfig, inputs: SearchInputs, sources: Mapping[str, s
 def compared(document: Mapping[str, Any]) -> dict[str, Any]:
     """The flat fields of a config.json that a resumed run must share: what is computed.
 
-    Data is compared by its digest, not by where it lies; the user's own code by the digest of its source.
+    Data is compared by its digest, not by where it lies; the user's own code by the digest of its file, or of what it
+    computes (`own_code`).
     """
     files = ("data.source", "space.primitives", "weights.transform", "arch.transform")
     flat = provenance.compared(document, SearchConfig, files)

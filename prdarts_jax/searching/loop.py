@@ -255,9 +255,10 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         arch = jax.device_get(carry.state.arch)
         genotype = strategy.derive(arch)
         p = {kind: np.asarray(table) for kind, table in strategy.probabilities(arch, numbers).items()}
-        row = self.means(carry.sums, epoch) | self._group_means(p)
+        row = self.means(carry.sums) | self._group_means(p)
         for kind in ("normal", "reduce"):
             row[f"{kind}_skips"], row[f"{kind}_depth"] = genotype.skips(kind), genotype.depth(kind)
+        row |= self.numbers_row(epoch)
         if self.is_due(self.config.evaluate_every, epoch):
             row["eval_loss"], row["eval_accuracy"] = self.evaluate(carry, numbers)
         row |= speed.fields()

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import json
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,8 @@ from prdarts_jax.config import userfile
 from prdarts_jax.errors import UserError
 from prdarts_jax.ops.check import check_primitives
 from prdarts_jax.ops.primitives import Primitive
-from prdarts_jax.optimizers import program_text
+from prdarts_jax.optimizers import lowered_text, program_text
+from prdarts_jax.run.digests import is_key
 from prdarts_jax.searching.program import SearchProblem, abstract_carry
 from prdarts_jax.space import supernet
 from prdarts_jax.space.genotype import Genotype
@@ -142,28 +144,66 @@ def _strategy_text(strategy: Strategy) -> str:
         return gates, strategy.penalty(arch, gates, numbers), strategy.expected(arch, numbers)
 
     key, arch = jax.random.key(0), jax.eval_shape(strategy.init, jax.random.key(0))
-    init = jax.jit(strategy.init).lower(key).as_text()
-    return init + jax.jit(everything).lower(key, arch, numbers).as_text() + str(strategy.traits)
+    return lowered_text(strategy.init, key) + lowered_text(everything, key, arch, numbers) + str(strategy.traits)
 
 
 def _on_the_host(strategy: Strategy, epochs: int) -> str:
     """What of a strategy no program shows: its numbers, a cell it derives, the source of what is not compiled."""
     genotype = strategy.derive(jax.device_get(strategy.init(jax.random.key(0))))
     schedule = [strategy.schedule(epoch, epochs) for epoch in range(epochs)]
-    sources = [_source(function) for function in (strategy.derive, strategy.probabilities, strategy.end_epoch)]
-    return json.dumps([schedule, genotype.to_json(), sources], default=str)
+    told = [_told(function) for function in (strategy.derive, strategy.probabilities, strategy.end_epoch)]
+    return json.dumps([schedule, genotype.to_json(), told], default=str)
 
 
-def _source(function: Callable[..., Any]) -> list[str]:
-    """The source of a function, where it is written in a file, and the plain values it has closed over."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = inspect.unwrap(function)
+def _told(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """A value of the host as JSON, equal in every process: functions by their source and what they hold.
+
+    Nothing of it is an address. What belongs to a library stands for itself by its name, and so does what no one can
+    see into.
+    """
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if id(value) in within or len(within) > 40:  # it contains itself
+        return name
+    inner = functools.partial(_told, within=(*within, id(value)))
+    if isinstance(value, np.ndarray | np.generic) or (isinstance(value, jax.Array) and not is_key(value)):
+        return [name, str(value.dtype), np.asarray(value).tolist()]
+    if isinstance(value, Mapping):
+        return [name, sorted(([inner(key), inner(item)] for key, item in value.items()), key=json.dumps)]
+    if isinstance(value, list | tuple):
+        return [name, *map(inner, value)]
+    if isinstance(value, set | frozenset):
+        return [name, *sorted(map(inner, value), key=json.dumps)]
+    if isinstance(value, functools.partial):
+        return [name, inner(value.func), inner(value.args), inner(value.keywords)]
+    if inspect.ismethod(value):
+        return [name, inner(value.__func__), inner(value.__self__)]
+    if inspect.isfunction(value):
+        return _function_told(value, inner)
+    if callable(getattr(value, "__wrapped__", None)):  # jitted or cached
+        return [name, inner(value.__wrapped__)]
+    if isinstance(value, type) or inspect.ismodule(value) or not hasattr(value, "__dict__"):
+        return [name, getattr(value, "__qualname__", getattr(value, "__name__", ""))]
+    # Whether a cached property was read yet says nothing.
+    cached = functools.cached_property
+    held = {n: v for n, v in vars(value).items() if not isinstance(getattr(type(value), n, None), cached)}
+    return [name, inner(held), inner(vars(type(value)).get("__call__"))]
+
+
+def _function_told(function: types.FunctionType, inner: Callable[[Any], Any]) -> list[Any]:
+    """A function: its source, or its bytecode, its defaults, what it has closed over and the globals it names."""
+    code, known = function.__code__, function.__globals__
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    closed = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
+    state = [inner(closed), inner(function.__defaults__), inner(function.__kwdefaults__)]
+    if not userfile.is_users(code.co_filename):  # of a library: its version stands for its source
+        return [function.__module__, function.__qualname__, *state]
     try:
-        text, closed = inspect.getsource(function), inspect.getclosurevars(function).nonlocals
+        text = inspect.getsource(function)
     except (OSError, TypeError):
-        return []
-    return [text, *(f"{n}={v!r}" for n, v in sorted(closed.items()) if isinstance(v, bool | int | float | str | tuple))]
+        text = code.co_code.hex() + repr(code.co_names)
+    return [text, *state, inner({name: known[name] for name in code.co_names if name in known})]
 
 
 def _check_strategy(strategy: Strategy, space: Space, epochs: int) -> None:

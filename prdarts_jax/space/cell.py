@@ -5,7 +5,7 @@ is one `lax.switch` over the primitives, so a primitive is compiled once a shape
 differentiation rule of its own: autodiff of such a scan would build a zero buffer of all nodes for each slice, and a
 switch would store the residuals of all branches. The rule keeps the final nodes only (a node is final before an edge
 leaves it), runs the edges in reverse, and recomputes each executed operation. On a CPU, where CPU kernels serve,
-`cell_in_place` does the same with sums in place.
+`cell_kernels` does the same with sums in place.
 
 `mixed_nodes_reference` is the same sum, dense, unrolled, with plain autodiff: the oracle, and the way to forward-mode
 and exact second-order derivatives on small spaces.

@@ -228,7 +228,6 @@ def evaluate(
     measure = make_measure(
         program, dataset, options, mesh, batch_size=batch_size, workers=prefetch.worker_count(workers)
     )
-    ema = None if net.ema is None else measure(sharding.replicate(mesh, net.ema))
     result = Evaluation(
         workdir=workdir,
         source=name,
@@ -237,7 +236,7 @@ def evaluate(
         step=net.step,
         class_names=net.class_names or dataset.class_names,
         figures=measure(sharding.replicate(mesh, net.variables)),
-        ema=ema,
+        ema=None if net.ema is None else measure(sharding.replicate(mesh, net.ema)),
     )
     atomic_write_json(workdir / "evaluation.json", result.to_json())
     return result
@@ -305,8 +304,8 @@ def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> R
     genotype = Genotype.load(workdir / "genotype.json")
     names, image = tuple(head["data"]["classes"]), tuple(head["image"])
     normalization = (tuple(head["data"]["mean"]), tuple(head["data"]["std"]))
-    optimizer = optimizers.transformation(config, "weights", weight_tx, lambda: optimizers.sgd(config))
     operations = own_primitives(workdir)
+    optimizer = optimizers.transformation(config, "weights", weight_tx, lambda: optimizers.sgd(config))
     problem = train_inputs.make_problem(
         config, genotype, len(names), normalization, tx=optimizer.value, operations=operations
     )

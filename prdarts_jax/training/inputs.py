@@ -149,7 +149,8 @@ def make_problem(
       classes: K.
       normalization: (mean, std) of the training images.
       tx: the optimizer; default: the config's SGD.
-      operations: the user's, by name, which extend or replace the built-in ones.
+      operations: the user's, by name, which extend or replace the built-in ones; `prepare` alone
+        loads those of the config's file.
     """
     network = DerivedNetwork(
         genotype,

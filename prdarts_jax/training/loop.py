@@ -277,6 +277,8 @@ class _Training(EpochLoop[TrainCarry, TrainResult]):
     def open(self, step: int) -> None:
         self.say(describe(self.dataset))
         self.data.open(step)
+        if self.config.evaluate_every:
+            _ = self.measure  # too little memory for the test images shows before the first step
 
     def batches(self, epoch: int) -> np.ndarray:
         return self.data.order(epoch)
@@ -299,7 +301,7 @@ class _Training(EpochLoop[TrainCarry, TrainResult]):
         bar: Progress,
         speed: Speed,
     ) -> dict[str, Any]:
-        row = self.means(carry.sums, epoch)
+        row = self.means(carry.sums) | self.numbers_row(epoch)
         clock = speed.fields()  # before the evaluation: images per second are those of training
         text = f"epoch {epoch + 1}/{self.epochs} | train {row['train_loss']:.3f} {row['train_accuracy']:.1%}"
         check_finite(row, step)

@@ -163,6 +163,7 @@ def test_the_same_command_goes_on_with_what_is_missing(tmp_path: Path, monkeypat
     assert bench_gpu.main([*command, "--anew"]) == 0 and ran == ["whole", "failed"]
 
 
+@pytest.mark.slow
 def test_no_two_sections_of_the_whole_run_are_the_same_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row replaces the one of the same name, so names have to tell sections apart."""
     sections = bench_gpu._full()
@@ -195,7 +196,9 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 import benchmarks.bench_gpu, benchmarks.gpu_sections, benchmarks.lowerings, benchmarks.ours
-from prdarts_jax import parallel, search_inputs, search_program, train_inputs, train_program
+from prdarts_jax.devices import sharding
+from prdarts_jax.searching import inputs as search_inputs, program
+from prdarts_jax.training import inputs, program
 from prdarts_jax.data.sources import from_arrays
 import numpy as np
 case = benchmarks.bench_gpu._TINY

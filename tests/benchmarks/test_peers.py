@@ -16,8 +16,8 @@ from benchmarks.cases import FEW, SearchCase
 from prdarts_jax import bilevel
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.gates import Gates
+from prdarts_jax.network import module
 from prdarts_jax.network.module import DerivedNetwork
-from prdarts_jax.ops import drop_path
 from prdarts_jax.ops.drop_path import drop_path_draws
 from prdarts_jax.ops.losses import cross_entropy
 from prdarts_jax.space import Space, supernet
@@ -105,6 +105,7 @@ def test_search_network_has_our_logits_and_gradients_for_the_same_gates() -> Non
         np.testing.assert_allclose(got, gradient, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_darts_step_changes_weights_and_architecture_as_ours() -> None:
     """Nothing is drawn in DARTS, so the whole step is compared: both groups, both optimizers, their order."""
     case = CASE._replace(method="darts", ops=FEW)
@@ -224,7 +225,7 @@ def test_derived_network_has_our_outputs_with_drop_path(monkeypatch: pytest.Monk
             out = net.apply(variables, images, train=True, drop_path=rate, rngs=rngs, mutable=["batch_stats"])
             return out, caught[-1]
 
-        monkeypatch.setattr(drop_path, "drop_path_draws", catching)
+        monkeypatch.setattr(module, "drop_path_draws", catching)
         ((logits, auxiliary), state), drawn = quick_jit(apply)(variables, jnp.asarray(images))
         peer = peer_train.DerivedNetwork(genotype, 4, 3).double().train()
         load(derived_pairs(peer, variables["params"]) + derived_pairs(peer, variables["batch_stats"]))

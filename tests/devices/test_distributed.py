@@ -244,8 +244,8 @@ class TestSeveral:
         for count, devices in ((2, 2), (1, 4)):
             flags = {"data__stream": "always", "run__workers": 0, "epochs": 2}
             command = _command("train", folder, tmp_path / f"{count}", **flags)
-            ends = distributed_cases.run(command, tmp_path / f"log{processes}", processes=processes, devices=devices)
-            assert [end.status for end in ends] == [0] * processes, ends
+            ends = distributed_cases.run(command, tmp_path / f"log{count}", processes=count, devices=devices)
+            assert [end.status for end in ends] == [0] * count, ends
         assert_same(train_cases.outcome(tmp_path / "2"), train_cases.outcome(tmp_path / "1"))
 
     @pytest.mark.parametrize("kind", CASES)

@@ -49,6 +49,7 @@ def _search(folder, devices):
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [pytest.param("2", marks=pytest.mark.slow), "4"])
 def test_devices_agree(folder, devices):
     """Same batches, same augmentation, same gates, batch statistics of the global batch: the same numbers."""

@@ -16,6 +16,7 @@ import search_cases
 from prdarts_jax import cli, presets
 from prdarts_jax.run.metrics import read
 from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.strategies import registry
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 
@@ -49,6 +50,7 @@ def test_every_experiment_is_documented(path):
     assert f'_load("{path.stem}"' in Path(__file__).read_text()
 
 
+@pytest.mark.slow
 def test_search_cifar10_smoke(tmp_path, monkeypatch, capsys):
     experiment = _load("search_cifar10", monkeypatch)
     workdir = tmp_path / "runs" / "search-cifar10-paper-smoke"
@@ -93,6 +95,7 @@ def test_search_cifar10_rejects_other_words(monkeypatch, capsys):
     assert stop.value.code == 2
 
 
+@pytest.mark.slow
 def test_search_own_data_smoke(tmp_path, monkeypatch, capsys):
     experiment = _load("search_own_data", monkeypatch)
     assert experiment.main(["--scale", "smoke", "--devices", "1", "--workdir", "w"]) == 0
@@ -114,9 +117,10 @@ def test_search_own_data_shows_a_strategy_of_its_own(monkeypatch):
     made = experiment.strategy(space=Space())
     taus = [made.schedule(epoch, 5)["tau"] for epoch in range(5)]
     assert np.diff(np.log(taus)) == pytest.approx([np.log(0.01) / 4] * 4)
-    assert made.schedule(0, 5).keys() == presets.registry.factory("prdarts")(space=Space()).schedule(0, 5).keys()
+    assert made.schedule(0, 5).keys() == registry.factory("prdarts")(space=Space()).schedule(0, 5).keys()
 
 
+@pytest.mark.slow
 def test_lambda_study_smoke(tmp_path, monkeypatch, capsys):
     experiment = _load("lambda_study", monkeypatch)
     folder = tmp_path / "runs" / "lambda-study-smoke"

@@ -42,7 +42,7 @@ def _accuracy(program: Path) -> float:
     return float(np.mean(logits.argmax(axis=1) == digits().test_labels))
 
 
-@pytest.mark.parametrize("name", ["max_pool_3x3", "mine"])
+@pytest.mark.parametrize("name", [pytest.param("max_pool_3x3", marks=pytest.mark.slow), "mine"])
 def test_operations_of_the_user_come_along(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Under a name of their own, and under one of ours."""
     (tmp_path / "own.py").write_text(OWN.replace("NAME", repr(name)))

@@ -70,6 +70,7 @@ def test_cell(space: Space, kind: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_search_network() -> None:
     """Stem, both kinds of preprocessing, both cell types, the order of the nodes, head with its norm; an odd size."""
     ops = ("none", "avg_pool_3x3", "skip_connect")

@@ -156,7 +156,9 @@ def step_of(stem: str, *, scan_cells: bool = True, recompute: bool = False) -> S
     return Step(compiled, (*aux, gradients), variables["batch_stats"])
 
 
-@pytest.mark.parametrize(("stem", "recompute"), [("cifar", False), ("cifar", True), ("imagenet", True)])
+@pytest.mark.parametrize(
+    ("stem", "recompute"), [pytest.param("cifar", False, marks=pytest.mark.slow), ("cifar", True), ("imagenet", True)]
+)
 def test_scanned_cells_give_the_numbers_of_single_cells(stem: str, recompute: bool) -> None:
     """Also where the concats of the two cells differ, after a stem and after a reduction of an odd size."""
     scanned, single = step_of(stem, recompute=recompute), step_of(stem, scan_cells=False)

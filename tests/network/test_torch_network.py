@@ -333,6 +333,7 @@ def test_three_training_steps_equal_those_of_torch() -> None:
                 close(array, tensor, path, 1e-7)
 
 
+@pytest.mark.slow
 def test_equal_cells_in_float32_as_a_training_runs_them() -> None:
     """Scanned and recomputed, with the CPU kernels where there are any; a genotype with a node that does not exist."""
     with jax.enable_x64(True):

@@ -112,7 +112,7 @@ def test_units_in_a_row_and_their_gradients() -> None:
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * float(np.abs(b).max()))
 
 
-@pytest.mark.parametrize(("channels", "out"), [(3, 5), (16, 48), (33, 20)])
+@pytest.mark.parametrize(("channels", "out"), [(3, 5), pytest.param(16, 48, marks=pytest.mark.slow), (33, 20)])
 def test_a_pointwise_unit_and_the_sums(channels: int, out: int) -> None:
     oracles.require_kernels()
     rng = np.random.default_rng(1)
@@ -168,7 +168,7 @@ def test_nan_does_not_vanish_in_a_relu(case: tuple[int, ...]) -> None:
 _IMPORTS = """
 import hashlib, json, os, sys
 import jax, jax.numpy as jnp
-from prdarts_jax.ops import native
+from prdarts_jax.ops import kernels
 from prdarts_jax.ops.separable import Unit, separable_units
 """
 _COMPUTE = """
@@ -176,7 +176,7 @@ x, d, m = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(13, 9
 y, pull = jax.vjp(lambda x, *w: separable_units(x, [Unit(*w)])[0], x, d, m)
 parts = [y, *pull(jnp.cos(y))]
 digests = [hashlib.sha256(a.tobytes()).hexdigest() for a in parts]
-print(json.dumps([*native.kernels(), digests, float(abs(parts[1]).sum())]))
+print(json.dumps([*kernels.kernels(), digests, float(abs(parts[1]).sum())]))
 """
 
 
@@ -188,7 +188,7 @@ def _elsewhere(*others: Mapping[str, str], **changed: str) -> Any:
     settings = {"PRDARTS_CPU_KERNELS": "auto", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     environment = {**os.environ, **settings, **changed}
     turns = [
-        f"os.environ.update({dict(other)!r}); native.kernels.cache_clear()\n{_COMPUTE}" for other in others or ({},)
+        f"os.environ.update({dict(other)!r}); kernels.kernels.cache_clear()\n{_COMPUTE}" for other in others or ({},)
     ]
     code = "\n".join([_IMPORTS, *turns])
     done = subprocess.run(

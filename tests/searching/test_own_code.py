@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -107,18 +108,61 @@ def test_other_code_is_another_optimizer():
     assert digests(weight_tx=halved) != digests(weight_tx=negative)
 
 
+def stopping_late(patience, *, of=None):
+    """A method whose functions close over another Strategy, as one is wrapped from outside."""
+    base = method()
+
+    def end_epoch(arch, metrics, epoch):
+        return Stop(base.derive(arch), "enough") if epoch >= patience else None
+
+    return base._replace(end_epoch=end_epoch if of is None else of)
+
+
+class Patience:
+    def __init__(self, patience):
+        self.patience = patience
+
+    def __call__(self, arch, metrics, epoch):
+        return None
+
+    def method(self, arch, metrics, epoch):
+        return None
+
+
+def _stop(arch, metrics, epoch, patience):
+    return None
+
+
+HOST = {
+    "a strategy closed over": stopping_late,
+    "a partial": lambda x: stopping_late(1, of=functools.partial(_stop, patience=x)),
+    "an object": lambda x: stopping_late(1, of=Patience(x)),
+    "a bound method": lambda x: stopping_late(1, of=Patience(x).method),
+    "an array": lambda x: stopping_late(
+        1, of=(lambda table: lambda arch, metrics, epoch: table and None)(np.full(2, x))
+    ),
+    "a list": lambda x: stopping_late(1, of=Patience([1, {"a": x}])),
+}
+
+
+@pytest.mark.parametrize("name", HOST)
+def test_what_is_not_compiled_counts_with_what_it_holds(name):
+    one, same, other = (digests(HOST[name](x)) for x in (1, 1, 2))
+    assert one == same != other
+
+
 def test_how_a_cell_is_derived_counts():
     """Not compiled: seen by the cell it derives, or by its source."""
     assert digests(method(derive=lambda arch: BASE.derive(arch))) != digests(method(derive=BASE.derive))
 
 
 def test_the_digests_are_those_of_another_process():
-    code = "import test_own_code as t; print(*t.digests(t.BASE, t.optax.adam(1e-3)).values())"
+    code = "import test_own_code as t; print(*t.digests(t.stopping_late(3), t.optax.adam(1e-3)).values())"
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     command, settings = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
     said = subprocess.run(command, capture_output=True, text=True, check=True, env=settings)
-    assert said.stdout.split() == list(digests(BASE, optax.adam(1e-3)).values())
+    assert said.stdout.split() == list(digests(stopping_late(3), optax.adam(1e-3)).values())
 
 
 def test_nothing_is_lowered_where_nothing_is_the_callers():

@@ -393,6 +393,7 @@ def mapped():
         yield known
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 def test_members_on_several_devices_are_their_single_searches(folder, on_two_devices):
     """To float tolerance: the compiler may fuse the program of an axis otherwise."""

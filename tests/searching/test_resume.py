@@ -382,7 +382,12 @@ def _made(lambda1):
 
 
 @pytest.mark.parametrize(
-    ("make", "field"), [(_sgd, "weights.transform"), (_prdarts, "method.strategy"), (_made, "method.strategy")]
+    ("make", "field"),
+    [
+        pytest.param(_sgd, "weights.transform", marks=pytest.mark.slow),
+        (_prdarts, "method.strategy"),
+        (_made, "method.strategy"),
+    ],
 )
 def test_arguments_that_differ_in_a_number_are_another_search(tmp_path, make, field, capsys):
     assert search(tmp_path / "w", given=make(0.1), run__time_limit=MOMENT).status == "time-limit"

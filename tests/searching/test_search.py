@@ -239,6 +239,7 @@ def penalised(folder, quick):
     return run
 
 
+@pytest.mark.slow
 def test_the_skip_penalty_lowers_the_skips(penalised):
     low, high = (rows(workdir, "epoch")[-1]["mean_p/skip"] for workdir in (penalised(), penalised(lambda1=10.0)))
     assert high < low - 0.05

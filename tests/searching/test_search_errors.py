@@ -247,6 +247,7 @@ def test_tensorboard_without_its_package(npz, tmp_path, monkeypatch, capsys, com
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_nan_stops_the_run(npz, tmp_path, capsys):
     """The metric and the step are named, and the checkpoint before it is whole.
 
@@ -266,6 +267,7 @@ def test_nan_stops_the_run(npz, tmp_path, capsys):
     one_error(capsys, command, 1, f"update_norm/weights is nan at step {NAN_AT}")  # it resumes, and says the same
 
 
+@pytest.mark.slow
 def test_a_full_disk(npz, tmp_path, monkeypatch, capsys):
     """Found at the second checkpoint: the first one stays, and the same command goes on once there is room."""
     command = words(tmp_path / "w", npz)

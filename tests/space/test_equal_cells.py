@@ -96,7 +96,9 @@ def test_weights_of_every_cell_are_its_own_draw(weights: Any) -> None:
             assert a.shape == b.shape and not np.any(np.asarray(a) == np.asarray(b))
 
 
-@pytest.mark.parametrize("leading", [(), (DEEP.cells,)], ids=["gates-shared", "gates-per-cell"])
+@pytest.mark.parametrize(
+    "leading", [pytest.param((), marks=pytest.mark.slow), (DEEP.cells,)], ids=["gates-shared", "gates-per-cell"]
+)
 def test_scanned_cells_against_plain_autodiff_one_by_one(weights: Any, leading: tuple[int, ...]) -> None:
     """At the stem the carry of a scan depends on no architecture, and gradients of weights leave it for the stem."""
     with jax.enable_x64(True):

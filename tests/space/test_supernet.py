@@ -174,6 +174,7 @@ def _gradients(apply: Any) -> Any:
     return oracles.quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_cell", [False, True], ids=["gates-shared", "gates-per-cell"])
 def test_sparse_equals_masked_dense(images: np.ndarray, per_cell: bool) -> None:
     """Values, gradients of weights and of gates; odd image size; unexecuted gates have zero gradient in both."""
@@ -211,6 +212,7 @@ def test_gates_and_weights_apart_or_together(images: np.ndarray) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_exact_second_order_in_the_gates(images: np.ndarray) -> None:
     """The Hessian of the reference (forward over reverse), reverse over reverse of the fast path, and differences."""
     with jax.enable_x64(True):

@@ -198,7 +198,7 @@ def test_every_step_draws_with_keys_of_its_own(monkeypatch):
     def keys(first, count):
         seen.clear()
         state = dataclasses.replace(_start(problem)[0], step=jnp.int32(first))
-        carry = train_program.Carry(state, {"train_loss": jnp.zeros(())})
+        carry = train_program.TrainCarry(state, {"train_loss": jnp.zeros(())})
         jax.block_until_ready(program(carry, count, True, order, positions, jax.random.key(0), progress, data))
         jax.effects_barrier()
         return set(seen)
@@ -272,7 +272,7 @@ def test_what_a_training_leaves(finished):
 def test_nothing_is_compiled_again_between_epochs(finished):
     """Learning rate, drop-path and the length of a dispatch are arguments."""
     inputs = train_inputs.prepare(train_cases.config(), GENOTYPE, data=digits())
-    program = train_program.make_dispatch(inputs.problem, inputs.mesh)
+    program = train_program.make_dispatch(inputs.problem, inputs.mesh, streamed=False)
     before = program._cache_size()
     train(finished.parent / "other-schedule", weights__schedule="linear", epochs=7, seed=3)
     assert program._cache_size() == max(before, 1)
@@ -298,6 +298,7 @@ def test_a_set_without_test_images(tmp_path):
     assert not any("test" in name for name in found.metrics)
 
 
+@pytest.mark.slow
 def test_a_transformation_of_the_user(tmp_path):
     """Nothing moves but the running statistics."""
     found = train(tmp_path / "w", given={"weight_tx": optax.set_to_zero()}, epochs=1, label_smoothing=0)
@@ -316,6 +317,7 @@ def test_a_transformation_of_the_user(tmp_path):
         train(tmp_path / "w", epochs=1, label_smoothing=0)
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 @pytest.mark.parametrize("devices", [pytest.param("2", marks=pytest.mark.slow), "4"])
 def test_several_devices_compute_the_same(devices, finished, tmp_path):
@@ -334,6 +336,7 @@ def test_several_devices_compute_the_same(devices, finished, tmp_path):
         assert len({np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 def test_pmap_of_the_step_has_the_bits_of_shard_map():
     if jax.device_count() < 4:
@@ -370,6 +373,7 @@ def test_bfloat16_keeps_the_state_in_float32(tmp_path):
 # --- several seeds ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_seeds_are_ordinary_trainings_with_a_mean(finished, npz, tmp_path, capsys, monkeypatch):
     pages = []
     monkeypatch.setattr(report_page, "report", lambda folders, out=None: pages.append((folders, out)) or out)

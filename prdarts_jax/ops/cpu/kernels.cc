@@ -1,5 +1,5 @@
 // CPU kernels in place of what XLA:CPU computes in many passes: separable convolutions with their batch statistics,
-// depthwise convolutions, the gradients of both, and the terms of a cell. NHWC, float32. ops/native.py compiles it.
+// depthwise convolutions, the gradients of both, and the terms of a cell. NHWC, float32. ops/kernels.py compiles it.
 //
 // All work is split by image. Sums over a batch are taken in the order of its images, whatever the number of threads.
 
