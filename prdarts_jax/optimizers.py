@@ -62,6 +62,42 @@ def set_learning_rate(opt_state: Any, rate: Any) -> Any:
     return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
 
 
+def virtual_step(opt_state: Any, weights: Any, gradient: Any, rate: Any = None) -> tuple[Any, jax.Array]:
+    """The look-ahead of DARTS, w - eta (mu v + grad + d w), from the state of an optimizer; nothing is clipped.
+
+    Args:
+      opt_state: its learning rate eta, momentum mu and weight decay d are those of its `hyperparams`, its velocity v is
+        that of an `optax.trace` in it; what it does not have counts as 0.
+      weights, gradient: trees of one structure.
+      rate: eta, in place of that of the state.
+
+    Returns:
+      (weights after the step, eta).
+
+    Raises:
+      UserError: there is no learning rate.
+
+    >>> tx = weight_transform(WeightsConfig(learning_rate=0.5, weight_decay=0.1))
+    >>> w = {"w": jnp.ones(1)}
+    >>> ahead, rate = virtual_step(tx.init(w), w, w)
+    >>> round(float(ahead["w"][0]), 4)  # 1 - 0.5 (1 + 0.1)
+    0.45
+    """
+    known = getattr(opt_state, "hyperparams", {})
+    rate = known.get("learning_rate") if rate is None else rate
+    if rate is None:
+        raise UserError("weights.transform: the unrolled step needs its learning rate; allowed: inject_hyperparams")
+    decay, momentum = known.get("weight_decay", 0.0), known.get("momentum", 0.0)
+    traces = [node.trace for node in jax.tree.leaves(opt_state, is_leaf=_is_trace) if _is_trace(node)]
+    velocity = traces[0] if traces else jax.tree.map(jnp.zeros_like, weights)
+    ahead = jax.tree.map(lambda w, g, v: w - rate * (momentum * v + g + decay * w), weights, gradient, velocity)
+    return ahead, rate
+
+
+def _is_trace(node: Any) -> bool:
+    return isinstance(node, optax.TraceState)
+
+
 def set_hyperparameters(opt_state: Any, tx: optax.GradientTransformation) -> Any:
     """An `inject_hyperparams` state with the hyperparameters of another such transformation; other states as they are.
 

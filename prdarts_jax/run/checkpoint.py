@@ -87,6 +87,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     Args:
         directory: where the step directories live (made absolute; need not exist).
         keep: how many complete checkpoints stay; an older one goes only after the newer one is complete.
+        epochs, epoch_steps: of those at the end of an epoch of so many steps so many stay, beside them.
         warn: called with one line for each checkpoint that cannot be used.
         writes: False on a process that leaves it to another one, which has the same state.
 
@@ -99,13 +100,21 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     """
 
     def __init__(
-        self, directory: Path, *, keep: int = 2, warn: Callable[[str], None] = warn, writes: bool = True
+        self,
+        directory: Path,
+        *,
+        keep: int = 2,
+        epochs: int = 0,
+        epoch_steps: int = 1,
+        warn: Callable[[str], None] = warn,
+        writes: bool = True,
     ) -> None:
         if keep < 1:
             raise UserError(f"keep: {keep} checkpoints; allowed: an integer >= 1")
         _silence_writers()
         self._directory = Path(directory).expanduser().resolve()
         self._keep, self._warn, self._writes = keep, warn, writes
+        self._epochs, self._epoch_steps = epochs, epoch_steps
         self._writer: ocp.AsyncCheckpointer | None = None
         self._pending: int | None = None  # the step being written
         self._aside: set[int] = set()  # newer than the restored one: moved away by the next save
@@ -127,7 +136,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         names = (re.fullmatch(r"(?:replaced-)?(\d+)", path.name) for path in self._directory.iterdir() if path.is_dir())
         return sorted({int(match.group(1)) for match in names if match} - self._aside)
 
-    def restore_latest(self, target: Any) -> Restored | None:
+    def restore_latest(self, target: Any | Callable[[Mapping[str, Any]], Any]) -> Restored | None:
         """The newest checkpoint whose digests verify, or None where there is none.
 
         A damaged one is reported by one line and the one before it is tried. Checkpoints newer than the restored one
@@ -137,29 +146,46 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
         Args:
             target: a state, concrete or abstract (`jax.eval_shape`); arrays take its shardings where it has them,
-                Python numbers and NumPy arrays come back as such.
+                Python numbers and NumPy arrays come back as such. Or a function of a checkpoint's info that makes it.
 
         Raises:
             UserError: `target` has other leaves, shapes or dtypes than an intact checkpoint; on every process.
             RunError: there are checkpoints, and none can be used; on every process.
         """
         self.wait()
-        likes = by_path(target)
-        leaves = {path: _blank(like) for path, like in likes.items()}
-        newest = together(lambda: self._newest(leaves) if is_first() else None)
+        of: Callable[[Mapping[str, Any]], Any] = target if callable(target) else lambda info: target
+        newest = together(lambda: self._newest(of) if is_first() else None)
         head = share(None if newest is None else [newest.step, newest.info])[0]
         if head is None:
             return None
+        target = of(head[1])
+        likes = by_path(target)
+        leaves = {path: _blank(like) for path, like in likes.items()}
         values = {path: leaf.value for path, leaf in leaves.items()} if newest is None else newest.state
         placed = [_place(_from_first(values[path]), like) for path, like in likes.items()]
         return Restored(head[0], jax.tree.unflatten(jax.tree.structure(target), placed), head[1])
 
-    def _newest(self, leaves: Mapping[str, HostLeaf]) -> Restored | None:
+    def rewind(self, step: int) -> None:
+        """Removes the checkpoints after a step, the newest first: a kill leaves a history without a gap.
+
+        Raises:
+            RunError: the save in flight failed, or there is no checkpoint of the step.
+        """
+        self.wait()
+        if not self._writes:
+            return
+        if step not in self.steps():
+            raise RunError(f"there is no checkpoint of step {step} in {self._directory} to go back to")
+        for newer in reversed([later for later in self.steps() if later > step]):
+            shutil.rmtree(self._path(newer), ignore_errors=True)
+
+    def _newest(self, target: Callable[[Mapping[str, Any]], Any]) -> Restored | None:
         """The checkpoint that `restore_latest` restores; its state as host arrays by path."""
         steps, reasons = self.steps(), []
         for step in reversed(steps):
             try:
                 document = self._document(step)
+                leaves = {path: _blank(like) for path, like in by_path(target(document["info"])).items()}
                 state = self._state(step, document["leaves"], leaves)
             except UserError:
                 raise
@@ -235,7 +261,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             self._writer.wait_until_finished()
             self._complete_sums(step)
             self._tidy()
-            for old in self.steps()[: -self._keep]:
+            steps = self.steps()
+            ends = [step for step in steps if step % self._epoch_steps == 0]
+            for old in set(steps[: -self._keep]) - set(ends[max(len(ends) - self._epochs, 0) :]):
                 shutil.rmtree(self._directory / str(old), ignore_errors=True)
         except Exception as error:
             raise self._failed(step, error) from error

@@ -93,12 +93,13 @@ class EpochLoop(ABC, Generic[Carry, Result]):
     """One start of a run, from the restored (or first) step to the end, a stop, or the time limit."""
 
     noun: str  # what the run is called in notes
+    horizon = 0  # epochs that `turn` may go back
     mesh: Mesh  # the devices it is computed on
 
     def __init__(self, start: Start, *, epochs: int, epoch_steps: int, images_per_step: int) -> None:
         self.start, self.workdir = start, start.workdir
         self.epochs, self.epoch_steps, self.images_per_step = epochs, epoch_steps, images_per_step
-        self.total_steps = epoch_steps * epochs
+        self.end = epochs  # the epoch before which the run ends; a subclass may move it
         self.began = time.monotonic() if start.began is None else start.began
 
     # What a subclass says.
@@ -108,8 +109,8 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         """The carry before the first step."""
 
     @abstractmethod
-    def target(self) -> Carry:
-        """Shapes, dtypes and shardings of the carry."""
+    def target(self, info: Mapping[str, Any]) -> Carry:
+        """Shapes, dtypes and shardings of the carry in a checkpoint with this `info`."""
 
     @abstractmethod
     def open(self, step: int) -> None:
@@ -147,13 +148,31 @@ class EpochLoop(ABC, Generic[Carry, Result]):
     def left(self, status: str, row: Mapping[str, Any]) -> Result:
         """The run is left early, and saved; or, on a process that writes nothing, finished elsewhere."""
 
-    def decided(self) -> Any:
-        """Why the run ends before its last epoch, as JSON, or None; kept in checkpoints."""
-        return None
+    def decided(self) -> bool:
+        """Whether the run ends before its last epoch."""
+        return False
 
-    def recall(self, decided: Any) -> None:
-        """The counterpart of `decided`, on resume."""
-        del decided
+    def info(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the carry, as JSON."""
+        return {}
+
+    def recall(self, info: Mapping[str, Any]) -> None:
+        """The counterpart of `info`, on resume."""
+        del info
+
+    def turn(self, carry: Carry, step: int, saved: Checkpointer, log: MetricsLog) -> tuple[Carry, int]:
+        """After an epoch: the carry and the step that the run goes on from."""
+        del saved, log
+        return carry, step
+
+    def step_row(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The metrics of a step that were measured in it."""
+        return values
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, as far as is known now."""
+        return self.epoch_steps * max(self.epochs, self.end)
 
     # The loop.
 
@@ -169,9 +188,13 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         """The numbers of an epoch as its row has them."""
         return {f"progress/{name}": float(value) for name, value in self.numbers(epoch).items()}
 
+    @property
+    def _last_step(self) -> int:
+        return self.epoch_steps * self.end
+
     def is_due(self, every: int, epoch: int) -> bool:
         """Whether an epoch is one of every so many, or the last one; never if `every` is 0."""
-        return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == self.epochs)
+        return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == self.end)
 
     def say(self, text: str) -> None:
         """A line for people, of which there is one in a run of several processes."""
@@ -188,7 +211,12 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         run, workdir, writes = self.start.run, self.workdir, processes.is_first()
         tensorboard = workdir / "tensorboard" if run.tensorboard else None
         with (
-            Checkpointer(workdir / "checkpoints", writes=writes) as saved,
+            Checkpointer(
+                workdir / "checkpoints",
+                epochs=self.horizon and self.horizon + 1,
+                epoch_steps=self.epoch_steps,
+                writes=writes,
+            ) as saved,
             MetricsLog(workdir / "metrics.jsonl", tensorboard_dir=tensorboard, writes=writes) as log,
         ):
             carry, step = self._restore(saved)
@@ -199,14 +227,14 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                 return (yield from self._loop(carry, step, saved, log, bar))
 
     def _restore(self, saved: Checkpointer) -> tuple[Carry, int]:
-        found = saved.restore_latest(self.target())
+        found = saved.restore_latest(self.target)
         if found is None:
             return self.first(), 0
         changed = provenance.tolerance(self.start.old or {}, self.start.document)
         how = f"to float tolerance only ({'; '.join(changed)})" if changed else "bit for bit"
         where = f"step {found.step} of {self.total_steps} (epoch {found.step // self.epoch_steps})"
         self.say(f"resuming at {where}; the result is that of an uninterrupted {self.noun} {how}")
-        self.recall(found.info.get("stopped"))
+        self.recall(found.info)
         return found.state, found.step
 
     def _loop(
@@ -217,9 +245,9 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         last_save = time.monotonic()
         row: dict[str, Any] = {}
         compiled = self.start.compiled
-        if step < self.total_steps and self.decided() is None and not compiled:
+        if step < self._last_step and not self.decided() and not compiled:
             self.say(f"compiling the {self.noun} (once: compiled programs are kept for the next start)")
-        while step < self.total_steps and self.decided() is None:
+        while step < self._last_step and not self.decided():
             epoch, first = divmod(step, self.epoch_steps)
             speed = Speed(time.monotonic())
             batches, numbers = self.batches(epoch), self.arrays(epoch)
@@ -241,19 +269,23 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                 step += count
                 shown = self.shown(carry, values, numbers)
                 bar.update(count, **shown, **{"images/s": round(count * self.images_per_step / elapsed)})
-                epoch_done = start + count == self.epoch_steps
+                epoch_done, moved = start + count == self.epoch_steps, False
                 if epoch_done:
                     row = self.end_epoch(carry, epoch, step, numbers, log, bar, speed)
+                    before = step
+                    carry, step = self.turn(carry, step, saved, log)
+                    moved = step != before
+                    bar.update(step - before)
                 over_time = run.time_limit > 0 and time.monotonic() - self.began > 60 * run.time_limit
                 ended = self.decided()
-                wish = processes.agreed(processes.Wish(stop.signum, over_time), ended=ended is not None)
+                wish = processes.agreed(processes.Wish(stop.signum, over_time), ended=ended)
                 stop.signum, leaving = wish.signum, bool(wish)
-                due = epoch_done and self.is_due(run.checkpoint_every, epoch)
+                due = epoch_done and (self.is_due(run.checkpoint_every, epoch) or self.horizon > 0)
                 late = run.checkpoint_minutes > 0 and time.monotonic() - last_save > 60 * run.checkpoint_minutes
-                if due or late or leaving or ended is not None:
-                    saved.save(step, carry, {"epoch": step // self.epoch_steps, "step": step, "stopped": ended})
+                if due or late or leaving or ended or moved:
+                    saved.save(step, carry, {"epoch": step // self.epoch_steps, "step": step, **self.info()})
                     last_save = time.monotonic()
-                if leaving and ended is None and step < self.total_steps:
+                if leaving and not ended and step < self._last_step:
                     processes.together(saved.wait)
                     return self.left("interrupted" if stop else "time-limit", row)
 
@@ -270,7 +302,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
             found = {name: value[i] for name, value in values.items()}
             check_finite(found, number)
             if number % self.start.run.log_every == 0:
-                log.write("step", epoch, number, **found)
+                log.write("step", epoch, number, **self.step_row(found))
 
 
 def padded(order: np.ndarray, length: int) -> np.ndarray:

@@ -37,6 +37,7 @@ class SearchInputs(NamedTuple):
     problem: SearchProblem
     dataset: Dataset
     mesh: Mesh
+    remake: Callable[[Space, Mapping[str, Any]], Strategy]  # the method on the space, and with the options, of a stage
     digests: dict[str, str]  # what a config cannot hold: data, and the caller's own code
 
 
@@ -92,7 +93,8 @@ def prepare(
         digests = try_out(problem, mesh, dataset.image, config.epochs, primitives.value, own) | digests
     else:
         digests = {field: like.digests[field] for field in own} | digests
-    return SearchInputs(problem, dataset, mesh, {"data": dataset.digest, **digests})
+    remake = functools.partial(_method_of_stage, config, strategy)
+    return SearchInputs(problem, dataset, mesh, remake, {"data": dataset.digest, **digests})
 
 
 def _checked_data(config: SearchConfig, data: Dataset | None, mesh: Mesh) -> Dataset:
@@ -107,16 +109,30 @@ def _space(config: SearchConfig, primitives: UserObject, classes: int, channels:
     return Space.create(config.space, classes=classes, in_channels=channels, user=primitives.value)
 
 
-def _method(config: SearchConfig, space: Space, argument: Strategy | Callable[..., Strategy] | None) -> UserObject:
+def _method_of_stage(
+    config: SearchConfig, argument: Strategy | Callable[..., Strategy] | None, space: Space, options: Mapping[str, Any]
+) -> Strategy:
+    """The method of a search again, on the space of a later stage."""
+    if isinstance(argument, Strategy):
+        raise UserError(f"{METHOD}: a Strategy cannot be made again for a new stage; allowed: its factory")
+    return _method(config, space, argument, options).value
+
+
+def _method(
+    config: SearchConfig,
+    space: Space,
+    argument: Strategy | Callable[..., Strategy] | None,
+    changes: Mapping[str, Any] | None = None,
+) -> UserObject:
     """The strategy of a search; with the digest of the user's file if it is from one."""
     if isinstance(argument, Strategy):
         return UserObject(argument)
     name, digest = config.method.strategy, ""
     if argument is not None:
-        made = userfile.call(argument, space=space, field=METHOD)
+        made = userfile.call(argument, space=space, **(changes or {}), field=METHOD)
     else:
         factory = functools.partial(registry.factory(name), space=space)
-        options = registry.resolve_options(name, config.method.options)
+        options = registry.resolve_options(name, {**config.method.options, **(changes or {})})
         if userfile.is_path(name):
             digest = userfile.load(name, METHOD).digest
             made = userfile.call(functools.partial(factory, **options), field=METHOD)

@@ -16,13 +16,15 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from prdarts_jax.bilevel import half_of
 from prdarts_jax.config import userfile
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.batches import Images, epoch_order, padded_batches
 from prdarts_jax.devices import processes, sharding
-from prdarts_jax.errors import UserError
+from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.optimizers import set_hyperparameters
 from prdarts_jax.run import metrics, provenance
+from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.run.loop import Done, EpochLoop, Numbers, Speed, Start, Work, drive
 from prdarts_jax.run.metrics import EpochLog, MetricsLog, check_finite
 from prdarts_jax.run.progress import Progress
@@ -32,9 +34,21 @@ from prdarts_jax.schedules import cosine
 from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching.inputs import SearchInputs
 from prdarts_jax.searching.own_code import ARCH, METHOD, WEIGHTS
+from prdarts_jax.searching.probe import NetworkProbe
 from prdarts_jax.searching.program import Orders, SearchCarry, SearchPrograms, abstract_carry
+from prdarts_jax.searching.stages import (
+    Stage,
+    changed_fields,
+    in_words,
+    kept_weights,
+    space_of,
+    with_hyperparameter,
+    with_memory,
+)
 from prdarts_jax.space.genotype import Genotype
-from prdarts_jax.strategy import Stop
+from prdarts_jax.strategy import Continue, Event, Restage, Rollback, Stop, View
+
+_STAGES = 2**31  # in the place of a step number: the first state of a later stage shares no key with a step
 
 # Everything a search writes: what --overwrite may remove, and nothing else. The config goes last: while it is there,
 # a folder that a kill left half-cleared is known as that of a search.
@@ -43,6 +57,7 @@ _OWN = (
     "genotype.json",
     "genotypes.jsonl",
     "probabilities.jsonl",
+    "events.jsonl",
     "checkpoints",
     "plots",
     "tensorboard",
@@ -168,10 +183,15 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
 
     def __init__(self, config: SearchConfig, inputs: SearchInputs, start: Start, shared: Shared) -> None:
         self.config, self.inputs, self.shared = config, inputs, shared
-        self.problem, self.mesh = inputs.problem, inputs.mesh
+        self.problem, self.programs, self.mesh = inputs.problem, shared.programs, inputs.mesh
         self.train_half, self.val_half = search_inputs.halves(config, inputs.dataset.train_size)
         self.key = jax.random.key(config.seed)
         self.stopped: Stop | None = None
+        self.event: Event | None = None
+        self.events: list[dict[str, Any]] = []
+        first = userfile.call(inputs.problem.strategy.stage_epochs, config.epochs, field=METHOD)
+        self.stages = [Stage(epochs=first)]
+        self.horizon = inputs.problem.strategy.horizon
         positions = np.arange(config.batch_size, dtype=np.int32)
         self.positions = sharding.place(self.mesh, positions, PartitionSpec(sharding.AXIS))
         super().__init__(
@@ -180,18 +200,22 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
             epoch_steps=len(self.train_half) // config.batch_size,
             images_per_step=2 * config.batch_size,
         )
+        self.end = first
+
+    @property
+    def stage(self) -> Stage:
+        """The one that is computed now."""
+        return self.stages[-1]
 
     def numbers(self, epoch: int) -> dict[str, float]:
-        """The strategy's schedule and the learning rates."""
-        weights = self.config.weights
-        return {
-            **self.problem.strategy.schedule(epoch, self.epochs),
-            "weight_learning_rate": cosine(epoch, self.epochs, weights.learning_rate, weights.learning_rate_min),
-            "arch_learning_rate": self.config.arch.learning_rate,
-        }
+        """The learning rates and the strategy's schedule, of an epoch of this stage; the schedule wins."""
+        weights, epoch, epochs = self.config.weights, epoch - self.stage.start, self.stage.epochs
+        rate = cosine(epoch, epochs, weights.learning_rate, weights.learning_rate_min)
+        schedule = self.problem.strategy.schedule(epoch, epochs)
+        return {"weight_learning_rate": rate, "arch_learning_rate": self.config.arch.learning_rate} | schedule
 
     def first(self) -> SearchCarry:
-        carry = self.shared.programs.initial(self.key, self.arrays(0))
+        carry = self.programs.initial(self.key, self.arrays(0))
         # The program may be that of a search with other numbers in its optimizers.
         state, own = carry.state, self.inputs.digests
         if WEIGHTS not in own:
@@ -202,19 +226,45 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
             state = dataclasses.replace(state, arch_opt=arch_opt)
         return sharding.replicate(self.mesh, dataclasses.replace(carry, state=state))
 
-    def target(self) -> SearchCarry:
-        return abstract_carry(self.problem, self.mesh, self.key, self.arrays(0), self.inputs.dataset.image)
+    def target(self, info: Mapping[str, Any]) -> SearchCarry:
+        self._enter([Stage(*stage) for stage in info.get("stages", ())] or self.stages[:1])
+        numbers = self.arrays(self.stage.start)
+        return abstract_carry(self.problem, self.mesh, self.key, numbers, self.inputs.dataset.image)
 
-    def decided(self) -> dict[str, Any] | None:
-        if self.stopped is None:
-            return None
-        return {"genotype": json.loads(self.stopped.genotype.to_json()), "reason": self.stopped.reason}
+    def decided(self) -> bool:
+        return self.stopped is not None
 
-    def recall(self, decided: Any) -> None:
-        self.stopped = Stop(Genotype.from_json(decided["genotype"]), decided["reason"]) if decided else None
+    def info(self) -> dict[str, Any]:
+        kept: dict[str, Any] = {"stopped": None}
+        if self.stopped is not None:
+            genotype = json.loads(self.stopped.genotype.to_json())
+            kept["stopped"] = {"genotype": genotype, "reason": self.stopped.reason}
+        if self.events:
+            kept |= {"stages": [list(stage) for stage in self.stages], "events": self.events}
+        return kept
+
+    def recall(self, info: Mapping[str, Any]) -> None:
+        stopped = info.get("stopped")
+        self.stopped = Stop(Genotype.from_json(stopped["genotype"]), stopped["reason"]) if stopped else None
+        self.events = list(info.get("events", ()))
+
+    def _enter(self, stages: list[Stage]) -> None:
+        """Makes space, strategy and programs those of the last of these stages."""
+        if json.dumps(stages) == json.dumps(self.stages):
+            return
+        self.stages, self.end = stages, stages[-1].end
+        if len(stages) == 1:
+            self.problem, self.programs = self.inputs.problem, self.shared.programs
+            return
+        first = self.inputs.problem
+        space = space_of(stages[-1], first.space)
+        strategy = self.inputs.remake(space, stages[-1].options)
+        self.problem = first._replace(space=space, strategy=strategy)
+        self.programs = SearchPrograms(self.problem, self.mesh, self.inputs.dataset.image)
 
     def open(self, step: int) -> None:
         done, writes = step // self.epoch_steps, processes.is_first()
+        self._write_events()
         self.genotypes = EpochLog(self.workdir / "genotypes.jsonl", done, writes=writes)
         self.probabilities = EpochLog(self.workdir / "probabilities.jsonl", done, writes=writes)
 
@@ -228,14 +278,17 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
     def dispatch(
         self, carry: SearchCarry, count: np.int32, fresh: np.bool_, batches: Any, numbers: Numbers
     ) -> tuple[SearchCarry, Mapping[str, jax.Array]]:
-        program, images = self.shared.programs.dispatch, self.shared.images
+        program, images = self.programs.dispatch, self.shared.images
         return program(carry, count, fresh, batches, self.positions, self.key, numbers, images)
 
     def shown(self, carry: SearchCarry, values: Mapping[str, np.ndarray], numbers: Numbers) -> dict[str, Any]:
         genotype = self.problem.strategy.derive(jax.device_get(carry.state.arch))
+        accuracy = (
+            "val_accuracy" if np.any(values.get("steps/arch", 1)) and "val_accuracy" in values else "train_accuracy"
+        )
         shown = {
             "loss": float(values["train_loss"].mean()),
-            "accuracy": float(values["val_accuracy"].mean()),
+            "accuracy": float(values[accuracy].mean()),
             "skips": genotype.skips("normal"),
         }
         return shown | ({"tau": float(numbers["tau"])} if "tau" in numbers else {})
@@ -250,15 +303,15 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         bar: Progress,
         speed: Speed,
     ) -> dict[str, Any]:
-        """The epoch's rows; asks the strategy whether to go on."""
+        """The epoch's rows; asks the strategy how to go on."""
         strategy = self.problem.strategy
-        arch = jax.device_get(carry.state.arch)
+        arch, memory = jax.device_get((carry.state.arch, carry.state.memory))
         genotype = strategy.derive(arch)
         p = {kind: np.asarray(table) for kind, table in strategy.probabilities(arch, numbers).items()}
         row = self.means(carry.sums) | self._group_means(p)
         for kind in ("normal", "reduce"):
             row[f"{kind}_skips"], row[f"{kind}_depth"] = genotype.skips(kind), genotype.depth(kind)
-        row |= self.numbers_row(epoch)
+        row |= self.numbers_row(epoch) | ({"stage": len(self.stages) - 1} if len(self.stages) > 1 else {})
         if self.is_due(self.config.evaluate_every, epoch):
             row["eval_loss"], row["eval_accuracy"] = self.evaluate(carry, numbers)
         row |= speed.fields()
@@ -268,12 +321,107 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         self.probabilities.write(epoch, **tables)
         log.write("epoch", epoch, step, **row)
         text = f"epoch {epoch + 1}/{self.epochs} | train {row['train_loss']:.3f} {row['train_accuracy']:.1%}"
-        bar.epoch_line(f"{text} | val {row['val_loss']:.3f} {row['val_accuracy']:.1%}")
-        self.stopped = userfile.call(strategy.end_epoch, arch, row, epoch, field=METHOD)
-        if not isinstance(self.stopped, Stop | None):
-            kind = type(self.stopped).__name__
-            raise UserError(f"{METHOD}: end_epoch gives a {kind}; allowed: None or a Stop")
+        if "val_loss" in row:
+            text += f" | val {row['val_loss']:.3f} {row['val_accuracy']:.1%}"
+        bar.epoch_line(text)
+        probe = NetworkProbe(
+            self.programs, carry.state, numbers, self.val_half, self.shared.images, self.config.batch_size
+        )
+        view = View(epoch - self.stage.start, self.stage.epochs, arch, memory, row, numbers, genotype, probe)
+        self.event = userfile.call(strategy.at_epoch, view, field=METHOD)
+        if not isinstance(self.event, Event | None):
+            allowed = "None | Continue | Stop | Restage | Rollback"
+            raise UserError(f"{METHOD}: at_epoch gives a {type(self.event).__name__}; allowed: {allowed}")
+        self.stopped = self.event if isinstance(self.event, Stop) else None
         return row
+
+    def means(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """As of every run; a half that was left out in some steps is averaged over the others, or is not there."""
+        ran = {group: float(sums.get(f"steps/{group}", self.epoch_steps)) for group in ("weights", "arch")}
+        return {
+            name: float(np.float32(total) / (self.epoch_steps if name.startswith("steps/") else ran[half_of(name)]))
+            for name, total in sums.items()
+            if ran[half_of(name)] or name.startswith("steps/")
+        }
+
+    def step_row(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in values.items()
+            if name.startswith("steps/") or values.get(f"steps/{half_of(name)}", 1)
+        }
+
+    def turn(self, carry: SearchCarry, step: int, saved: Checkpointer, log: MetricsLog) -> tuple[SearchCarry, int]:
+        """What the event of the strategy makes of the search."""
+        event, epoch = self.event, step // self.epoch_steps - 1
+        if isinstance(event, Continue):
+            return with_memory(carry, event.memory, self.mesh), step
+        if isinstance(event, Restage):
+            return self._restaged(carry, step, event)
+        if isinstance(event, Rollback):
+            return self._rolled_back(epoch, event, saved, log)
+        return carry, step
+
+    def _restaged(self, carry: SearchCarry, step: int, event: Restage) -> tuple[SearchCarry, int]:
+        start, before = step // self.epoch_steps, self.problem
+        left = self.config.epochs - start
+        epochs = left if event.epochs is None else event.epochs
+        if epochs < 1:
+            raise UserError(f"{METHOD}: Restage for {epochs} epochs is not possible; allowed: >= 1")
+        fields = changed_fields(event.space, self.inputs.problem.space)
+        options = {**self.stage.options, **event.options}
+        weights = jax.device_get(carry.state.weights)
+        self._record(start - 1, step, "restage", space=fields, options=dict(event.options), epochs=epochs)
+        self._enter([*self.stages, Stage(start, epochs, fields, options)])
+        made = self.programs.initial(jax.random.fold_in(self.key, _STAGES + len(self.stages)), self.arrays(start))
+        state = jax.device_get(made.state)
+        if event.keep_weights:
+            kept = kept_weights(weights, state.weights, before.space, self.problem.space)
+            state = dataclasses.replace(state, weights=kept, weight_opt=jax.jit(self.problem.weight_tx.init)(kept))
+        state = dataclasses.replace(state, step=np.asarray(step, np.int32))
+        new = sharding.replicate(self.mesh, dataclasses.replace(made, state=state))
+        if event.memory is not None:
+            new = with_memory(new, event.memory, self.mesh)
+        self.say(f"stage {len(self.stages)} begins: {epochs} epochs, {in_words(fields)}")
+        return new, step
+
+    def _rolled_back(
+        self, epoch: int, event: Rollback, saved: Checkpointer, log: MetricsLog
+    ) -> tuple[SearchCarry, int]:
+        horizon, now = self.problem.strategy.horizon, epoch - self.stage.start
+        if not max(now - horizon, 0) <= event.epoch < now:
+            allowed = f"earlier epochs of the stage, at most {horizon} (horizon) ago"
+            raise UserError(f"{METHOD}: Rollback to epoch {event.epoch} at epoch {now}; allowed: {allowed}")
+        target, events = self.stage.start + event.epoch, self.events
+        saved.rewind((target + 1) * self.epoch_steps)
+        found = saved.restore_latest(self.target)
+        if found is None:
+            raise RunError(f"{METHOD}: Rollback finds no checkpoint of epoch {event.epoch}")
+        carry, step = found.state, found.step
+        self.events = events
+        state = carry.state
+        for name, value in event.hyperparameters.items():
+            state = with_hyperparameter(state, name, value)
+        carry = dataclasses.replace(carry, state=state)
+        if event.memory is not None:
+            carry = with_memory(carry, event.memory, self.mesh)
+        log.truncate_after(step)
+        self._record(epoch, step, "rollback", hyperparameters=dict(event.hyperparameters))
+        self.open(step)
+        changes = ", ".join(f"{name} = {value:g}" for name, value in event.hyperparameters.items())
+        self.say(f"back to the end of epoch {step // self.epoch_steps}" + (f" with {changes}" if changes else ""))
+        return carry, step
+
+    def _record(self, epoch: int, step: int, kind: str, **what: Any) -> None:
+        """Keeps an event: checkpoints have them all, and WORKDIR/events.jsonl is written from what they have."""
+        done = step // self.epoch_steps
+        self.events = [*self.events, {"epoch": epoch, "event": kind, "goes_on_from_epoch": done, **what}]
+        self._write_events()
+
+    def _write_events(self) -> None:
+        path = self.workdir / "events.jsonl"
+        if processes.is_first() and (self.events or path.exists()):
+            atomic_write_text(path, "".join(json.dumps(event) + "\n" for event in self.events))
 
     def _group_means(self, p: Mapping[str, np.ndarray]) -> dict[str, float]:
         """The mean P of each group of operations, over the edges of both cells that may use one."""
@@ -287,10 +435,10 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
     def evaluate(self, carry: SearchCarry, numbers: Numbers) -> tuple[float, float]:
         """Loss and accuracy on the whole validation half, with the expected gates."""
         order, mask = padded_batches(len(self.val_half), self.config.batch_size)
-        mesh = self.shared.mesh
+        mesh = self.programs.mesh
         state = carry.state if mesh == self.mesh else sharding.replicate(mesh, carry.state)
         placed = sharding.place(mesh, (self.val_half[order], mask), PartitionSpec(None, sharding.AXIS))
-        loss, accuracy = self.shared.programs.evaluation(state, *placed, numbers, self.shared.images)
+        loss, accuracy = self.programs.evaluation(state, *placed, numbers, self.shared.images)
         return float(loss), float(accuracy)
 
     def left(self, status: str, row: Mapping[str, Any]) -> SearchResult:

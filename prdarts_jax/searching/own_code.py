@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -29,7 +30,7 @@ from prdarts_jax.searching.program import SearchProblem, abstract_carry
 from prdarts_jax.space import supernet
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
-from prdarts_jax.strategy import Strategy
+from prdarts_jax.strategy import ROLES, Strategy
 
 METHOD, WEIGHTS, ARCH = "method.strategy", "weights.transform", "arch.transform"  # config fields
 
@@ -140,18 +141,23 @@ def _strategy_text(strategy: Strategy) -> str:
     numbers = {name: np.float32(value) for name, value in strategy.schedule(0, 2).items()}
 
     def everything(key: jax.Array, arch: Any, numbers: Any) -> Any:
-        gates = strategy.sample(key, arch, numbers)
-        return gates, strategy.penalty(arch, gates, numbers), strategy.expected(arch, numbers)
+        memory, ce = strategy.memory, jnp.zeros(())
+        found = []
+        for role, objective in zip(ROLES, (strategy.weight_objective, strategy.objective, None), strict=True):
+            gates = strategy.sample(key, arch, memory, numbers, role)
+            found.append((gates, objective and objective(ce, arch, gates, memory, numbers)))
+        return found
 
     key, arch = jax.random.key(0), jax.eval_shape(strategy.init, jax.random.key(0))
-    return lowered_text(strategy.init, key) + lowered_text(everything, key, arch, numbers) + str(strategy.traits)
+    return lowered_text(strategy.init, key) + lowered_text(everything, key, arch, numbers)
 
 
 def _on_the_host(strategy: Strategy, epochs: int) -> str:
     """What of a strategy no program shows: its numbers, a cell it derives, the source of what is not compiled."""
     genotype = strategy.derive(jax.device_get(strategy.init(jax.random.key(0))))
     schedule = [strategy.schedule(epoch, epochs) for epoch in range(epochs)]
-    told = [_told(function) for function in (strategy.derive, strategy.probabilities, strategy.end_epoch)]
+    host = (strategy.derive, strategy.probabilities, strategy.at_epoch, strategy.stage_epochs, strategy.rule)
+    told = [_told(value) for value in (*host, strategy.memory, strategy.horizon)]
     return json.dumps([schedule, genotype.to_json(), told], default=str)
 
 
@@ -214,13 +220,16 @@ def _check_strategy(strategy: Strategy, space: Space, epochs: int) -> None:
             numbers = {name: np.float32(value) for name, value in strategy.schedule(epoch, epochs).items()}
             shapes = {kind: np.shape(value) for kind, value in strategy.probabilities(arch, numbers).items()}
         genotype = strategy.derive(jax.device_get(arch))
-        jax.eval_shape(strategy.expected, arch, numbers)
+        for role in ROLES:
+            jax.eval_shape(
+                lambda key, r=role: strategy.sample(key, arch, strategy.memory, numbers, r), jax.random.key(0)
+            )
         # Not called: what it does with the metrics of an epoch shows when there are some.
-        signature = inspect.signature(strategy.end_epoch)
+        signature = inspect.signature(strategy.at_epoch)
     try:
-        signature.bind(arch, {}, 0)
+        signature.bind(None)
     except TypeError:
-        raise UserError(f"{METHOD}: end_epoch takes {signature}; allowed: (arch, metrics, epoch)") from None
+        raise UserError(f"{METHOD}: at_epoch takes {signature}; allowed: (view)") from None
     allowed = {kind: (space.num_edges, space.num_ops) for kind in CELL_TYPES}
     if shapes != allowed:
         raise UserError(f"{METHOD}: probabilities have shapes {shapes}; allowed: {allowed}")

@@ -13,14 +13,16 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import bilevel
 from prdarts_jax.bilevel import Batches, SearchState
 from prdarts_jax.config.search import DataConfig
 from prdarts_jax.data.augment import load_images, normalize
 from prdarts_jax.data.batches import Batch, Images
 from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import on_mesh
+from prdarts_jax.gates import Gates
 from prdarts_jax.run.steps import Sums, run_steps
+from prdarts_jax.searching.probe import probe_program
+from prdarts_jax.searching.step import init_state, make_search_step
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategy import Numbers, Strategy
@@ -62,7 +64,7 @@ def _initial(problem: SearchProblem, image: tuple[int, ...]) -> Callable[[jax.Ar
     step = _step(problem, None)
 
     def program(key: jax.Array, numbers: Numbers) -> SearchCarry:
-        state = bilevel.init_state(
+        state = init_state(
             jax.random.fold_in(key, _INITIAL),
             space=problem.space,
             strategy=problem.strategy,
@@ -86,6 +88,7 @@ class SearchPrograms:
 
     def __init__(self, problem: SearchProblem, mesh: Mesh, image: tuple[int, ...]) -> None:
         self.problem, self.mesh, self._image = problem, mesh, image
+        self._probes: dict[str, Callable[..., Any]] = {}
 
     @functools.cached_property
     def initial(self) -> Callable[[jax.Array, Numbers], SearchCarry]:
@@ -102,6 +105,17 @@ class SearchPrograms:
         """See `make_evaluation`."""
         return make_evaluation(self.problem, self.mesh)
 
+    @functools.cached_property
+    def at_gates(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """(state, gates, indices [S,B], mask [S,B], data) -> (mean loss, accuracy), as `make_evaluation` has them."""
+        return make_evaluation(self.problem, self.mesh, given=True)
+
+    def probe(self, what: str) -> Callable[..., Any]:
+        """See `probe_program`."""
+        if what not in self._probes:
+            self._probes[what] = probe_program(self.problem, self.mesh, what)
+        return self._probes[what]
+
 
 def abstract_carry(
     problem: SearchProblem, mesh: Mesh, key: jax.Array, numbers: Numbers, image: tuple[int, ...]
@@ -112,7 +126,7 @@ def abstract_carry(
 
 
 def _step(problem: SearchProblem, axis_name: str | None) -> Callable[..., Any]:
-    return bilevel.make_search_step(
+    return make_search_step(
         space=problem.space,
         strategy=problem.strategy,
         weight_tx=problem.weight_tx,
@@ -185,20 +199,21 @@ def make_dispatch(problem: SearchProblem, mesh: Mesh) -> Callable[..., tuple[Sea
     return jax.jit(sharding.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
 
 
-def make_evaluation(problem: SearchProblem, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def make_evaluation(
+    problem: SearchProblem, mesh: Mesh, *, given: bool = False
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The jitted program (state, indices [S,B], mask [S,B], numbers, data) -> (mean loss, accuracy).
 
-    The network has the expected gates; batch statistics come from the whole (padded) batches, or their parts on each
+    The network has the gates of role "eval", or (given) those that the program (state, gates, indices, mask, data)
+    is called with; batch statistics come from the whole (padded) batches, or their parts on each
     device (`local_batch_norm`), the means from the images under the mask alone.
     """
     axis_name = sharding.axis_of(mesh)
     norm_axis = None if problem.local_batch_norm else axis_name
 
-    def program(
-        state: SearchState, indices: jax.Array, mask: jax.Array, numbers: Numbers, data: Images
+    def at(
+        state: SearchState, gates: Gates, indices: jax.Array, mask: jax.Array, data: Images
     ) -> tuple[jax.Array, jax.Array]:
-        gates = problem.strategy.expected(state.arch, numbers)
-
         def body(sums: jax.Array, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             index, counted = batch
             images = normalize(data.images[index], problem.mean, problem.std, problem.dtype)
@@ -213,7 +228,16 @@ def make_evaluation(problem: SearchProblem, mesh: Mesh) -> Callable[..., tuple[j
         sums = sums if axis_name is None else lax.psum(sums, axis_name)
         return sums[0] / sums[2], sums[1] / sums[2]
 
+    def expected(
+        state: SearchState, indices: jax.Array, mask: jax.Array, numbers: Numbers, data: Images
+    ) -> tuple[jax.Array, jax.Array]:
+        gates = problem.strategy.sample(jax.random.key(0), state.arch, state.memory, numbers, "eval")
+        return at(state, gates, indices, mask, data)
+
     everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
-    return jax.jit(
-        sharding.map_over(mesh, program, (everywhere, batch, batch, everywhere, everywhere), (everywhere, everywhere))
+    specs = (
+        (everywhere, everywhere, batch, batch, everywhere)
+        if given
+        else (everywhere, batch, batch, everywhere, everywhere)
     )
+    return jax.jit(sharding.map_over(mesh, at if given else expected, specs, (everywhere, everywhere)))

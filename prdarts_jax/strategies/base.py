@@ -1,8 +1,17 @@
-"""The path of version 0.1.0 for `prdarts_jax.strategy` and `prdarts_jax.strategies.derive`."""
+"""The path of version 0.1.0 for `prdarts_jax.strategy` and `prdarts_jax.space.derive`."""
 
-from prdarts_jax.strategies.derive import derive_pairs, init_normal
-from prdarts_jax.strategy import Arch, Numbers, Stop, Strategy, Traits
+from prdarts_jax.space.derive import derive_pairs, init_normal
+from prdarts_jax.strategy import Arch, Continue, Numbers, Restage, Rollback, Stop, Strategy, View
 
-Progress = Numbers
-
-__all__ = ["Arch", "Numbers", "Progress", "Stop", "Strategy", "Traits", "derive_pairs", "init_normal"]
+__all__ = [
+    "Arch",
+    "Continue",
+    "Numbers",
+    "Restage",
+    "Rollback",
+    "Stop",
+    "Strategy",
+    "View",
+    "derive_pairs",
+    "init_normal",
+]

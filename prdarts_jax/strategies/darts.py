@@ -11,15 +11,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from prdarts_jax import gates as gating
+from prdarts_jax.bilevel import alternating
 from prdarts_jax.config.schema import require
 from prdarts_jax.gates import Gates
-from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.space.derive import init_normal
 from prdarts_jax.space.spec import CELL_TYPES, Space
-from prdarts_jax.strategies.derive import derive_pairs, init_normal
-from prdarts_jax.strategy import Arch, Numbers, Strategy, Traits
+from prdarts_jax.strategy import Arch, Memory, Numbers, Strategy
 
 
 def darts(*, space: Space, init_scale: float = 1e-3) -> Strategy:
@@ -33,7 +32,7 @@ def darts(*, space: Space, init_scale: float = 1e-3) -> Strategy:
       UserError: a value that is not possible.
 
     >>> strategy = darts(space=Space())
-    >>> gates = strategy.sample(jax.random.key(0), strategy.init(jax.random.key(1)), {})
+    >>> gates = strategy.sample(jax.random.key(0), strategy.init(jax.random.key(1)), (), {}, "eval")
     >>> bool(jnp.allclose(gates.ops["normal"].sum(axis=1), 1.0, atol=1e-6))
     True
     """
@@ -48,19 +47,15 @@ def darts(*, space: Space, init_scale: float = 1e-3) -> Strategy:
             for kind in CELL_TYPES
         }
 
-    def sample(key: jax.Array, arch: Arch, numbers: Numbers) -> Gates:
+    def sample(key: jax.Array, arch: Arch, memory: Memory, numbers: Numbers, role: str) -> Gates:
         return Gates(weights(arch), {kind: gating.all_ops(space.allowed[kind]) for kind in CELL_TYPES})
 
-    def derive(arch: Arch) -> Genotype:
-        return derive_pairs({kind: np.asarray(p) for kind, p in weights(arch).items()}, space)
-
     return Strategy(
+        space=space,
         init=lambda key: init_normal(key, space, init_scale),
         schedule=lambda epoch, epochs: {},
         sample=sample,
-        expected=lambda arch, numbers: sample(jax.random.key(0), arch, numbers),
-        penalty=lambda arch, gates, numbers: (jnp.zeros(()), {}),
         probabilities=lambda arch, numbers: weights(arch),
-        derive=derive,
-        traits=Traits(order="arch_first"),
+        scores=weights,
+        rule=alternating(first="arch"),
     )

@@ -19,10 +19,9 @@ from prdarts_jax import regularizers
 from prdarts_jax.config.schema import require
 from prdarts_jax.errors import unknown
 from prdarts_jax.gates import Gates
-from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.space.derive import derive_pairs, init_normal
 from prdarts_jax.space.spec import CELL_TYPES, Space
-from prdarts_jax.strategies.derive import derive_pairs, init_normal
-from prdarts_jax.strategy import Arch, Numbers, Strategy, Traits
+from prdarts_jax.strategy import Arch, Memory, Numbers, Strategy
 
 SUBSAMPLES = ("topk_gate", "uniform", "all")
 SCORES = ("probability", "softmax")
@@ -129,7 +128,11 @@ def prdarts(
             saturated.append(gating.saturated_share(g, space.allowed[kind]))
         return Gates(ops, executed, None, {"mask": masks, "saturated": (saturated[0] + saturated[1]) / 2})
 
-    def sample(key: jax.Array, arch: Arch, numbers: Numbers) -> Gates:
+    def sample(key: jax.Array, arch: Arch, memory: Memory, numbers: Numbers, role: str) -> Gates:
+        del memory
+        if role == "eval":
+            return expected(arch, numbers)
+
         def draw(i: int, kind: str) -> tuple[jax.Array, jax.Array]:
             noise_key, choice_key = jax.random.split(jax.random.fold_in(key, i))
             g = gating.hard_concrete(noise_key, arch[kind], tau=numbers["tau"], a=a, b=b)
@@ -146,7 +149,10 @@ def prdarts(
 
         return gates_of(draw)
 
-    def penalty(arch: Arch, gates: Gates, numbers: Numbers) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def objective(
+        ce: jax.Array, arch: Arch, gates: Gates, memory: Memory, numbers: Numbers
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del memory
         p = {kind: probability(arch[kind], numbers) for kind in CELL_TYPES}
         masks = {kind: gates.stats["mask"][kind] if executed_mask else None for kind in CELL_TYPES}
 
@@ -165,25 +171,25 @@ def prdarts(
             "nonskip": numbers["lambda2"] * nonskip,
             "path": -numbers["lambda3"] * path / 2,
         }
-        return terms["skip"] + terms["nonskip"] + terms["path"], terms
+        return ce + (terms["skip"] + terms["nonskip"] + terms["path"]), terms
 
-    def derive(arch: Arch) -> Genotype:
-        scores = {}
+    def scores(arch: Arch) -> dict[str, np.ndarray]:
+        tables = {}
         for kind in CELL_TYPES:
             beta = np.where(space.allowed[kind], np.asarray(arch[kind], np.float64), -np.inf)
             # P is an increasing function of beta at any temperature, so beta ranks the pairs.
-            scores[kind] = beta if derive_score == "probability" else _softmax(beta)
-        return derive_pairs(scores, space, distinct_inputs=distinct_inputs)
+            tables[kind] = beta if derive_score == "probability" else _softmax(beta)
+        return tables
 
     return Strategy(
+        space=space,
         init=lambda key: init_normal(key, space, init_scale),
         schedule=schedule,
         sample=sample,
-        expected=expected,
-        penalty=penalty,
+        objective=objective,
         probabilities=lambda arch, numbers: {kind: probability(arch[kind], numbers) for kind in CELL_TYPES},
-        derive=derive,
-        traits=Traits(order="weights_first"),
+        scores=scores,
+        select=lambda scores: derive_pairs(scores, space, distinct_inputs=distinct_inputs),
     )
 
 

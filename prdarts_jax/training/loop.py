@@ -271,7 +271,8 @@ class _Training(EpochLoop[TrainCarry, TrainResult]):
     def first(self) -> TrainCarry:
         return train_program.initial_carry(self.problem, self.mesh, self.key, self.image)
 
-    def target(self) -> TrainCarry:
+    def target(self, info: Mapping[str, Any]) -> TrainCarry:
+        del info
         return train_program.abstract_carry(self.problem, self.mesh, self.key, self.image)
 
     def open(self, step: int) -> None:

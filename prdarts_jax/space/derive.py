@@ -1,4 +1,4 @@
-"""What strategies share: the start of the architecture, and the derivation of a genotype from scores."""
+"""What methods share: the start of the architecture, and the derivation of a genotype from scores."""
 
 from __future__ import annotations
 

@@ -1,0 +1,158 @@
+"""Stages of a search: what a `Restage` changes, as JSON for checkpoints, and what goes from one stage to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from prdarts_jax.bilevel import SearchState
+from prdarts_jax.devices import sharding
+from prdarts_jax.errors import UserError
+from prdarts_jax.searching.own_code import METHOD
+from prdarts_jax.searching.program import SearchCarry
+from prdarts_jax.space import supernet
+from prdarts_jax.space.spec import Space
+
+_FIELDS = ("nodes", "ops", "edge_ops", "cells", "channels", "head_norm", "pool_norm")
+
+
+class Stage(NamedTuple):
+    """One stage of a search."""
+
+    start: int = 0  # the epoch of the search it begins with
+    epochs: int = 0
+    space: Mapping[str, Any] = {}  # fields of its space that differ from those of the search's config
+    options: Mapping[str, Any] = {}  # of the factory, beside those of the config
+
+    @property
+    def end(self) -> int:
+        """The epoch before which it ends."""
+        return self.start + self.epochs
+
+
+def changed_fields(space: Space, first: Space) -> dict[str, Any]:
+    """The fields in which the space of a stage differs from the first one, as JSON types.
+
+    Raises:
+      UserError: it differs in a field that a stage cannot change, or has other operations than the first space.
+
+    >>> changed_fields(Space(cells=11), Space())
+    {'cells': 11}
+    """
+    rest = dataclasses.replace(space, primitives=first.primitives, **{name: getattr(first, name) for name in _FIELDS})
+    known = dict(first.primitives)
+    if rest != first or any(known.get(name) != primitive for name, primitive in space.primitives):
+        allowed = f"changes of {' | '.join(_FIELDS)}, with operations of the first space"
+        raise UserError(f"{METHOD}: Restage to {space!r} is not possible; allowed: {allowed}")
+    return {name: getattr(space, name) for name in _FIELDS if getattr(space, name) != getattr(first, name)}
+
+
+def space_of(stage: Stage, first: Space) -> Space:
+    """The space of a stage; JSON types are taken.
+
+    >>> space_of(Stage(space={"ops": ["none", "skip_connect"]}), Space()).num_ops
+    2
+    """
+    fields = {name: _tuples(value) for name, value in stage.space.items()}
+    known = dict(first.primitives)
+    primitives = tuple((name, known[name]) for name in fields.get("ops", first.ops))
+    return dataclasses.replace(first, **fields, primitives=primitives)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def kept_weights(old: Any, new: Any, before: Space, after: Space) -> Any:
+    """Weights of a new stage: those of the old one where they mean the same, else the new ones.
+
+    A cell is kept where the cell at its place has the same type and widths. Of its edges the operations that both
+    spaces allow are kept.
+
+    Args:
+      old, new: weights of the search network, host arrays, of the spaces `before` and `after`.
+    """
+    if before.nodes != after.nodes:
+        return new
+    old_cells = supernet.by_cell(old, before)
+    kept = [
+        _kept_cell(old_cells[i], cell, before, after, spec.kind)
+        if i < before.cells and before.layout[i] == spec
+        else cell
+        for i, (cell, spec) in enumerate(zip(supernet.by_cell(new, after), after.layout, strict=True))
+    ]
+    runs = [
+        kept[run[0]] if len(run) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *(kept[i] for i in run))
+        for run in after.runs
+    ]
+    same = {
+        part: jax.tree.map(_same, old[part], new[part]) for part in ("stem", "head") if _alike(old[part], new[part])
+    }
+    return {**new, **same, "cells": runs}
+
+
+def _same(old: Any, new: Any) -> Any:
+    return old if np.shape(old) == np.shape(new) else new
+
+
+def _alike(old: Any, new: Any) -> bool:
+    return jax.tree.structure(old) == jax.tree.structure(new)
+
+
+def _kept_cell(old: Any, new: Any, before: Space, after: Space, kind: str) -> Any:
+    edges: dict[str, Any] = {}
+    groups = {group.name: group for group in before.edge_groups(kind)}
+    for group in after.edge_groups(kind):
+        was, now = before.rows(kind, groups[group.name]), after.rows(kind, group)
+        stacks = {}
+        for op, leaves in new["edges"][group.name].items():
+            there = old["edges"].get(group.name, {}).get(op)
+            rows = [(row, was[op].index(e)) for row, e in enumerate(now[op]) if there is not None and e in was[op]]
+            stacks[op] = jax.tree.map(lambda leaf: np.array(leaf), leaves)
+            for row, source in rows:
+                for name in leaves:
+                    stacks[op][name][row] = np.asarray(there[name])[source]
+        edges[group.name] = stacks
+    rest = {name: jax.tree.map(_same, old[name], new[name]) for name in new if name != "edges"}
+    return {**rest, "edges": edges}
+
+
+def with_memory(carry: SearchCarry, memory: Any, mesh: Mesh) -> SearchCarry:
+    """The carry with another memory of the same structure, shapes and dtypes."""
+    old = carry.state.memory
+    if jax.tree.structure(old) != jax.tree.structure(memory):
+        raise UserError(f"{METHOD}: the memory of an event is another tree than Strategy.memory; allowed: the same")
+    shapes = [(np.shape(a), np.shape(b)) for a, b in zip(*map(jax.tree.leaves, (old, memory)), strict=True)]
+    if any(a != b for a, b in shapes):
+        raise UserError(f"{METHOD}: the memory of an event has shapes {shapes}; allowed: those of Strategy.memory")
+    new = jax.tree.map(lambda a, b: np.asarray(b, np.asarray(a).dtype), old, memory)
+    state = dataclasses.replace(carry.state, memory=sharding.replicate(mesh, new))
+    return dataclasses.replace(carry, state=state)
+
+
+def with_hyperparameter(state: SearchState, name: str, value: float) -> SearchState:
+    """The state of a search with another hyperparameter of an optimizer: weights.NAME or arch.NAME."""
+    group, _, field = name.partition(".")
+    attribute = {"weights": "weight_opt", "arch": "arch_opt"}.get(group, "")
+    opt = getattr(state, attribute, None)
+    known = getattr(opt, "hyperparams", {})
+    if field not in known or field == "learning_rate":
+        allowed = " | ".join(f"{group}.{other}" for other in known if other != "learning_rate") or "none here"
+        raise UserError(f"{METHOD}: Rollback sets {name!r}, which is no hyperparameter; allowed: {allowed}")
+    old = known[field]
+    changed = {**known, field: jax.device_put(np.asarray(value, old.dtype), old.sharding)}
+    return dataclasses.replace(state, **{attribute: opt._replace(hyperparams=changed)})
+
+
+def in_words(fields: Mapping[str, Any]) -> str:
+    """The space of a stage for a line: lists are counted."""
+    texts = [f"{name} {value}" for name, value in fields.items() if not isinstance(value, tuple)]
+    if "edge_ops" in fields:
+        counts = sorted({len(ops) for kind in fields["edge_ops"] for ops in kind})
+        texts.append(f"{'-'.join(map(str, (counts[0], counts[-1])))} operations an edge")
+    return ", ".join(texts) or "the space of before"
