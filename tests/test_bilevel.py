@@ -70,7 +70,7 @@ def _made(**changes: Any) -> dict[str, Any]:
 
 @cache
 def _state() -> SearchState:
-    return jax.jit(lambda key: step_program.init_state(key, **_made()))(jax.random.key(0))
+    return jax.jit(lambda key: bilevel.init_state(key, **_made()))(jax.random.key(0))
 
 
 def _stub_state(**changes: Any) -> SearchState:
@@ -99,7 +99,7 @@ def batches() -> Batches:
 @pytest.fixture(scope="module")
 def step() -> Callable[..., Any]:
     """The step with the published optimizers, compiled once for the whole file."""
-    return oracles.quick_jit(step_program.make_search_step(**_made()))
+    return oracles.quick_jit(bilevel.make_search_step(**_made()))
 
 
 def _bits(tree: Any) -> list[bytes]:
@@ -204,7 +204,7 @@ def test_a_frozen_group_does_not_move_nor_does_its_state(batches: Batches, order
     frozen_tx = optax.chain(optax.trace(0.9), optax.scale(0.0)) if frozen == "weights" else optax.set_to_zero()
     changes: dict[str, Any] = {"strategy": strategy, f"{'weight' if frozen == 'weights' else 'arch'}_tx": frozen_tx}
     state = _stub_state(**changes)
-    new, _ = oracles.quick_jit(step_program.make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
+    new, _ = oracles.quick_jit(bilevel.make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
     moving = "arch" if frozen == "weights" else "weights"
     assert _bits(getattr(new, frozen)) == _bits(getattr(state, frozen))
     assert _bits(getattr(new, moving)) != _bits(getattr(state, moving))
@@ -236,7 +236,7 @@ def test_the_second_group_sees_the_first_one_moved(batches: Batches, order: str)
     rates = {"weights": 30.0, "arch": 3.0}
     changes = {"strategy": strategy, "weight_tx": optax.sgd(rates["weights"]), "arch_tx": optax.sgd(rates["arch"])}
     state = _stub_state(**changes)
-    new, _ = oracles.quick_jit(step_program.make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
+    new, _ = oracles.quick_jit(bilevel.make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
     weight_key, arch_key = jax.random.split(KEY)
 
     def expected(order: str) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def _spy(seen: list[Any]) -> Strategy:
 def test_the_two_half_steps_draw_gates_from_different_keys(batches: Batches) -> None:
     seen: list[Any] = []
     changes = {"strategy": _spy(seen), "weight_tx": optax.set_to_zero(), "arch_tx": optax.set_to_zero()}
-    step = oracles.quick_jit(step_program.make_search_step(**_made(**changes), apply=_stub))
+    step = oracles.quick_jit(bilevel.make_search_step(**_made(**changes), apply=_stub))
     state = _stub_state(**changes)
     for key in jax.random.split(KEY, 2):
         jax.block_until_ready(step(state, batches, key, PROGRESS))
@@ -313,7 +313,7 @@ def test_transformations_of_the_user_without_a_learning_rate(batches: Batches) -
     """Any optax transformation serves; one that has no learning rate to set keeps its own."""
     changes = {"weight_tx": optax.sign_sgd(0.01), "arch_tx": optax.inject_hyperparams(optax.scale)(step_size=-0.5)}
     state = _stub_state(**changes)
-    new, _ = oracles.quick_jit(step_program.make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
+    new, _ = oracles.quick_jit(bilevel.make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
     for w, moved in zip(jax.tree.leaves(state.weights), jax.tree.leaves(new.weights), strict=True):
         size = np.abs(np.asarray(moved) - np.asarray(w))
         assert np.all((size < 1e-8) | (np.abs(size - 0.01) < 1e-6)) and float(size.max()) < 0.0101
@@ -334,7 +334,7 @@ def test_four_devices_take_the_step_of_one(step: Callable[..., Any], batches: Ba
     if jax.device_count() < 4:
         pytest.skip("needs four devices (forced host devices)")
     state = _state()
-    mapped = step_program.make_search_step(**_made(), axis_name="data")
+    mapped = bilevel.make_search_step(**_made(), axis_name="data")
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     specs = (P(), P("data"), P(), P())
     sharded = oracles.quick_jit(jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=(P(), P()), check_vma=False))
