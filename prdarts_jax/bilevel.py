@@ -135,7 +135,7 @@ class Loss:
 
         def network(weights: Any, parts: Any) -> tuple[jax.Array, jax.Array]:
             ops, edges = parts
-            return self.network(weights, gates.replace(ops=ops, edges=edges), batch, key, numbers)
+            return self.network(weights, dataclasses.replace(gates, ops=ops, edges=edges), batch, key, numbers)
 
         if "arch" in wrt:
             parts, pull, gates = jax.vjp(multipliers, arch, has_aux=True)
@@ -155,7 +155,7 @@ class Loss:
 
         def whole(ce: jax.Array, arch: Any, parts: Any) -> tuple[jax.Array, Metrics]:
             ops, edges = parts
-            return objective(ce, arch, gates.replace(ops=ops, edges=edges), memory, numbers)
+            return objective(ce, arch, dataclasses.replace(gates, ops=ops, edges=edges), memory, numbers)
 
         if 1 not in of:
             (value, terms), by_ce = jax.value_and_grad(whole, has_aux=True)(ce, arch, parts)

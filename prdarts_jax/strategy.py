@@ -161,12 +161,13 @@ class Strategy(_Fields):
       space: the search space; transforms read it.
       init: key -> arch.
       schedule: (epoch, epochs) of the stage -> {name: float}: the numbers of an epoch (temperature, coefficients).
-        Names that the step knows: `arch_on`, `weights_on` (0: that half of the step is left out), `weight_learning_rate`,
-        `arch_learning_rate` (in place of the config's), `drop_path`, `dropout/NAME` (noise in the network).
+        Names that the step knows: `arch_on`, `weights_on` (0: that half of the step is left out),
+        `weight_learning_rate`, `arch_learning_rate` (in place of the config's), `drop_path`, `dropout/NAME` (noise in
+        the network).
       sample: (key, arch, memory, numbers, role) -> Gates; differentiable in arch; one of `ROLES`, "eval" without
         randomness.
       probabilities: (arch, numbers) -> {"normal", "reduce"} -> float32[E,O]: what reports call P.
-      scores: arch -> {"normal", "reduce"} -> [E,O]: what ranks the pairs of a genotype.
+      scores: arch -> {"normal", "reduce"} -> [E,O], all >= 0: what ranks the pairs of a genotype.
       objective: (ce, arch, gates, memory, numbers) -> (scalar, {name: scalar}): what the architecture descends, and
         the summands it adds to the cross-entropy; their values and the norms of their gradients are logged.
       weight_objective: the same for the weights; None: the cross-entropy.
@@ -192,13 +193,13 @@ class Strategy(_Fields):
         return super().__new__(cls, *args, **fields)
 
     @property
-    def select(self) -> Callable[[Tables], Genotype]:  # type: ignore[override]
+    def select(self) -> Callable[[Tables], Genotype]:
         """scores -> Genotype."""
         own, space = tuple.__getitem__(self, self._fields.index("select")), self.space
         return own or (lambda scores: derive_pairs({k: np.asarray(v) for k, v in scores.items()}, space))
 
     @property
-    def derive(self) -> Callable[[Arch], Genotype]:  # type: ignore[override]
+    def derive(self) -> Callable[[Arch], Genotype]:
         """arch -> Genotype."""
         own = tuple.__getitem__(self, self._fields.index("derive"))
         return own or (lambda arch: self.select(self.scores(arch)))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from prdarts_jax.config import schema
 from prdarts_jax.errors import UserError
-from prdarts_jax.presets.merge import OPTIONS, Preset
+from prdarts_jax.presets.merge import OPTIONS, TRANSFORMS, Preset
 
 
 class Argument:
@@ -144,7 +144,8 @@ def split(words: Sequence[str], command: Command) -> CommandLine:
             taken.append(value)
         elif not equals and not switch:
             raise UserError(f"{path}: --{name} needs a value")
-        line.fields[path] = value
+        # Transforms are given one a flag: a comma is between the options of one.
+        line.fields[path] = [*line.fields.get(path, []), value] if path == TRANSFORMS else value
         if path not in ("run.overwrite", "run.time_limit"):
             line.again.extend(taken)
     return line

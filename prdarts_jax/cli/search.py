@@ -20,6 +20,7 @@ SEARCH = Command(
     kind=SearchConfig,
     aliases={
         "strategy": "method.strategy",
+        "with": "method.transforms",
         "channels": "space.channels",
         "cells": "space.cells",
         "arch-tx": "arch.transform",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from prdarts_jax.cli.flags import Argument, command, existing_folder, shown
 from prdarts_jax.errors import RunError, UserError, unknown
-from prdarts_jax.strategies import registry
+from prdarts_jax.strategies import composition, registry
 
 if TYPE_CHECKING:
     from prdarts_jax.space.genotype import Genotype
@@ -71,6 +71,10 @@ def strategies(args: argparse.Namespace) -> int:
         print(f"{row['name']:<12}{row['summary']}\n{'':<12}{row['reference']}")
         options = ", ".join(f"{name}={shown(value)}" for name, value in row["options"].items())
         print(f"{'':<12}options (--method.NAME VALUE): {options}\n")
+    print("Transforms of any method (--with NAME:option=value,option=value; several --with, the first one innermost):")
+    for name in composition.TRANSFORMS:
+        options = ", ".join(f"{option}={shown(value)}" for option, value in composition.options(name).items())
+        print(f"  {name}: {(composition.transform(name).__doc__ or '').splitlines()[0]}\n{'':<12}{options}")
     return 0
 
 

@@ -64,6 +64,7 @@ class MethodConfig:
 
     strategy: str = "prdarts"  # a name of `prdarts strategies` | path.py:factory
     options: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of the strategy's factory
+    transforms: tuple[str, ...] = ()  # NAME:option=value,... of each transform, the first one innermost (--with)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prdarts_jax.errors import unknown
+from prdarts_jax.network.layers import Layer, operation
 from prdarts_jax.network.plan import CellPlan, NetworkPlan, make_plan, wire
 from prdarts_jax.ops.primitives import PRIMITIVES
-from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.space.genotype import CELL_INPUTS, Genotype
+from prdarts_jax.space.spec import Space
 
 
 class Scale(NamedTuple):
@@ -70,14 +73,103 @@ def profile(
         in_channels=3,
         primitives=PRIMITIVES,
     )
-    counts = {
-        path: sum(math.prod(weight.shape) for name, weight in layer.variables.items() if name[0] == "params")
-        for path, layer in plan.layers.items()
-    }
+    counts = {path: _layer_params(layer) for path, layer in plan.layers.items()}
     total = sum(counts.values())
     image = jax.ShapeDtypeStruct((1, scale.pixels, scale.pixels, 3), jnp.float32)
     macs = jaxpr_macs(jax.make_jaxpr(lambda x: _outline(plan, x))(image).jaxpr)
     return Profile(total - counts[("auxiliary",)], total, macs)
+
+
+class PairCosts(NamedTuple):
+    """What a derived network costs, pair by pair: `fixed` + the sum over the pairs of its cells.
+
+    Attributes:
+      fixed: of stem, preprocessing and classifier.
+      pairs: {"normal", "reduce"} -> float64[E,O]: of an operation on an edge, in all cells of that type together.
+    """
+
+    fixed: float
+    pairs: dict[str, np.ndarray]
+
+    def of(self, genotype: Genotype, space: Space) -> float:
+        """The cost of a genotype in which every node exists.
+
+        >>> space, cell = Space(), Genotype.named("PRDARTS")
+        >>> bool(pair_costs(space, "macs").of(cell, space) == profile(cell).macs)
+        True
+        """
+        total = self.fixed
+        for kind, table in self.pairs.items():
+            for node, pairs in enumerate(genotype.cell(kind)[0], start=CELL_INPUTS):
+                total += sum(table[space.edges.index((j, node)), space.ops.index(op)] for op, j in pairs)
+        return total
+
+
+def pair_costs(
+    space: Space,
+    what: str,
+    *,
+    channels: int = 36,
+    cells: int = 20,
+    classes: int = 10,
+    image: int = 32,
+    stem: str = "cifar",
+    in_channels: int = 3,
+) -> PairCosts:
+    """What every operation on every edge of a space costs in the derived network.
+
+    Args:
+      space: gives the edges and operations of the cells.
+      what: "macs" (multiply-adds of one image) or "params".
+      channels, cells, classes, image (pixels), stem, in_channels: of the derived network.
+
+    Raises:
+      UserError: a value out of range.
+
+    >>> costs = pair_costs(Space(), "params")
+    >>> float(costs.pairs["normal"][0, 3]), bool(costs.pairs["normal"][0, 4] > 0)
+    (0.0, True)
+    """
+    node = ((space.ops[-1], 0),)
+    concat = tuple(range(CELL_INPUTS, CELL_INPUTS + space.nodes))
+    some = Genotype((node,) * space.nodes, concat, (node,) * space.nodes, concat)
+    plan = make_plan(
+        some,
+        channels=channels,
+        cells=cells,
+        classes=classes,
+        stem=stem,
+        auxiliary=False,
+        in_channels=in_channels,
+        primitives=space.table,
+    )
+    pairs = {kind: np.zeros((space.num_edges, space.num_ops)) for kind in ("normal", "reduce")}
+    pixels = image if stem == "cifar" else -(-image // 8)
+    for cell in plan.cells:
+        for e, (source, _) in enumerate(space.edges):
+            stride = 2 if cell.kind == "reduce" and source < CELL_INPUTS else 1
+            size = pixels if stride == 2 or cell.kind == "normal" else -(-pixels // 2)
+            for o, op in enumerate(space.ops):
+                layer = operation(space.table[op], cell.channels, stride)
+                pairs[cell.kind][e, o] += _layer_params(layer) if what == "params" else _layer_macs(layer, size)
+        pixels = -(-pixels // 2) if cell.kind == "reduce" else pixels
+    if what == "params":
+        total = sum(_layer_params(layer) for layer in plan.layers.values())
+    else:
+        x = jax.ShapeDtypeStruct((1, image, image, in_channels), jnp.float32)
+        total = jaxpr_macs(jax.make_jaxpr(lambda x: _outline(plan, x))(x).jaxpr)
+    costs = PairCosts(0.0, pairs)
+    return costs._replace(fixed=float(total) - costs.of(some, space))
+
+
+def _layer_params(layer: Layer) -> int:
+    return sum(math.prod(weight.shape) for name, weight in layer.variables.items() if name[0] == "params")
+
+
+@cache
+def _layer_macs(layer: Layer, pixels: int) -> int:
+    x = jax.ShapeDtypeStruct((1, pixels, pixels, layer.channels_in), jnp.float32)
+    return jaxpr_macs(jax.make_jaxpr(layer.outline)(x).jaxpr)
 
 
 def _outline(plan: NetworkPlan, x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from prdarts_jax.config import schema
 
 Config = TypeVar("Config")
+TRANSFORMS = "method.transforms"  # of a search: what `--with` appends to
 OPTIONS = "method.options."  # of a search: in front of the name of an option of its strategy
 
 

@@ -16,7 +16,7 @@ from prdarts_jax.config import schema
 from prdarts_jax.config.search import OPS, SearchConfig
 from prdarts_jax.errors import UserError, unknown
 from prdarts_jax.presets.merge import OPTIONS, Preset, Resolved, combine
-from prdarts_jax.strategies import registry
+from prdarts_jax.strategies import composition, registry
 
 PRESETS: Mapping[str, Preset] = {
     "paper": Preset("PR-DARTS on CIFAR-10 as published"),
@@ -152,6 +152,10 @@ def resolve(
     values, sources = combine(SearchConfig, layers)
     options = {path: values.pop(path) for path in list(values) if path.startswith(OPTIONS)}
     named = {path.removeprefix(OPTIONS): value for path, value in options.items() if sources[path] != "default"}
+    transforms = values.get("method.transforms", ())
+    values["method.transforms"] = [transforms] if isinstance(transforms, str) else transforms
+    for text in values["method.transforms"]:
+        composition.parse(text)
     values |= {"method.strategy": method, "method.options": registry.resolve_options(method, named)}
     if method == "prdarts":
         for path, source in sources.items():

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from prdarts_jax import optimizers
 from prdarts_jax.config import userfile
+from prdarts_jax.config.schema import require
 from prdarts_jax.config.search import MethodConfig, SearchConfig
 from prdarts_jax.config.userfile import UserObject
 from prdarts_jax.data.augment import check_augment
@@ -25,7 +26,7 @@ from prdarts_jax.run.metrics import check_tensorboard
 from prdarts_jax.searching.own_code import ARCH, METHOD, WEIGHTS, try_out
 from prdarts_jax.searching.program import SearchProblem
 from prdarts_jax.space.spec import Space
-from prdarts_jax.strategies import registry
+from prdarts_jax.strategies import composition, registry
 from prdarts_jax.strategy import Strategy
 
 Transformation: TypeAlias = optax.GradientTransformation | Callable[[SearchConfig], optax.GradientTransformation]
@@ -88,6 +89,10 @@ def prepare(
     # What is the library's has its tests, and tracing a large network costs seconds.
     arguments = zip(parts, (strategy, weight_tx, arch_tx), strict=True)
     own = {field: parts[field].value for field, given in arguments if given is not None or parts[field].digest}
+    strategy_made = parts[METHOD].value
+    first = userfile.call(strategy_made.stage_epochs, config.epochs, field=METHOD)
+    require(1 <= first <= config.epochs, METHOD, first, f"1..{config.epochs}, the epochs")
+    userfile.call(strategy_made.schedule, 0, first, field=METHOD)  # an option may be possible with more epochs alone
     digests = {field: part.digest for field, part in {"space.primitives": primitives, **parts}.items() if part.digest}
     if like is None:
         digests = try_out(problem, mesh, dataset.image, config.epochs, primitives.value, own) | digests
@@ -124,9 +129,10 @@ def _method(
     argument: Strategy | Callable[..., Strategy] | None,
     changes: Mapping[str, Any] | None = None,
 ) -> UserObject:
-    """The strategy of a search; with the digest of the user's file if it is from one."""
+    """The strategy of a search, transforms included; with the digest of the user's file if it is from one."""
+    transforms = config.method.transforms
     if isinstance(argument, Strategy):
-        return UserObject(argument)
+        return UserObject(composition.transformed(argument, transforms))
     name, digest = config.method.strategy, ""
     if argument is not None:
         made = userfile.call(argument, space=space, **(changes or {}), field=METHOD)
@@ -140,7 +146,7 @@ def _method(
             made = factory(**options)
     if not isinstance(made, Strategy):
         raise UserError(f"{METHOD}: {name!r} made a {type(made).__name__}; allowed: a factory of a Strategy")
-    return UserObject(made, digest)
+    return UserObject(composition.transformed(made, transforms), digest)
 
 
 def check_method(config: SearchConfig) -> None:
@@ -171,7 +177,7 @@ def with_method(config: SearchConfig, strategy: Strategy | Callable[..., Strateg
         name = getattr(strategy.sample, "__qualname__", "strategy").partition(".")[0]
     else:
         name = getattr(strategy, "__name__", type(strategy).__name__)
-    return dataclasses.replace(config, method=MethodConfig(f"argument:{name}"))
+    return dataclasses.replace(config, method=MethodConfig(f"argument:{name}", transforms=config.method.transforms))
 
 
 def document(config: SearchConfig, inputs: SearchInputs, sources: Mapping[str, str] | None) -> dict[str, Any]:

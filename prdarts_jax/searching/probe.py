@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,7 @@ class NetworkProbe:
         """The Hessian of `loss` times a vector; exact, or as a central difference of `grad` at +- radius."""
         if radius is None:
             return jax.device_get(self._whole("hvp", (arch, vector), batches))
-        step = radius / max(float(optax.global_norm(vector)), np.finfo(np.float32).tiny)
+        step = radius / max(float(optax.global_norm(vector)), float(np.finfo(np.float32).tiny))
         up, down = (
             self.grad(jax.tree.map(lambda a, v, s=s: a + np.float32(s * step) * v, arch, vector), batches=batches)
             for s in (1, -1)
@@ -89,7 +90,7 @@ class NetworkProbe:
     def _counted(self, gates: Gates, batches: int | None) -> Any:
         order, mask = padded_batches(len(self._indices), self._size)
         chosen = self._place((self._indices[order][:batches], mask[:batches]))
-        gates = sharding.replicate(self._mesh, gates.replace(stats={}))
+        gates = sharding.replicate(self._mesh, dataclasses.replace(gates, stats={}))
         return self._programs.at_gates(self._state, gates, *chosen, self._images)
 
 

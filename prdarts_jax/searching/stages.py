@@ -91,7 +91,9 @@ def kept_weights(old: Any, new: Any, before: Space, after: Space) -> Any:
         for run in after.runs
     ]
     same = {
-        part: jax.tree.map(_same, old[part], new[part]) for part in ("stem", "head") if _alike(old[part], new[part])
+        part: jax.tree.map(_same, old[part], new[part])
+        for part in ("stem", "head")
+        if _paths(old[part]) == _paths(new[part])
     }
     return {**new, **same, "cells": runs}
 
@@ -100,8 +102,8 @@ def _same(old: Any, new: Any) -> Any:
     return old if np.shape(old) == np.shape(new) else new
 
 
-def _alike(old: Any, new: Any) -> bool:
-    return jax.tree.structure(old) == jax.tree.structure(new)
+def _paths(tree: Any) -> list[Any]:
+    return [path for path, _ in jax.tree.leaves_with_path(tree)]
 
 
 def _kept_cell(old: Any, new: Any, before: Space, after: Space, kind: str) -> Any:
@@ -125,7 +127,7 @@ def _kept_cell(old: Any, new: Any, before: Space, after: Space, kind: str) -> An
 def with_memory(carry: SearchCarry, memory: Any, mesh: Mesh) -> SearchCarry:
     """The carry with another memory of the same structure, shapes and dtypes."""
     old = carry.state.memory
-    if jax.tree.structure(old) != jax.tree.structure(memory):
+    if _paths(old) != _paths(memory):
         raise UserError(f"{METHOD}: the memory of an event is another tree than Strategy.memory; allowed: the same")
     shapes = [(np.shape(a), np.shape(b)) for a, b in zip(*map(jax.tree.leaves, (old, memory)), strict=True)]
     if any(a != b for a, b in shapes):
@@ -139,7 +141,7 @@ def with_hyperparameter(state: SearchState, name: str, value: float) -> SearchSt
     """The state of a search with another hyperparameter of an optimizer: weights.NAME or arch.NAME."""
     group, _, field = name.partition(".")
     attribute = {"weights": "weight_opt", "arch": "arch_opt"}.get(group, "")
-    opt = getattr(state, attribute, None)
+    opt: Any = getattr(state, attribute, None)
     known = getattr(opt, "hyperparams", {})
     if field not in known or field == "learning_rate":
         allowed = " | ".join(f"{group}.{other}" for other in known if other != "learning_rate") or "none here"

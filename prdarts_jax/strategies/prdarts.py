@@ -177,8 +177,8 @@ def prdarts(
         tables = {}
         for kind in CELL_TYPES:
             beta = np.where(space.allowed[kind], np.asarray(arch[kind], np.float64), -np.inf)
-            # P is an increasing function of beta at any temperature, so beta ranks the pairs.
-            tables[kind] = beta if derive_score == "probability" else _softmax(beta)
+            # P at a temperature of 0, of which P at any other is an increasing function.
+            tables[kind] = 1 / (1 + np.exp(-beta)) if derive_score == "probability" else _softmax(beta)
         return tables
 
     return Strategy(
