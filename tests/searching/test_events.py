@@ -1,0 +1,292 @@
+"""Memory and events of a strategy, with toy strategies: stopped in every dispatch, killed, and resumed to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import search_cases
+from search_cases import EPOCH_STEPS, rows, search
+
+from prdarts_jax.bilevel import alternating
+from prdarts_jax.errors import UserError
+from prdarts_jax.report import page as report_page
+from prdarts_jax.report import plots
+from prdarts_jax.run.checkpoint import Checkpointer
+from prdarts_jax.run.metrics import comparable, read
+from prdarts_jax.searching import inputs as search_inputs
+from prdarts_jax.searching import program as search_program
+from prdarts_jax.searching import stages
+from prdarts_jax.space import supernet
+from prdarts_jax.space.spec import CELL_TYPES, Space
+from prdarts_jax.strategies.darts import darts
+from prdarts_jax.strategy import Continue, Restage, Rollback, Stop, Strategy
+
+MOMENT = 1e-9  # minutes: over as soon as the first dispatch is
+
+
+@pytest.fixture(scope="module")
+def _programs() -> dict[tuple[str, int], Any]:
+    """A toy is one object a space and stage, so that its programs are traced once."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, _programs: dict[tuple[str, int], Any]) -> Iterator[None]:
+    for name in ("make_dispatch", "_initial"):
+        monkeypatch.setattr(search_program, name, _once(name, getattr(search_program, name), _programs))
+    monkeypatch.setattr(search_inputs, "try_out", lambda *parts: dict.fromkeys(parts[-1], ""))  # has its own tests
+    for name in ("cell_diagram", "save"):
+        monkeypatch.setattr(plots, name, lambda *_, **__: None)
+    monkeypatch.setattr(report_page, "report", lambda *_, **__: None)
+    with search_cases.standard_promotion():
+        yield
+
+
+def _once(name: str, make: Any, made: dict[tuple[str, int], Any]) -> Any:
+    def once(problem: Any, *rest: Any) -> Any:
+        # The problem is kept too: the number of an object that is gone may be given to another.
+        return made.setdefault((name, id(problem.strategy)), (make(problem, *rest), problem))[0]
+
+    return once
+
+
+@functools.cache
+def _counting(*, space: Space) -> Strategy:
+    """The memory counts steps in the rule and epochs in the event, and both move the loss of the architecture."""
+    base = darts(space=space)
+
+    def rule(losses: Any, optimizers: Any) -> Any:
+        inner = alternating("arch")(losses, optimizers)
+
+        def step(state: Any, batches: Any, key: Any, numbers: Any) -> Any:
+            state, metrics = inner(state, batches, key, numbers)
+            return dataclasses.replace(state, memory={**state.memory, "steps": state.memory["steps"] + 1.0}), metrics
+
+        return step
+
+    def objective(ce: Any, arch: Any, gates: Any, memory: Any, numbers: Any) -> Any:
+        term = (memory["steps"] + 10.0 * memory["epochs"]) * sum(jnp.sum(arch[kind] ** 2) for kind in CELL_TYPES)
+        return ce + term, {"counted": term}
+
+    def at_epoch(view: Any) -> Any:
+        return Continue({**view.memory, "epochs": view.memory["epochs"] + 1})
+
+    memory = {"steps": np.zeros((), np.float32), "epochs": np.zeros((), np.float32)}
+    return base._replace(rule=rule, objective=objective, memory=memory, at_epoch=at_epoch)
+
+
+@functools.cache
+def _staged(*, space: Space, stage: int = 0) -> Strategy:
+    """Three stages of one epoch each: fewer operations, then more cells; the weights are kept once."""
+    base = darts(space=space)
+    without_none = tuple(tuple(("skip_connect", "sep_conv_3x3") for _ in space.edges) for _ in CELL_TYPES)
+
+    def at_epoch(view: Any) -> Any:
+        if stage == 0:
+            narrow = dataclasses.replace(space, edge_ops=without_none)
+            return Restage(narrow, epochs=1, options={"stage": 1}, keep_weights=True)
+        if stage == 1:
+            return Restage(dataclasses.replace(space, cells=4), options={"stage": 2})
+        return None
+
+    return base._replace(at_epoch=at_epoch, stage_epochs=lambda epochs: 1)
+
+
+@functools.cache
+def _going_back(*, space: Space) -> Strategy:
+    """After the third epoch, once, back to the end of the first one, with another weight decay."""
+    base = darts(space=space)
+
+    def at_epoch(view: Any) -> Any:
+        if view.epoch == 2 and view.memory == 0:
+            return Rollback(0, {"weights.weight_decay": 0.125}, memory=np.float32(1))
+        return None
+
+    return base._replace(at_epoch=at_epoch, memory=np.zeros((), np.float32), horizon=2)
+
+
+TOYS = {"counting": _counting, "staged": _staged, "going back": _going_back}
+
+
+def _outcome(workdir: Path) -> dict[str, Any]:
+    files = ("genotype.json", "genotypes.jsonl", "probabilities.jsonl", "events.jsonl")
+    found: dict[str, Any] = {
+        name: (workdir / name).read_text() if (workdir / name).exists() else None for name in files
+    }
+    found["rows"] = [comparable(row) for row in read(workdir / "metrics.jsonl")]
+    saved = Checkpointer(workdir / "checkpoints")
+    found["state"] = saved._document(saved.steps()[-1])["leaves"]  # a digest a leaf
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: tmp_path_factory.mktemp("finished") / name.replace(" ", "-") for name in TOYS}
+
+
+def _finished(finished: dict[str, Path], name: str) -> Path:
+    workdir = finished[name]
+    if not workdir.exists():
+        assert search(workdir, given={"strategy": TOYS[name]}).status == "finished"
+    return workdir
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_stopped_after_every_dispatch_it_ends_as_uninterrupted(
+    finished: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    expected, statuses = _outcome(_finished(finished, name)), [""]
+    flags = {"run__time_limit": MOMENT, "run__steps_per_dispatch": 4}  # an epoch is 4 + 3
+    while statuses[-1] != "finished":
+        statuses.append(search(tmp_path / "w", given={"strategy": TOYS[name]}, **flags).status)
+        assert len(statuses) < 15
+    assert len(statuses) > 5
+    found = _outcome(tmp_path / "w")
+    for part in expected:
+        assert found[part] == expected[part], part
+
+
+def test_a_rule_and_an_event_change_the_memory(finished: dict[str, Path]) -> None:
+    found = rows(_finished(finished, "counting"), "epoch")
+    assert all(row["penalty/counted"] > 0 for row in found)
+    # The coefficient grows with the steps, and by 10 with each epoch: the first epoch has seen 0..6 steps.
+    first = rows(_finished(finished, "counting"), "step")[0]
+    assert first["penalty/counted"] == 0.0
+
+
+def test_the_log_shows_the_stages(finished: dict[str, Path]) -> None:
+    workdir = _finished(finished, "staged")
+    assert [row.get("stage") for row in rows(workdir, "epoch")] == [None, 1, 2]
+    events = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["restage", "restage"]
+    assert set(events[0]["space"]) == {"edge_ops"} and set(events[1]["space"]) == {"edge_ops", "cells"}
+    assert events[1]["epochs"] == 1, "what is left of the search"
+    tables = [json.loads(line) for line in (workdir / "probabilities.jsonl").read_text().splitlines()]
+    assert [all(row[0] == 0 for row in table["normal"]) for table in tables] == [False, True, True]
+
+
+def test_a_rollback_computes_the_epochs_again_with_other_hyperparameters(
+    finished: dict[str, Path], tmp_path: Path
+) -> None:
+    workdir = _finished(finished, "going back")
+    plain = tmp_path / "plain"
+    search(plain, given={"strategy": lambda *, space: darts(space=space)})
+    with_decay, without = rows(workdir, "epoch"), rows(plain, "epoch")
+    assert [row["epoch"] for row in with_decay] == [0, 1, 2]
+    assert comparable(with_decay[0]) == comparable(without[0])
+    assert with_decay[1]["train_loss"] != without[1]["train_loss"]
+    (event,) = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
+    assert event["epoch"] == 2 and event["goes_on_from_epoch"] == 1
+    # The same search, begun with that weight decay after its first epoch, is the oracle.
+    assert event["hyperparameters"] == {"weights.weight_decay": 0.125}
+
+
+def test_killed_in_a_rollback(finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once after the newer checkpoints are gone, once before they are: it goes back again, to the same numbers."""
+    expected, save, rewind = _outcome(_finished(finished, "going back")), Checkpointer.save, Checkpointer.rewind
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self: Any, step: int, *rest: Any) -> None:
+        if rewound and not killed_once:
+            killed_once.append(step)
+            raise Killed
+        save(self, step, *rest)
+
+    def noting(self: Any, step: int) -> None:
+        if not rewound:
+            rewound.append(step)
+            if first:
+                raise Killed
+        rewind(self, step)
+
+    for first in (True, False):
+        rewound: list[int] = []
+        killed_once: list[int] = []
+        workdir = tmp_path / f"w{first}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpointer, "save", killed)
+            patch.setattr(Checkpointer, "rewind", noting)
+            with pytest.raises(Killed):
+                search(workdir, given={"strategy": _going_back})
+        assert rewound == [EPOCH_STEPS]
+        assert search(workdir, given={"strategy": _going_back}).status == "finished"
+        found = _outcome(workdir)
+        for part in expected:
+            assert found[part] == expected[part], part
+
+
+def test_stop_ends_a_stage(tmp_path: Path) -> None:
+    def factory(*, space: Space) -> Strategy:
+        base = darts(space=space)
+        return base._replace(at_epoch=lambda view: Stop(view.genotype, "enough"))
+
+    result = search(tmp_path / "w", given={"strategy": factory})
+    assert result.status == "finished" and len(rows(tmp_path / "w", "epoch")) == 1
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        (lambda view: "enough", "at_epoch gives a str; allowed: None | Continue | Stop | Restage | Rollback"),
+        (lambda view: Rollback(0), "Rollback to epoch 0 at epoch 0; allowed: earlier epochs of the stage, at most 0"),
+        (lambda view: Continue((1,)), "the memory of an event is another tree than Strategy.memory"),
+        (lambda view: Restage(Space(cells=3), epochs=0), "Restage for 0 epochs is not possible; allowed: >= 1"),
+        (lambda view: Restage(Space(classes=3), epochs=1), "Restage to Space("),
+    ],
+)
+def test_an_impossible_event_is_one_line(tmp_path: Path, event: Any, said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        search(
+            tmp_path / "w",
+            given={"strategy": lambda *, space: darts(space=space)._replace(at_epoch=event)},
+        )
+    assert said in str(raised.value)
+
+
+def test_a_strategy_without_its_factory_has_no_stages(tmp_path: Path) -> None:
+    space = Space.create(search_cases.config().space, classes=10, in_channels=1)
+    with pytest.raises(UserError, match=r"a Strategy cannot be made again for a new stage; allowed: its factory"):
+        search(tmp_path / "w", given={"strategy": _staged(space=space)})
+
+
+# --- weights from stage to stage --------------------------------------------------------------------------------------
+
+
+def test_kept_weights_are_those_of_the_same_edge_and_operation() -> None:
+    """Cells that are the same, operations that both allow: to the bit; all else is new."""
+    ops = ("skip_connect", "sep_conv_3x3", "dil_conv_3x3")
+    before = Space(nodes=2, cells=5, channels=2, ops=ops)
+    lists = tuple(tuple(ops[i % 2 : 2 + i % 2] for i in range(before.num_edges)) for _ in CELL_TYPES)
+    after = dataclasses.replace(before, cells=6, edge_ops=lists)
+    old, new = (jax.device_get(supernet.init(jax.random.key(i), s)) for i, s in enumerate((before, after)))
+    kept = stages.kept_weights(old, new, before, after)
+    assert jax.tree.structure(kept) == jax.tree.structure(new)
+    assert all(np.shape(a) == np.shape(b) for a, b in zip(*map(jax.tree.leaves, (kept, new)), strict=True))
+    was, fresh, now = (supernet.by_cell(w, s) for w, s in ((old, before), (new, after), (kept, after)))
+    for i, spec in enumerate(after.layout):
+        same = i < before.cells and before.layout[i] == spec
+        for group in after.edge_groups(spec.kind):
+            for op, edges in after.rows(spec.kind, group).items():
+                for name, leaf in now[i]["edges"][group.name].get(op, {}).items():
+                    for row, e in enumerate(edges):
+                        source = was[i] if same else None
+                        there = before.rows(spec.kind, group)[op].index(e)
+                        expected = fresh[i]["edges"][group.name][op][name][row]
+                        if source is not None:
+                            expected = source["edges"][group.name][op][name][there]
+                        np.testing.assert_array_equal(leaf[row], expected)
+    np.testing.assert_array_equal(kept["stem"]["conv"], old["stem"]["conv"])
