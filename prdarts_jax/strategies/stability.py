@@ -32,7 +32,7 @@ def hessian_stop(
     every: int | None = None,
     from_epoch: int | None = None,
     iterations: int = 10,
-    radius: float = 0.01,
+    radius: float = 3e-4,
     weight_decay: float = 1e-3,
 ) -> Strategy:
     """Ends a search whose validation loss becomes sharp in the architecture, with an earlier genotype.
@@ -45,8 +45,9 @@ def hessian_stop(
       every: epochs between measurements; None: 2 of 50, in proportion.
       from_epoch: the earliest epoch whose genotype may be returned; None: 10 of 50, in proportion.
       iterations: of Lanczos.
-      radius: of the central differences of gradients that give products with the Hessian; 0: exact products, by plain
-        automatic differentiation (slow to compile but for small spaces).
+      radius: of the central differences of gradients that give products with the Hessian; the smaller, the fewer
+        ReLUs switch within it, and the more a float32 rounds. 0: exact products, by plain automatic differentiation
+        (slow to compile but for small spaces).
       weight_decay: added to the eigenvalue, as in the published program, whose loss has it.
 
     Raises:

@@ -86,8 +86,8 @@ def test_hvp_is_the_product_with_jax_hessian(probe: NetworkProbe, loss: Any) -> 
     expected = hessian @ np.asarray(vector)
     exact = ravel_pytree(probe.hvp(back(flat), back(vector)))[0]
     np.testing.assert_allclose(exact, expected, rtol=1e-3, atol=1e-4)
-    near = ravel_pytree(probe.hvp(back(flat), back(vector), radius=0.01))[0]
-    assert np.linalg.norm(near - expected) < 0.05 * np.linalg.norm(expected)
+    near = ravel_pytree(probe.hvp(back(flat), back(vector), radius=3e-4))[0]  # a switch of a ReLU lies at 1e-3
+    assert np.linalg.norm(near - expected) < 0.02 * np.linalg.norm(expected)
     assert np.abs(expected).max() > 1e-2, "there is a curvature to be found"
 
 
