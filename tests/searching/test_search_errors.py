@@ -138,13 +138,20 @@ def _with(**functions):
 schedule = _with(schedule=boom)
 init = _with(init=boom)
 sample = _with(sample=boom)
-expected = _with(expected=boom)
-penalty = _with(penalty=boom)
+evaluated = lambda *, space: _with(sample=lambda *a: boom() if a[-1] == "eval" else darts(space=space).sample(*a))(
+    space=space
+)
+objective = _with(objective=boom)
+weight_objective = _with(weight_objective=boom)
+rule = _with(rule=boom)
 probabilities = _with(probabilities=boom)
 derive = _with(derive=boom)
+scores = _with(scores=boom)
+select = _with(select=boom)
 late = _with(schedule=lambda epoch, epochs: {} if epoch == 0 else boom())
 no_genotype = _with(derive=lambda arch: 3)
-no_epoch = _with(end_epoch=lambda arch, metrics: None)
+no_view = _with(at_epoch=lambda: None)
+of_three = _with(at_epoch=lambda arch, metrics, epoch: None)
 narrow = _with(probabilities=lambda arch, progress: {k: v[:, 1:] for k, v in arch.items()})
 
 def update(config):
@@ -177,10 +184,24 @@ BOOM_LINE = 7
         ("arch-tx", "factory", f"arch.transform: FILE:{BOOM_LINE}: RuntimeError: boom"),
         *(
             ("strategy", name, f"method.strategy: FILE:{BOOM_LINE}: RuntimeError: boom")
-            for name in ("schedule", "init", "sample", "expected", "penalty", "probabilities", "derive", "late")
+            for name in (
+                "schedule",
+                "init",
+                "sample",
+                "evaluated",
+                "objective",
+                "weight_objective",
+                "rule",
+                "probabilities",
+                "scores",
+                "select",
+                "derive",
+                "late",
+            )
         ),
         ("strategy", "no_genotype", "method.strategy: derive gives a int; allowed: a Genotype"),
-        ("strategy", "no_epoch", "method.strategy: end_epoch takes (arch, metrics); allowed: (arch, metrics, epoch)"),
+        ("strategy", "no_view", "method.strategy: at_epoch takes (); allowed: (view)"),
+        ("strategy", "of_three", "method.strategy: at_epoch takes (arch, metrics, epoch); allowed: (view)"),
         ("strategy", "narrow", "method.strategy: probabilities have shapes {'normal': (2, 2), 'reduce': (2, 2)}"),
         *(
             (flag, name, f"{field}: FILE:{BOOM_LINE}: RuntimeError: boom")
