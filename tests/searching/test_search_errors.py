@@ -220,6 +220,55 @@ def test_user_code_that_fails_later_is_one_line_before_anything_is_written(npz, 
     assert os.listdir(tmp_path) == ["mine.py"]
 
 
+# A method as version 0.1.0 had it, whole and as changes of another one.
+OLD = """
+import jax.numpy as jnp
+from prdarts_jax.strategies.base import Strategy, init_normal
+from prdarts_jax.strategies.darts import darts
+
+def whole(*, space):
+    made = darts(space=space)
+    return Strategy(
+        init=lambda key: init_normal(key, space, 1e-3),
+        schedule=lambda epoch, epochs: {},
+        sample=lambda key, arch, numbers: made.sample(key, arch, (), numbers, "arch"),
+        expected=lambda arch, numbers: made.sample(None, arch, (), numbers, "eval"),
+        penalty=lambda arch, gates, numbers: (jnp.zeros(()), {}),
+        probabilities=made.probabilities,
+        derive=made.derive,
+    )
+
+def _with(**functions):
+    return lambda *, space: darts(space=space)._replace(**functions)
+
+expected = _with(expected=lambda arch, numbers: None)
+penalty = _with(penalty=lambda arch, gates, numbers: (jnp.zeros(()), {}))
+end_epoch = _with(end_epoch=lambda arch, metrics, epoch: None)
+traits = _with(traits=None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("whole", "expected"), *((field, field) for field in ("expected", "penalty", "end_epoch", "traits"))],
+)
+def test_a_method_of_the_first_version_is_told_the_new_fields(npz, tmp_path, capsys, name, field):
+    (tmp_path / "mine.py").write_text(OLD)
+    command = [word for word in words(tmp_path / "w", npz) if "method." not in word]
+    said = [f"error: method.strategy: a Strategy has no field '{field}' any more; allowed: "]
+    said += ["sample(..., role) for expected", "objective for penalty", "at_epoch for end_epoch", "rule for traits"]
+    one_error(capsys, [*command, "--strategy", f"{tmp_path}/mine.py:{name}"], 2, *said)
+    assert os.listdir(tmp_path) == ["mine.py"]
+
+
+def test_the_traits_of_the_first_version_are_told_the_rule(npz, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("from prdarts_jax.strategies.base import Strategy, Traits\n")
+    command = [word for word in words(tmp_path / "w", npz) if "method." not in word]
+    said = f"error: method.strategy: {tmp_path}/mine.py:1: ImportError: "
+    one_error(capsys, [*command, "--strategy", f"{tmp_path}/mine.py:f"], 2, said, "Traits(order", "rule=alternating(")
+    assert os.listdir(tmp_path) == ["mine.py"]
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
