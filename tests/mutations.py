@@ -481,6 +481,27 @@ _STEP_SLIPS = (
         ("tests/test_bilevel.py::test_four_devices_take_the_step_of_one",),
     ),
     Mutation(
+        "method: DARTS moves the weights first",
+        "prdarts_jax/strategies/darts.py",
+        'rule=alternating(first="arch")',
+        'rule=alternating(first="weights")',
+        ("tests/strategies/test_strategies.py::test_who_moves_first_in_the_two_methods",),
+    ),
+    Mutation(
+        "method: gates of an evaluation are drawn",
+        _PRDARTS,
+        'if role == "eval":',
+        'if role == "evaluation":',
+        ("tests/strategies/test_strategies.py::test_contract",),
+    ),
+    Mutation(
+        "method: fields of the first version not refused",
+        "prdarts_jax/strategy.py",
+        "        _refuse_old(fields)\n        return super()._replace",
+        "        return super()._replace",
+        ("tests/searching/test_search_errors.py::test_a_method_of_the_first_version_is_told_the_new_fields",),
+    ),
+    Mutation(
         "optimizer: weight decay after the momentum",
         _OPTIMIZERS,
         "optax.add_decayed_weights(weight_decay),\n"
