@@ -28,12 +28,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax import bilevel, optimizers, strategies
+from prdarts_jax import optimizers, strategies
 from prdarts_jax.bilevel import Batches
 from prdarts_jax.config.search import OPS, ArchConfig, SpaceConfig, WeightsConfig
 from prdarts_jax.config.train import NetworkConfig, TrainConfig
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
+from prdarts_jax.searching.step import init_state, make_search_step
 from prdarts_jax.space import Space
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.training import inputs as train_inputs
@@ -162,10 +163,10 @@ def _search(case: Case, local: bool) -> Made:
         "weight_tx": optimizers.weight_transform(WeightsConfig()),
         "arch_tx": optimizers.arch_transform(ArchConfig()),
     }
-    init = jax.jit(lambda key: bilevel.init_state(key, **parts))
+    init = jax.jit(lambda key: init_state(key, **parts))
     shapes = jax.eval_shape(init, jax.random.key(0))
     progress = {k: np.float32(v) for k, v in strategy.schedule(100, 200).items()}
-    step = bilevel.make_search_step(**parts, axis_name=sharding.AXIS, local_batch_norm=local)
+    step = make_search_step(**parts, axis_name=sharding.AXIS, local_batch_norm=local)
 
     def arguments(batch: int) -> tuple[Any, ...]:
         two = Batches(*(_batch(case, batch, i) for i in range(2)))

@@ -173,7 +173,8 @@ def step_correctness(given: Mapping[str, Any]) -> Iterator[Row]:
 
         def loss(weights: Any, arch: Any) -> Any:
             numbers = strategy.schedule(0, 2) | {"tau": case.tau}
-            gates = strategy.sample(key, arch, {name: jnp.float32(value) for name, value in numbers.items()})
+            arrays = {name: jnp.float32(value) for name, value in numbers.items()}
+            gates = strategy.sample(key, arch, (), arrays, "arch")
             return cross_entropy(supernet.apply(weights, gates, images, space=space)[0], labels)
 
         return jax.value_and_grad(loss, (0, 1))(weights, arch)

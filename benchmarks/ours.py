@@ -13,11 +13,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.cases import DepthwiseCase, SearchCase, TrainCase
-from prdarts_jax import bilevel, optimizers, strategies
+from prdarts_jax import optimizers, strategies
 from prdarts_jax.bilevel import Batches
 from prdarts_jax.config.search import ArchConfig, SpaceConfig, WeightsConfig
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
+from prdarts_jax.searching.step import init_state, make_search_step
 from prdarts_jax.space import Space
 
 Steps = Callable[[int], None]
@@ -61,7 +62,7 @@ def search(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     parts = search_parts(case)
     mesh = sharding.make_mesh(jax.devices()[: case.devices])
     began = time.perf_counter()
-    initial = jax.jit(lambda key: bilevel.init_state(key, **parts))
+    initial = jax.jit(lambda key: init_state(key, **parts))
     states = [initial(key) for key in jax.random.split(jax.random.key(0), case.members)]
     if case.closed:
         # So far below zero that sigmoid((noise + beta) / tau) is 0: the strategy itself then makes the gates exactly 0.
@@ -75,7 +76,7 @@ def search(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     pool = [_batch(i, case.batch, case.side, dtype) for i in range(POOL)]
     numbers = parts["strategy"].schedule(0, 2)
     progress = {name: np.float32(value) for name, value in (numbers | ({"tau": case.tau} if numbers else {})).items()}
-    step = bilevel.make_search_step(**parts, axis_name=sharding.axis_of(mesh))
+    step = make_search_step(**parts, axis_name=sharding.axis_of(mesh))
 
     def one(state: Any, pool: Batch, i: jax.Array) -> tuple[Any, Any]:
         train, val = (jax.tree.map(lambda a, at=at: a[at % POOL], pool) for at in (i, i + 1))

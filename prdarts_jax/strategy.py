@@ -151,7 +151,14 @@ class _Fields(NamedTuple):
     stage_epochs: Callable[[int], int] = lambda epochs: epochs
 
 
-_OLD = ("expected", "penalty", "end_epoch", "traits")  # fields of version 0.1.0
+def _refuse_old(fields: Mapping[str, Any]) -> None:
+    """One line for the fields of version 0.1.0."""
+    for name in ("expected", "penalty", "end_epoch", "traits"):
+        if name in fields:
+            raise UserError(
+                f"method.strategy: a Strategy has no field {name!r} any more; allowed: sample(..., role) for "
+                "expected, objective for penalty, at_epoch for end_epoch, rule for traits (docs/adding_a_method.md)"
+            )
 
 
 class Strategy(_Fields):
@@ -184,13 +191,13 @@ class Strategy(_Fields):
 
     def __new__(cls, *args: Any, **fields: Any) -> Strategy:
         """A strategy of these fields."""
-        old = [name for name in _OLD if name in fields]
-        if old:
-            raise UserError(
-                f"method.strategy: a Strategy has no field {old[0]!r} any more; allowed: sample(..., role) for "
-                "expected, objective for penalty, at_epoch for end_epoch, rule for traits (docs/adding_a_method.md)"
-            )
+        _refuse_old(fields)
         return super().__new__(cls, *args, **fields)
+
+    def _replace(self, **fields: Any) -> Strategy:
+        """The strategy with other values of these fields."""
+        _refuse_old(fields)
+        return super()._replace(**fields)
 
     @property
     def select(self) -> Callable[[Tables], Genotype]:

@@ -25,7 +25,7 @@ _CONFIG = "prdarts_jax/config/search.py"
 _COUNTS = "prdarts_jax/network/counts.py"
 _CPU = "prdarts_jax/ops/cpu"
 _DEPTHWISE = "prdarts_jax/ops/depthwise.py"
-_DERIVE = "prdarts_jax/strategies/derive.py"
+_DERIVE = "prdarts_jax/space/derive.py"
 _EVALUATION = "prdarts_jax/training/evaluation.py"
 _GATES = "prdarts_jax/gates.py"
 _GENOTYPE = "prdarts_jax/space/genotype.py"
@@ -141,8 +141,8 @@ _PENALTY_SLIPS = (
     Mutation(
         "penalty: a term left out of the total",
         _PRDARTS,
-        'return terms["skip"] + terms["nonskip"] + terms["path"], terms',
-        'return terms["skip"] + terms["path"], terms',
+        'return ce + (terms["skip"] + terms["nonskip"] + terms["path"]), terms',
+        'return ce + (terms["skip"] + terms["path"]), terms',
         ("tests/test_regularizers.py::test_penalty_of_the_presets_by_hand",),
     ),
     Mutation(
@@ -413,44 +413,93 @@ _STEP_SLIPS = (
     Mutation(
         "step: the other group first",
         _BILEVEL,
-        'if strategy.traits.order == "weights_first"',
-        'if strategy.traits.order != "weights_first"',
+        'for group in (first, "arch" if first == "weights" else "weights"):',
+        'for group in ("arch" if first == "weights" else "weights", first):',
         ("tests/test_bilevel.py::test_the_second_group_sees_the_first_one_moved",),
     ),
     Mutation(
         "step: one key for both halves",
         _BILEVEL,
-        "arch_step(state, batches.val, arch_key, numbers)",
-        "arch_step(state, batches.val, weight_key, numbers)",
+        "gradient(state, batches, weight_key, arch_key, numbers)",
+        "gradient(state, batches, weight_key, weight_key, numbers)",
         ("tests/test_bilevel.py::test_the_two_half_steps_draw_gates_from_different_keys",),
     ),
     Mutation(
         "step: keys of the two halves exchanged",
         _BILEVEL,
-        "weight_key, arch_key = jax.random.split(key)\n        first",
-        "arch_key, weight_key = jax.random.split(key)\n        first",
+        "weight_key, arch_key = jax.random.split(key)",
+        "arch_key, weight_key = jax.random.split(key)",
         ("tests/test_bilevel.py::test_the_second_group_sees_the_first_one_moved",),
     ),
     Mutation(
-        "step: the penalty does not move the architecture",
+        "step: what the objective reads of the architecture itself does not move it",
         _BILEVEL,
-        "grads = jax.tree.map(jnp.add, grads, pull)",
-        "grads = jax.tree.map(lambda g, _: g, grads, pull)",
+        "d_arch = jax.tree.map(jnp.add, pull(through)[0], direct)",
+        "d_arch = pull(through)[0]",
         ("tests/test_bilevel.py::test_the_second_group_sees_the_first_one_moved",),
+    ),
+    Mutation(
+        "step: what the objective reads of the gates does not move the architecture",
+        _BILEVEL,
+        "lambda slope, own: by_ce * slope + own, d_parts, by_parts",
+        "lambda slope, own: by_ce * slope, d_parts, by_parts",
+        ("tests/test_bilevel.py::test_an_objective_of_loss_gates_arch_and_memory",),
+    ),
+    Mutation(
+        "step: an objective taken for the cross-entropy and a sum",
+        _BILEVEL,
+        "lambda slope, own: by_ce * slope + own, d_parts, by_parts",
+        "lambda slope, own: slope + own, d_parts, by_parts",
+        ("tests/test_bilevel.py::test_an_objective_of_loss_gates_arch_and_memory",),
+    ),
+    Mutation(
+        "step: the norm of a term's gradient at a fixed cross-entropy",
+        _BILEVEL,
+        "whole(ce + sum(jax.tree.leaves(moved)), arch, drawn)[1]",
+        "whole(ce, arch, drawn)[1]",
+        ("tests/test_bilevel.py::test_an_objective_of_loss_gates_arch_and_memory",),
+    ),
+    Mutation(
+        "step: gates of the architecture's role for the weights",
+        "prdarts_jax/searching/step.py",
+        'weight=Loss(gates("weights")',
+        'weight=Loss(gates("arch")',
+        ("tests/test_bilevel.py::test_the_two_half_steps_draw_gates_from_different_keys",),
     ),
     Mutation(
         "step: weights trained on the validation batch",
         _BILEVEL,
-        "weight_step(state, batches.train, weight_key, numbers)",
-        "weight_step(state, batches.val, weight_key, numbers)",
+        "rest = (state.arch, state.memory, batches.train, weight_key, numbers)",
+        "rest = (state.arch, state.memory, batches.val, weight_key, numbers)",
         ("tests/test_bilevel.py::test_the_second_group_sees_the_first_one_moved",),
     ),
     Mutation(
-        "step: gradients of the weights not averaged over the devices",
+        "step: gradients not averaged over the devices",
         _BILEVEL,
-        "(state.weights, gates, batch)\n        loss, acc, grads = mean_over(axis_name, (loss, acc, grads))",
-        "(state.weights, gates, batch)\n        loss, acc = mean_over(axis_name, (loss, acc))",
+        "ce, accuracy, slopes = mean_over(self.axis_name, (ce, accuracy, slopes))",
+        "ce, accuracy = mean_over(self.axis_name, (ce, accuracy))",
         ("tests/test_bilevel.py::test_four_devices_take_the_step_of_one",),
+    ),
+    Mutation(
+        "method: DARTS moves the weights first",
+        "prdarts_jax/strategies/darts.py",
+        'rule=alternating(first="arch")',
+        'rule=alternating(first="weights")',
+        ("tests/strategies/test_strategies.py::test_who_moves_first_in_the_two_methods",),
+    ),
+    Mutation(
+        "method: gates of an evaluation are drawn",
+        _PRDARTS,
+        'if role == "eval":',
+        'if role == "evaluation":',
+        ("tests/strategies/test_strategies.py::test_contract",),
+    ),
+    Mutation(
+        "method: fields of the first version not refused",
+        "prdarts_jax/strategy.py",
+        "        _refuse_old(fields)\n        return super()._replace",
+        "        return super()._replace",
+        ("tests/searching/test_search_errors.py::test_a_method_of_the_first_version_is_told_the_new_fields",),
     ),
     Mutation(
         "optimizer: weight decay after the momentum",
@@ -609,8 +658,8 @@ _RUN_SLIPS = (
     Mutation(
         "checkpoint: one fewer is kept",
         _CHECKPOINT,
-        "for old in self.steps()[: -self._keep]:",
-        "for old in self.steps()[: 1 - self._keep]:",
+        "set(steps[: -self._keep])",
+        "set(steps[: 1 - self._keep])",
         ("tests/run/test_checkpoint.py::test_the_newest_are_kept",),
     ),
     Mutation(

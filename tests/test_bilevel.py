@@ -15,15 +15,16 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from prdarts_jax import bilevel, optimizers
-from prdarts_jax.bilevel import Batches, SearchState
+from prdarts_jax import optimizers
+from prdarts_jax.bilevel import Batches, SearchState, alternating
 from prdarts_jax.config.search import ArchConfig, WeightsConfig
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.gates import Gates
+from prdarts_jax.searching.step import init_state, make_search_step
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import CELL_TYPES, Space
 from prdarts_jax.strategies.prdarts import prdarts
-from prdarts_jax.strategy import Strategy, Traits
+from prdarts_jax.strategy import Strategy
 
 SPACE = Space(nodes=1, cells=3, channels=2, classes=3, in_channels=1, ops=("skip_connect", "dil_conv_3x3", "none"))
 STRATEGY = prdarts(space=SPACE, init_scale=0.5)
@@ -70,7 +71,7 @@ def _made(**changes: Any) -> dict[str, Any]:
 
 @cache
 def _state() -> SearchState:
-    return jax.jit(lambda key: bilevel.init_state(key, **_made()))(jax.random.key(0))
+    return jax.jit(lambda key: init_state(key, **_made()))(jax.random.key(0))
 
 
 def _stub_state(**changes: Any) -> SearchState:
@@ -99,7 +100,7 @@ def batches() -> Batches:
 @pytest.fixture(scope="module")
 def step() -> Callable[..., Any]:
     """The step with the published optimizers, compiled once for the whole file."""
-    return oracles.quick_jit(bilevel.make_search_step(**_made()))
+    return oracles.quick_jit(make_search_step(**_made()))
 
 
 def _bits(tree: Any) -> list[bytes]:
@@ -129,10 +130,10 @@ def _weight_gradient(apply: Callable[..., Any] = supernet.apply_reference) -> Ca
 @cache
 def _arch_gradient(apply: Callable[..., Any] = supernet.apply_reference) -> Callable[..., Any]:
     def loss(arch: Any, weights: Any, key: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        gates = STRATEGY.sample(key, arch, PROGRESS)
+        gates = STRATEGY.sample(key, arch, (), PROGRESS, "arch")
         logits, _ = apply(weights, gates, batch.images, space=SPACE)
         value = _cross_entropy(logits, batch.labels)
-        return value + STRATEGY.penalty(arch, gates, PROGRESS)[0], value
+        return STRATEGY.objective(value, arch, gates, (), PROGRESS)[0], value
 
     return oracles.quick_jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -150,7 +151,8 @@ def test_two_steps_by_hand(step: Callable[..., Any]) -> None:
         weight_key, arch_key = jax.random.split(key)
         state, metrics = step(state, batches, key, PROGRESS)
 
-        loss, grads = _weight_gradient()(weights, STRATEGY.sample(weight_key, arch, PROGRESS), batches.train)
+        gates = STRATEGY.sample(weight_key, arch, (), PROGRESS, "weights")
+        loss, grads = _weight_gradient()(weights, gates, batches.train)
         assert float(metrics["train_loss"]) == pytest.approx(float(loss), rel=1e-4)
         grads = [np.asarray(g) for g in jax.tree.leaves(grads)]
         clipped |= np.sqrt(sum(np.sum(g**2) for g in grads)) > 0.5
@@ -178,12 +180,15 @@ def test_metrics_are_the_losses_and_the_penalty(step: Callable[..., Any], batche
     state = _state()
     new, metrics = step(state, batches, KEY, PROGRESS)
     _, arch_key = jax.random.split(KEY)
-    gates = STRATEGY.sample(arch_key, state.arch, PROGRESS)
-    total, terms = STRATEGY.penalty(state.arch, gates, PROGRESS)
+    gates = STRATEGY.sample(arch_key, state.arch, (), PROGRESS, "arch")
+    zero = jnp.zeros(())
+    total, terms = STRATEGY.objective(zero, state.arch, gates, (), PROGRESS)
     assert float(metrics["penalty/total"]) == pytest.approx(float(total), rel=1e-5)
     for name, value in terms.items():
         assert float(metrics[f"penalty/{name}"]) == pytest.approx(float(value), rel=1e-5)
-        grads = jax.grad(lambda arch, name=name: STRATEGY.penalty(arch, gates, PROGRESS)[1][name])(state.arch)
+        grads = jax.grad(lambda arch, name=name: STRATEGY.objective(zero, arch, gates, (), PROGRESS)[1][name])(
+            state.arch
+        )
         norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in grads.values()))
         assert float(metrics[f"gradient_norm/{name}"]) == pytest.approx(norm, rel=1e-4)
     apply = oracles.quick_jit(lambda weights, gates, x: supernet.apply_reference(weights, gates, x, space=SPACE)[0])
@@ -196,21 +201,21 @@ def test_metrics_are_the_losses_and_the_penalty(step: Callable[..., Any], batche
 # --- the two groups are apart -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["weights_first", "arch_first"])
+@pytest.mark.parametrize("first", ["weights", "arch"])
 @pytest.mark.parametrize("frozen", ["weights", "arch"])
-def test_a_frozen_group_does_not_move_nor_does_its_state(batches: Batches, order: str, frozen: str) -> None:
+def test_a_frozen_group_does_not_move_nor_does_its_state(batches: Batches, first: str, frozen: str) -> None:
     """The other group's update is that of its own gradient and optimizer, whichever moves first."""
-    strategy = STRATEGY._replace(traits=Traits(order=order))
+    strategy = STRATEGY._replace(rule=alternating(first=first))
     frozen_tx = optax.chain(optax.trace(0.9), optax.scale(0.0)) if frozen == "weights" else optax.set_to_zero()
     changes: dict[str, Any] = {"strategy": strategy, f"{'weight' if frozen == 'weights' else 'arch'}_tx": frozen_tx}
     state = _stub_state(**changes)
-    new, _ = oracles.quick_jit(bilevel.make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
+    new, _ = oracles.quick_jit(make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
     moving = "arch" if frozen == "weights" else "weights"
     assert _bits(getattr(new, frozen)) == _bits(getattr(state, frozen))
     assert _bits(getattr(new, moving)) != _bits(getattr(state, moving))
 
     weight_key, arch_key = jax.random.split(KEY)
-    gates = strategy.sample(weight_key, state.arch, PROGRESS)
+    gates = strategy.sample(weight_key, state.arch, (), PROGRESS, "weights")
     if moving == "weights":  # the momentum after one step from zero is the clipped gradient and the decay
         _, grads = _weight_gradient(_stub)(state.weights, gates, batches.train)
         clipped = oracles.clip_by_global_norm([np.asarray(g) for g in jax.tree.leaves(grads)], 0.5)
@@ -219,7 +224,7 @@ def test_a_frozen_group_does_not_move_nor_does_its_state(batches: Batches, order
             np.testing.assert_allclose(new_w, expected, rtol=2e-3, atol=2e-5)
     else:  # the state of the weight optimizer saw the gradient of the training loss, and nothing of the architecture's
         _, grads = _weight_gradient(_stub)(state.weights, gates, batches.train)
-        if order == "weights_first":
+        if first == "weights":
             _close(new.weight_opt[0].trace, grads, rtol=2e-3, atol=1e-5)
         (_, _), arch_grads = _arch_gradient(_stub)(state.arch, state.weights, arch_key, batches.val)
         for kind in CELL_TYPES:
@@ -229,19 +234,19 @@ def test_a_frozen_group_does_not_move_nor_does_its_state(batches: Batches, order
             np.testing.assert_allclose(new.arch[kind], expected, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("order", ["weights_first", "arch_first"])
-def test_the_second_group_sees_the_first_one_moved(batches: Batches, order: str) -> None:
+@pytest.mark.parametrize("first", ["weights", "arch"])
+def test_the_second_group_sees_the_first_one_moved(batches: Batches, first: str) -> None:
     """Steps so long that the order matters: with the other one the same numbers do not come out."""
-    strategy = STRATEGY._replace(traits=Traits(order=order))
+    strategy = STRATEGY._replace(rule=alternating(first=first))
     rates = {"weights": 30.0, "arch": 3.0}
     changes = {"strategy": strategy, "weight_tx": optax.sgd(rates["weights"]), "arch_tx": optax.sgd(rates["arch"])}
     state = _stub_state(**changes)
-    new, _ = oracles.quick_jit(bilevel.make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
+    new, _ = oracles.quick_jit(make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
     weight_key, arch_key = jax.random.split(KEY)
 
-    def expected(order: str) -> dict[str, Any]:
-        seen_arch, seen_weights = (state.arch, new.weights) if order == "weights_first" else (new.arch, state.weights)
-        gates = strategy.sample(weight_key, seen_arch, PROGRESS)
+    def expected(first: str) -> dict[str, Any]:
+        seen_arch, seen_weights = (state.arch, new.weights) if first == "weights" else (new.arch, state.weights)
+        gates = strategy.sample(weight_key, seen_arch, (), PROGRESS, "weights")
         _, weight_grads = _weight_gradient(_stub)(state.weights, gates, batches.train)
         _, arch_grads = _arch_gradient(_stub)(state.arch, seen_weights, arch_key, batches.val)
         both = (("weights", state.weights, weight_grads), ("arch", state.arch, arch_grads))
@@ -250,9 +255,9 @@ def test_the_second_group_sees_the_first_one_moved(batches: Batches, order: str)
             for name, before, grads in both
         }
 
-    (other,) = {"weights_first", "arch_first"} - {order}
+    (other,) = {"weights", "arch"} - {first}
     for group in rates:
-        _close(getattr(new, group), expected(order)[group], rtol=2e-4, atol=2e-5)
+        _close(getattr(new, group), expected(first)[group], rtol=2e-4, atol=2e-5)
         with pytest.raises(AssertionError):
             _close(getattr(new, group), expected(other)[group], rtol=2e-4, atol=2e-5)
 
@@ -266,14 +271,55 @@ def test_each_optimizer_advances_once_a_step(step: Callable[..., Any], batches: 
     assert int(adam.count) == 3
 
 
+def _entangled(ce: jax.Array, arch: Any, gates: Gates, memory: Any, numbers: Any) -> tuple[jax.Array, Any]:
+    """An objective of everything it is given, and of no sum of them."""
+    size = sum(jnp.sum(gates.ops[kind] ** 2) for kind in CELL_TYPES)
+    terms = {
+        "size": ce * size * memory["scale"],
+        "pull": numbers["tau"] * sum(jnp.sum(jnp.sin(a)) for a in arch.values()),
+    }
+    return ce**2 + terms["size"] + terms["pull"], terms
+
+
+@pytest.mark.parametrize("group", ["weights", "arch"])
+def test_an_objective_of_loss_gates_arch_and_memory(batches: Batches, group: str) -> None:
+    """The step of plain descent is the derivative of the whole composition, and so is the norm of each term's."""
+    field = "objective" if group == "arch" else "weight_objective"
+    memory = {"scale": jnp.float32(0.25)}
+    strategy = STRATEGY._replace(memory=memory, **{field: _entangled})
+    still = {"weight_tx": optax.set_to_zero(), "arch_tx": optax.set_to_zero()}
+    changes = {"strategy": strategy, **still, f"{group.removesuffix('s')}_tx": optax.sgd(1e-2)}
+    state = _stub_state(**changes).replace(memory=memory)
+    new, metrics = oracles.quick_jit(make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
+    key = jax.random.split(KEY)[1 if group == "arch" else 0]
+    batch = batches.val if group == "arch" else batches.train
+
+    def composed(moving: Any) -> Any:
+        weights, arch = (state.weights, moving) if group == "arch" else (moving, state.arch)
+        gates = STRATEGY.sample(key, arch, memory, PROGRESS, group)
+        ce = _cross_entropy(_stub(weights, gates, batch.images, space=SPACE)[0], batch.labels)
+        return _entangled(ce, arch, gates, memory, PROGRESS)
+
+    before = getattr(state, group)
+    expected = jax.tree.map(lambda a, g: a - jnp.float32(1e-2) * g, before, jax.grad(lambda a: composed(a)[0])(before))
+    _close(getattr(new, group), expected, rtol=1e-5, atol=1e-6)
+    assert _bits(new.memory) == _bits(memory)
+    if group == "arch":
+        for name, value in composed(state.arch)[1].items():
+            assert float(metrics[f"penalty/{name}"]) == pytest.approx(float(value), rel=1e-4)
+            slope = jax.grad(lambda arch, name=name: composed(arch)[1][name])(state.arch)
+            norm = float(optax.global_norm(slope))
+            assert norm > 0 and float(metrics[f"gradient_norm/{name}"]) == pytest.approx(norm, rel=1e-4)
+
+
 def _is_adam(node: Any) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
 
 def _spy(seen: list[Any]) -> Strategy:
-    def sample(key: jax.Array, arch: Any, progress: Any) -> Gates:
-        jax.debug.callback(lambda data: seen.append(tuple(data.tolist())), jax.random.key_data(key))
-        return STRATEGY.sample(key, arch, progress)
+    def sample(key: jax.Array, arch: Any, memory: Any, progress: Any, role: str) -> Gates:
+        jax.debug.callback(lambda data: seen.append((role, *data.tolist())), jax.random.key_data(key))
+        return STRATEGY.sample(key, arch, memory, progress, role)
 
     return STRATEGY._replace(sample=sample)
 
@@ -281,12 +327,15 @@ def _spy(seen: list[Any]) -> Strategy:
 def test_the_two_half_steps_draw_gates_from_different_keys(batches: Batches) -> None:
     seen: list[Any] = []
     changes = {"strategy": _spy(seen), "weight_tx": optax.set_to_zero(), "arch_tx": optax.set_to_zero()}
-    step = oracles.quick_jit(bilevel.make_search_step(**_made(**changes), apply=_stub))
+    step = oracles.quick_jit(make_search_step(**_made(**changes), apply=_stub))
     state = _stub_state(**changes)
     for key in jax.random.split(KEY, 2):
         jax.block_until_ready(step(state, batches, key, PROGRESS))
     jax.effects_barrier()
-    assert len(seen) == len(set(seen)) == 4
+    # The norms of the terms' gradients take the sample of their half once more.
+    drawn = set(seen)
+    assert len(drawn) == len({tuple(key) for _, *key in drawn}) == 4
+    assert sorted(role for role, *_ in drawn) == ["arch", "arch", "weights", "weights"]
 
 
 # --- randomness and compilation ---------------------------------------------------------------------------------------
@@ -313,7 +362,7 @@ def test_transformations_of_the_user_without_a_learning_rate(batches: Batches) -
     """Any optax transformation serves; one that has no learning rate to set keeps its own."""
     changes = {"weight_tx": optax.sign_sgd(0.01), "arch_tx": optax.inject_hyperparams(optax.scale)(step_size=-0.5)}
     state = _stub_state(**changes)
-    new, _ = oracles.quick_jit(bilevel.make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
+    new, _ = oracles.quick_jit(make_search_step(**_made(**changes), apply=_stub))(state, batches, KEY, PROGRESS)
     for w, moved in zip(jax.tree.leaves(state.weights), jax.tree.leaves(new.weights), strict=True):
         size = np.abs(np.asarray(moved) - np.asarray(w))
         assert np.all((size < 1e-8) | (np.abs(size - 0.01) < 1e-6)) and float(size.max()) < 0.0101
@@ -334,7 +383,7 @@ def test_four_devices_take_the_step_of_one(step: Callable[..., Any], batches: Ba
     if jax.device_count() < 4:
         pytest.skip("needs four devices (forced host devices)")
     state = _state()
-    mapped = bilevel.make_search_step(**_made(), axis_name="data")
+    mapped = make_search_step(**_made(), axis_name="data")
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     specs = (P(), P("data"), P(), P())
     sharded = oracles.quick_jit(jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=(P(), P()), check_vma=False))

@@ -179,7 +179,8 @@ def test_gate_dropout_changes_the_choice_with_its_probability(dropout: float) ->
     space = Space(nodes=1, ops=("skip_connect", "sep_conv_3x3", "max_pool_3x3"))
     strategy = prdarts(space=space, executed_ops=1, gate_dropout=dropout, op_subsample="topk_gate")
     arch = {kind: jnp.full((2, 3), -40.0).at[:, 0].set(40.0) for kind in CELL_TYPES}
-    sample = jax.vmap(lambda key: strategy.sample(key, arch, {"tau": 0.1, "gate_dropout": dropout}).stats["mask"])
+    numbers = {"tau": 0.1, "gate_dropout": dropout}
+    sample = jax.vmap(lambda key: strategy.sample(key, arch, (), numbers, "arch").stats["mask"])
     masks = jax.jit(sample)(jax.random.split(jax.random.key(0), 4000))
     won = np.concatenate([np.asarray(masks[kind][:, :, 0]).reshape(-1) for kind in CELL_TYPES])
     keep = 1 - dropout

@@ -141,9 +141,9 @@ def test_penalty_of_the_presets_by_hand(preset: str, space: Space, tau: float) -
     beta = {k: rng.normal(scale=2.0, size=(14, 8)).astype(np.float32) - 1.0 for k in CELL_TYPES}
     arch = {k: jnp.asarray(v) for k, v in beta.items()}
     progress = {**strategy.schedule(0, 2), "tau": tau}
-    gates = strategy.sample(jax.random.key(0), arch, progress)
+    gates = strategy.sample(jax.random.key(0), arch, (), progress, "arch")
     executed = {k: np.asarray(gates.stats["mask"][k]) for k in CELL_TYPES}
-    total, terms = strategy.penalty(arch, gates, progress)
+    total, terms = strategy.objective(jnp.zeros(()), arch, gates, (), progress)
     expected = _by_hand(space, beta, executed, tau, {**_PAPER, **{k: options[k] for k in _PAPER if k in options}})
     assert set(terms) == set(expected)
     for name, value in expected.items():
@@ -155,7 +155,7 @@ def test_masks_are_those_of_the_choice_even_where_a_gate_is_zero() -> None:
     """An executed gate clipped to 0 still counts in the penalty: its P is what the penalty pushes."""
     strategy = prdarts(space=FULL, executed_mask=True)
     arch = {kind: jnp.full((14, 8), -50.0) for kind in CELL_TYPES}
-    gates = strategy.sample(jax.random.key(0), arch, {"tau": 0.1, "gate_dropout": 0.0})
+    gates = strategy.sample(jax.random.key(0), arch, (), {"tau": 0.1, "gate_dropout": 0.0}, "arch")
     assert all(bool((gates.ops[kind] == 0).all()) for kind in CELL_TYPES)
     assert all(gates.stats["mask"][kind].sum(axis=1).tolist() == [2] * 14 for kind in CELL_TYPES)
 
@@ -165,6 +165,5 @@ def test_hinge_stops_the_pull_below_its_level() -> None:
     progress = strategy.schedule(1, 2)
     for logit, moves in ((-3.0, False), (3.0, True)):
         arch = {kind: jnp.full((14, 8), logit) for kind in CELL_TYPES}
-        gates = Gates({}, {})
-        grads = jax.grad(lambda arch, gates=gates: strategy.penalty(arch, gates, progress)[0])(arch)
+        grads = jax.grad(lambda arch: strategy.objective(jnp.zeros(()), arch, Gates({}, {}), (), progress)[0])(arch)
         assert all(bool((grads[kind] != 0).all()) is moves for kind in CELL_TYPES)

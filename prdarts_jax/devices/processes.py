@@ -176,7 +176,7 @@ def agreed(wish: Wish, *, ended: bool) -> Wish:
     flags = multihost_utils.process_allgather(np.array([wish.signum or 0, wish.over_time, ended], np.int32))
     if len(set(flags[:, 2].tolist())) > 1:
         raise RunError(
-            "the strategy ends the search on some processes only: end_epoch must not depend on clock or machine"
+            "the strategy ends the search on some processes only: at_epoch must not depend on clock or machine"
         )
     return Wish(int(flags[:, 0].max()) or None, bool(flags[:, 1].max()))
 

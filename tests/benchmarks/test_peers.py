@@ -13,13 +13,14 @@ from oracles import quick_jit
 
 from benchmarks import ours
 from benchmarks.cases import FEW, SearchCase
-from prdarts_jax import bilevel
+from prdarts_jax.bilevel import Batches
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.gates import Gates
 from prdarts_jax.network import module
 from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.ops.drop_path import drop_path_draws
 from prdarts_jax.ops.losses import cross_entropy
+from prdarts_jax.searching import step as search_step
 from prdarts_jax.space import Space, supernet
 from prdarts_jax.space.genotype import Genotype
 
@@ -112,7 +113,7 @@ def test_darts_step_changes_weights_and_architecture_as_ours() -> None:
     # Under x64 indices are int64 and labels are not; the metrics of the step compare them.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         parts = ours.search_parts(case)
-        state = _double(quick_jit(lambda key: bilevel.init_state(key, **parts))(jax.random.key(0)))
+        state = _double(quick_jit(lambda key: search_step.init_state(key, **parts))(jax.random.key(0)))
         rng = np.random.default_rng(1)
         train, val = _images(rng, case), _images(rng, case)
         network = _network(case, parts["space"], state.weights)
@@ -121,8 +122,8 @@ def test_darts_step_changes_weights_and_architecture_as_ours() -> None:
             for i, kind in enumerate(peer_search.KINDS):
                 peer.arch[i] = torch.from_numpy(np.array(state.arch[kind])).requires_grad_()
         peer.arch_opt = torch.optim.Adam(peer.arch, 3e-4, (0.5, 0.999), weight_decay=1e-3)
-        batches = bilevel.Batches(*(Batch(jnp.asarray(x), jnp.asarray(y)) for x, y in (train, val)))
-        step = quick_jit(bilevel.make_search_step(**parts))
+        batches = Batches(*(Batch(jnp.asarray(x), jnp.asarray(y)) for x, y in (train, val)))
+        step = quick_jit(search_step.make_search_step(**parts))
         after, _ = step(state, batches, jax.random.key(2), {})
         peer.step(_torch(train), _torch(val))
         for i, kind in enumerate(peer_search.KINDS):
@@ -167,8 +168,8 @@ def test_penalty_and_gates_of_the_peer() -> None:
     strategy, ops = parts["strategy"], parts["space"].ops
     progress = {name: np.float32(v) for name, v in strategy.schedule(150, 200).items()}
     arch = strategy.init(jax.random.key(3))
-    gates = strategy.sample(jax.random.key(4), arch, progress)
-    expected, _ = strategy.penalty(arch, gates, progress)
+    gates = strategy.sample(jax.random.key(4), arch, (), progress, "arch")
+    expected, _ = strategy.objective(jnp.zeros(()), arch, gates, (), progress)
     peer = peer_search.PathRegularized(float(progress["tau"]))
     betas = [torch.from_numpy(np.array(arch[kind])) for kind in peer_search.KINDS]
     assert peer.penalty(betas, ops).item() == pytest.approx(float(expected), rel=1e-5)

@@ -11,12 +11,12 @@ import search_cases
 from jax.sharding import PartitionSpec
 from search_cases import BATCH, final_state, rows, search
 
-from prdarts_jax import bilevel
 from prdarts_jax.bilevel import Batches, SearchState
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.run.metrics import comparable
+from prdarts_jax.searching.step import make_search_step
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import registry
 
@@ -103,7 +103,7 @@ def _problem():
     progress = {name: np.float32(value) for name, value in {**strategy.schedule(0, 2), "tau": 1.0}.items()}
 
     def step(axis_name):
-        return bilevel.make_search_step(
+        return make_search_step(
             space=space,
             strategy=strategy,
             weight_tx=weight_tx,

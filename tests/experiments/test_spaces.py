@@ -38,7 +38,7 @@ def test_only_the_operations_of_the_file_are_sampled_and_derived(name: str) -> N
     arch = method.init(jax.random.key(0))
     sampled: dict[str, set[tuple[int, str]]] = {"normal": set(), "reduce": set()}
     for seed in range(20):
-        gates: Gates = method.sample(jax.random.key(seed), arch, {"tau": 1.0, "gate_dropout": 0.0})
+        gates: Gates = method.sample(jax.random.key(seed), arch, (), {"tau": 1.0, "gate_dropout": 0.0}, "weights")
         for kind in sampled:
             for edge, op in enumerate(np.asarray(gates.executed[kind])[:, 0]):
                 if op < space.num_ops:

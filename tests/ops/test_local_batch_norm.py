@@ -14,7 +14,6 @@ import search_cases
 import train_cases
 from jax.sharding import PartitionSpec
 
-from prdarts_jax import bilevel
 from prdarts_jax.bilevel import Batches, SearchState
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import SearchConfig
@@ -23,6 +22,7 @@ from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
 from prdarts_jax.ops.batch_norm import batch_norm
 from prdarts_jax.searching import inputs as search_inputs
+from prdarts_jax.searching.step import make_search_step
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import registry
 from prdarts_jax.training import inputs as train_inputs
@@ -98,7 +98,7 @@ def problem() -> _Problem:
     progress = {name: np.float32(value) for name, value in {**strategy.schedule(0, 2), "tau": 1.0}.items()}
 
     def step(axis_name, local):
-        return bilevel.make_search_step(
+        return make_search_step(
             space=space,
             strategy=strategy,
             weight_tx=tx,

@@ -15,8 +15,10 @@ import optax
 import pytest
 from search_cases import standard_promotion
 
+from prdarts_jax.bilevel import mixed_level
 from prdarts_jax.config.search import DataConfig
 from prdarts_jax.devices import sharding
+from prdarts_jax.searching import own_code
 from prdarts_jax.searching.own_code import ARCH, METHOD, WEIGHTS, try_out
 from prdarts_jax.searching.program import SearchProblem
 from prdarts_jax.space import Space
@@ -28,7 +30,9 @@ MESH = sharding.make_mesh(jax.devices()[:1])
 
 
 @pytest.fixture(autouse=True)
-def _as_optax_expects():
+def _quick(monkeypatch):
+    """As optax expects; the step of all parts, which no digest is of, is tried in test_search_errors.py."""
+    monkeypatch.setattr(own_code, "abstract_carry", lambda *_: None)
     with standard_promotion():
         yield
 
@@ -53,30 +57,47 @@ def method(**changes):
     return prdarts(space=SPACE, executed_ops=1)._replace(**changes)
 
 
-def penalised(weight):
+def penalised(weight, field="objective"):
     base = prdarts(space=SPACE, executed_ops=1)
 
-    def penalty(arch, gates, numbers):
-        total, terms = base.penalty(arch, gates, numbers)
+    def objective(ce, arch, gates, memory, numbers):
+        total, terms = base.objective(ce, arch, gates, memory, numbers)
         return weight * total, terms
 
-    return base._replace(penalty=penalty)
+    return base._replace(**{field: objective})
+
+
+def sampled(scale):
+    """A factor of the gates of the role "eval" alone."""
+
+    def sample(key, arch, memory, numbers, role):
+        gates = BASE.sample(key, arch, memory, numbers, role)
+        return gates.replace(ops={kind: scale * ops for kind, ops in gates.ops.items()}) if role == "eval" else gates
+
+    return method(sample=sample)
 
 
 def stopping(after):
-    def end_epoch(arch, metrics, epoch):
-        return Stop(BASE.derive(arch), "enough") if epoch >= after else None
+    def at_epoch(view):
+        return Stop(view.genotype, "enough") if view.epoch >= after else None
 
-    return method(end_epoch=end_epoch)
+    return method(at_epoch=at_epoch)
 
 
 BASE = method()
 METHODS = {
     "an option": lambda x: prdarts(space=SPACE, executed_ops=1, lambda1=x),
     "a schedule": lambda x: method(schedule=lambda epoch, epochs: BASE.schedule(epoch, epochs) | {"tau": 1.0 + x}),
-    "a number in the penalty": penalised,
+    "a number in the objective": penalised,
+    "a number in the weights' objective": lambda x: penalised(x, "weight_objective"),
+    "a number in the gates of an evaluation": sampled,
     "an array in the start": lambda x: method(init=lambda key: jax.tree.map(lambda a: x * a, BASE.init(key))),
     "when it ends": stopping,
+    "a number in its rule": lambda x: method(rule=mixed_level(x)),
+    "its memory": lambda x: method(memory={"seen": np.full(2, x)}),
+    "how far back it goes": lambda x: method(horizon=int(8 * x)),
+    "when its first stage ends": lambda x: method(stage_epochs=lambda epochs: round(x * epochs)),
+    "a number in its selection": lambda x: method(select=lambda scores: x and BASE.select(scores)),
 }
 OPTIMIZERS = {
     "a learning rate": lambda x: optax.sgd(x),
@@ -112,24 +133,24 @@ def stopping_late(patience, *, of=None):
     """A method whose functions close over another Strategy, as one is wrapped from outside."""
     base = method()
 
-    def end_epoch(arch, metrics, epoch):
-        return Stop(base.derive(arch), "enough") if epoch >= patience else None
+    def at_epoch(view):
+        return Stop(base.derive(view.arch), "enough") if view.epoch >= patience else None
 
-    return base._replace(end_epoch=end_epoch if of is None else of)
+    return base._replace(at_epoch=at_epoch if of is None else of)
 
 
 class Patience:
     def __init__(self, patience):
         self.patience = patience
 
-    def __call__(self, arch, metrics, epoch):
+    def __call__(self, view):
         return None
 
-    def method(self, arch, metrics, epoch):
+    def method(self, view):
         return None
 
 
-def _stop(arch, metrics, epoch, patience):
+def _stop(view, patience):
     return None
 
 
@@ -138,9 +159,7 @@ HOST = {
     "a partial": lambda x: stopping_late(1, of=functools.partial(_stop, patience=x)),
     "an object": lambda x: stopping_late(1, of=Patience(x)),
     "a bound method": lambda x: stopping_late(1, of=Patience(x).method),
-    "an array": lambda x: stopping_late(
-        1, of=(lambda table: lambda arch, metrics, epoch: table and None)(np.full(2, x))
-    ),
+    "an array": lambda x: stopping_late(1, of=(lambda table: lambda view: table and None)(np.full(2, x))),
     "a list": lambda x: stopping_late(1, of=Patience([1, {"a": x}])),
 }
 

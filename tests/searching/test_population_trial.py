@@ -27,14 +27,14 @@ def mine(*, space, pull=1.0):
 mine.arrays = ("pull",)
 """
 THROUGH_SCHEDULE = """schedule = lambda epoch, epochs: base.schedule(epoch, epochs) | {"pull": pull}
-    def penalty(arch, gates, progress):
-        total, terms = base.penalty(arch, gates, progress)
-        return progress["pull"] * total, terms
-    return base._replace(schedule=schedule, penalty=penalty)"""
-FROZEN = """def penalty(arch, gates, progress):
-        total, terms = base.penalty(arch, gates, progress)
-        return pull * total, terms
-    return base._replace(penalty=penalty)"""
+    def objective(ce, arch, gates, memory, progress):
+        total, terms = base.objective(ce, arch, gates, memory, progress)
+        return ce + progress["pull"] * (total - ce), {name: progress["pull"] * term for name, term in terms.items()}
+    return base._replace(schedule=schedule, objective=objective)"""
+FROZEN = """def objective(ce, arch, gates, memory, progress):
+        total, terms = base.objective(ce, arch, gates, memory, progress)
+        return ce + pull * (total - ce), terms
+    return base._replace(objective=objective)"""
 
 
 def _users_config(tmp_path, body):

@@ -33,10 +33,10 @@ PRIMITIVES = {"negate": Primitive("skip", lambda *_: {}, lambda p, x, s, leaves:
 FOUND = Genotype([[("negate", 0), ("none", 1)]], [2], [[("negate", 1)]], [2])
 
 def strategy(*, space, stop_after: int = 2, init_scale: float = 1e-3):
-    def end_epoch(arch, metrics, epoch):
-        assert metrics["train_loss"] > 0
-        return Stop(FOUND, "seen enough") if epoch + 1 == stop_after else None
-    return darts(space=space, init_scale=init_scale)._replace(end_epoch=end_epoch)
+    def at_epoch(view):
+        assert view.metrics["train_loss"] > 0
+        return Stop(FOUND, "seen enough") if view.epoch + 1 == stop_after else None
+    return darts(space=space, init_scale=init_scale)._replace(at_epoch=at_epoch)
 
 def weights(config):
     assert config.batch_size == 8
@@ -253,11 +253,11 @@ def test_the_path_term_raises_the_convolutions_on_the_path(penalised):
 @pytest.mark.parametrize(
     ("written", "instead", "said"),
     [
-        ('Stop(FOUND, "seen enough") if', '"enough" if', "end_epoch gives a str; allowed: None or a Stop"),
-        ('assert metrics["train_loss"] > 0', 'metrics["no such"]', "KeyError: 'no such'"),
+        ('Stop(FOUND, "seen enough") if', '"enough" if', "at_epoch gives a str; allowed: None | Continue | Stop | "),
+        ('assert view.metrics["train_loss"] > 0', 'view.metrics["no such"]', "KeyError: 'no such'"),
     ],
 )
-def test_a_mistake_in_end_epoch_is_one_line(npz, tmp_path, capsys, quick, written, instead, said):
+def test_a_mistake_in_at_epoch_is_one_line(npz, tmp_path, capsys, quick, written, instead, said):
     assert written in MINE
     (tmp_path / "mine.py").write_text(MINE.replace(written, instead))
     command = [*_without_method(words(tmp_path / "w", npz)), "--strategy", f"{tmp_path}/mine.py:strategy"]

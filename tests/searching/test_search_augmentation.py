@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import search_cases
 
-from prdarts_jax import bilevel
 from prdarts_jax.data.batches import Images
 from prdarts_jax.data.sources import Dataset, from_arrays
 from prdarts_jax.searching import inputs as search_inputs
@@ -72,7 +71,7 @@ def _dispatch(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, seed: int = 0, 
 
         return step
 
-    monkeypatch.setattr(bilevel, "make_search_step", make_search_step)
+    monkeypatch.setattr(search_program, "make_search_step", make_search_step)
     monkeypatch.setattr(search_program, "load_images", spying)
     config = search_cases.config(**flags)
     with search_cases.standard_promotion():

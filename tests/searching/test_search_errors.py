@@ -138,13 +138,20 @@ def _with(**functions):
 schedule = _with(schedule=boom)
 init = _with(init=boom)
 sample = _with(sample=boom)
-expected = _with(expected=boom)
-penalty = _with(penalty=boom)
+evaluated = lambda *, space: _with(sample=lambda *a: boom() if a[-1] == "eval" else darts(space=space).sample(*a))(
+    space=space
+)
+objective = _with(objective=boom)
+weight_objective = _with(weight_objective=boom)
+rule = _with(rule=boom)
 probabilities = _with(probabilities=boom)
 derive = _with(derive=boom)
+scores = _with(scores=boom)
+select = _with(select=boom)
 late = _with(schedule=lambda epoch, epochs: {} if epoch == 0 else boom())
 no_genotype = _with(derive=lambda arch: 3)
-no_epoch = _with(end_epoch=lambda arch, metrics: None)
+no_view = _with(at_epoch=lambda: None)
+of_three = _with(at_epoch=lambda arch, metrics, epoch: None)
 narrow = _with(probabilities=lambda arch, progress: {k: v[:, 1:] for k, v in arch.items()})
 
 def update(config):
@@ -177,10 +184,24 @@ BOOM_LINE = 7
         ("arch-tx", "factory", f"arch.transform: FILE:{BOOM_LINE}: RuntimeError: boom"),
         *(
             ("strategy", name, f"method.strategy: FILE:{BOOM_LINE}: RuntimeError: boom")
-            for name in ("schedule", "init", "sample", "expected", "penalty", "probabilities", "derive", "late")
+            for name in (
+                "schedule",
+                "init",
+                "sample",
+                "evaluated",
+                "objective",
+                "weight_objective",
+                "rule",
+                "probabilities",
+                "scores",
+                "select",
+                "derive",
+                "late",
+            )
         ),
         ("strategy", "no_genotype", "method.strategy: derive gives a int; allowed: a Genotype"),
-        ("strategy", "no_epoch", "method.strategy: end_epoch takes (arch, metrics); allowed: (arch, metrics, epoch)"),
+        ("strategy", "no_view", "method.strategy: at_epoch takes (); allowed: (view)"),
+        ("strategy", "of_three", "method.strategy: at_epoch takes (arch, metrics, epoch); allowed: (view)"),
         ("strategy", "narrow", "method.strategy: probabilities have shapes {'normal': (2, 2), 'reduce': (2, 2)}"),
         *(
             (flag, name, f"{field}: FILE:{BOOM_LINE}: RuntimeError: boom")
@@ -196,6 +217,55 @@ def test_user_code_that_fails_later_is_one_line_before_anything_is_written(npz, 
         command = [word for word in command if "method." not in word]
     said = said.replace("FILE", str(tmp_path / "mine.py"))
     one_error(capsys, [*command, f"--{flag}", f"{tmp_path}/mine.py:{name}"], 2, f"error: {said}")
+    assert os.listdir(tmp_path) == ["mine.py"]
+
+
+# A method as version 0.1.0 had it, whole and as changes of another one.
+OLD = """
+import jax.numpy as jnp
+from prdarts_jax.strategies.base import Strategy, init_normal
+from prdarts_jax.strategies.darts import darts
+
+def whole(*, space):
+    made = darts(space=space)
+    return Strategy(
+        init=lambda key: init_normal(key, space, 1e-3),
+        schedule=lambda epoch, epochs: {},
+        sample=lambda key, arch, numbers: made.sample(key, arch, (), numbers, "arch"),
+        expected=lambda arch, numbers: made.sample(None, arch, (), numbers, "eval"),
+        penalty=lambda arch, gates, numbers: (jnp.zeros(()), {}),
+        probabilities=made.probabilities,
+        derive=made.derive,
+    )
+
+def _with(**functions):
+    return lambda *, space: darts(space=space)._replace(**functions)
+
+expected = _with(expected=lambda arch, numbers: None)
+penalty = _with(penalty=lambda arch, gates, numbers: (jnp.zeros(()), {}))
+end_epoch = _with(end_epoch=lambda arch, metrics, epoch: None)
+traits = _with(traits=None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("whole", "expected"), *((field, field) for field in ("expected", "penalty", "end_epoch", "traits"))],
+)
+def test_a_method_of_the_first_version_is_told_the_new_fields(npz, tmp_path, capsys, name, field):
+    (tmp_path / "mine.py").write_text(OLD)
+    command = [word for word in words(tmp_path / "w", npz) if "method." not in word]
+    said = [f"error: method.strategy: a Strategy has no field '{field}' any more; allowed: "]
+    said += ["sample(..., role) for expected", "objective for penalty", "at_epoch for end_epoch", "rule for traits"]
+    one_error(capsys, [*command, "--strategy", f"{tmp_path}/mine.py:{name}"], 2, *said)
+    assert os.listdir(tmp_path) == ["mine.py"]
+
+
+def test_the_traits_of_the_first_version_are_told_the_rule(npz, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("from prdarts_jax.strategies.base import Strategy, Traits\n")
+    command = [word for word in words(tmp_path / "w", npz) if "method." not in word]
+    said = f"error: method.strategy: {tmp_path}/mine.py:1: ImportError: "
+    one_error(capsys, [*command, "--strategy", f"{tmp_path}/mine.py:f"], 2, said, "Traits(order", "rule=alternating(")
     assert os.listdir(tmp_path) == ["mine.py"]
 
 

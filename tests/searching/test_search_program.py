@@ -194,7 +194,7 @@ def test_the_epochs_are_documented(finished):
 def _by_hand(inputs, state, tau, order, counted):
     """Loss and accuracy of the images under the mask, a batch at a time, with the reference network."""
     problem, data = inputs.problem, digits()
-    gates = problem.strategy.expected(state.arch, {"tau": np.float32(tau)})
+    gates = problem.strategy.sample(jax.random.key(0), state.arch, (), {"tau": np.float32(tau)}, "eval")
     forward = jax.jit(lambda images: supernet.apply_reference(state.weights, gates, images, space=problem.space)[0])
     losses, right = [], []
     for index, mask in zip(order, counted, strict=True):

@@ -12,11 +12,12 @@ import oracles
 import pytest
 from jax.extend import core
 
-from prdarts_jax import bilevel, optimizers, strategies
+from prdarts_jax import optimizers, strategies
 from prdarts_jax.bilevel import Batches
 from prdarts_jax.config.search import ArchConfig, WeightsConfig
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.gates import Gates
+from prdarts_jax.searching import step as search_step
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import CELL_TYPES, Space
 
@@ -160,11 +161,11 @@ def _size(cells: int) -> tuple[int, int]:
         "weight_tx": optimizers.weight_transform(WeightsConfig()),
         "arch_tx": optimizers.arch_transform(ArchConfig()),
     }
-    state = jax.eval_shape(lambda key: bilevel.init_state(key, **made), jax.random.key(0))
+    state = jax.eval_shape(lambda key: search_step.init_state(key, **made), jax.random.key(0))
     batch = Batch(jnp.zeros((2, 7, 6, 1)), jnp.zeros((2,), jnp.int32))
     progress = {name: jnp.float32(value) for name, value in made["strategy"].schedule(0, 2).items()}
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam does not trace under the strict one of these tests
-        traced = jax.make_jaxpr(bilevel.make_search_step(**made))(
+        traced = jax.make_jaxpr(search_step.make_search_step(**made))(
             state, Batches(batch, batch), jax.random.key(0), progress
         )
     return len(jax.tree.leaves(state)), _equations(traced.jaxpr)

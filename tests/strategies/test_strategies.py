@@ -12,16 +12,17 @@ import optax
 import oracles
 import pytest
 
-from prdarts_jax import bilevel
-from prdarts_jax.bilevel import Batches
+from prdarts_jax.bilevel import Batches, Loss, Losses, Optimizers, SearchState
 from prdarts_jax.config.search import OPS
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.errors import UserError
+from prdarts_jax.gates import Gates
+from prdarts_jax.searching import step as search_step
 from prdarts_jax.space.spec import CELL_TYPES, Space
 from prdarts_jax.strategies import registry
 from prdarts_jax.strategies.darts import darts
 from prdarts_jax.strategies.prdarts import prdarts
-from prdarts_jax.strategy import Strategy
+from prdarts_jax.strategy import ROLES, Continue, Strategy, View, cross_entropy_alone
 
 _LISTS = (("skip_connect",), ("none", "max_pool_3x3"), OPS, ("sep_conv_3x3", "skip_connect"), ("dil_conv_5x5",))
 SPACES = {
@@ -30,7 +31,27 @@ SPACES = {
     "two-ops": Space(nodes=2, ops=("skip_connect", "sep_conv_3x3")),
 }
 METHODS = [row.name for row in registry.rows()]
+CE = jnp.float32(1.25)
 STEP_SPACE = Space(nodes=1, cells=3, channels=2, classes=3, in_channels=1, ops=("skip_connect", "max_pool_3x3"))
+
+
+class _Flat:
+    """The probe of a loss that is zero everywhere."""
+
+    def loss(self, arch: Any, *, batches: int | None = 1) -> float:
+        return 0.0
+
+    def grad(self, arch: Any, *, batches: int | None = 1) -> Any:
+        return jax.tree.map(np.zeros_like, arch)
+
+    def hvp(self, arch: Any, vector: Any, *, radius: float | None = None, batches: int | None = 1) -> Any:
+        return jax.tree.map(np.zeros_like, arch)
+
+    def gates_loss(self, gates: Gates, *, batches: int | None = None) -> float:
+        return 0.0
+
+    def gates_accuracy(self, gates: Gates, *, batches: int | None = None) -> float:
+        return 0.0
 
 
 def _make(name: str, space: Space) -> Strategy:
@@ -58,13 +79,18 @@ def test_contract(name: str, space: Space) -> None:
 
     @oracles.quick_jit
     def run(key: jax.Array, arch: Any, progress: Any) -> Any:
-        gates, expected = strategy.sample(key, arch, progress), strategy.expected(arch, progress)
-        probabilities = strategy.probabilities(arch, progress)
-        return gates, expected, strategy.penalty(arch, gates, progress), probabilities
+        gates = {role: strategy.sample(key, arch, strategy.memory, progress, role) for role in ROLES}
+        objectives = {
+            "arch": strategy.objective(CE, arch, gates["arch"], strategy.memory, progress),
+            "weights": (strategy.weight_objective or cross_entropy_alone)(
+                CE, arch, gates["weights"], strategy.memory, progress
+            ),
+        }
+        return gates, objectives, strategy.probabilities(arch, progress)
 
-    gates, expected, (total, terms), probabilities = run(jax.random.key(1), arch, progress)
-    again = run(jax.random.key(2), arch, progress)
-    for sample in (gates, expected):
+    gates, objectives, probabilities = run(jax.random.key(1), arch, progress)
+    again, _, _ = run(jax.random.key(2), arch, progress)
+    for sample in gates.values():
         for kind in CELL_TYPES:
             ops, executed = np.asarray(sample.ops[kind]), np.asarray(sample.executed[kind])
             assert ops.shape[-2:] == (space.num_edges, space.num_ops) and ops.dtype == np.float32
@@ -76,8 +102,10 @@ def test_contract(name: str, space: Space) -> None:
                     assert len(set(real)) == len(real), "an operation runs at most once an edge"
                     assert all(space.allowed[kind][e, o] for o in real)
             assert (ops[..., ~space.allowed[kind]] == 0).all()
-    assert _same(expected, again[1]), "the expected gates are deterministic"
-    assert total.shape == () and float(total) == pytest.approx(sum(map(float, terms.values())), abs=1e-6)
+    assert _same(gates["eval"], again["eval"]), "gates for an evaluation are deterministic"
+    for total, terms in objectives.values():
+        added = sum(map(float, terms.values()))
+        assert total.shape == () and float(total) == pytest.approx(float(CE) + added, abs=1e-6)
     for kind in CELL_TYPES:
         p = np.asarray(probabilities[kind])
         assert p.shape == (space.num_edges, space.num_ops) and (p >= 0).all() and (p <= 1).all()
@@ -97,8 +125,19 @@ def test_contract(name: str, space: Space) -> None:
                 e = space.edges.index((j, node))
                 assert op != "none" and space.allowed[kind][e, space.ops.index(op)]
     assert genotype.normal_concat == genotype.reduce_concat == tuple(range(2, 2 + space.nodes))
-    assert strategy.traits.order in ("weights_first", "arch_first")
-    assert strategy.end_epoch(arch, {}, 0) is None
+    if strategy.derives_from_scores:
+        scores = strategy.scores(jax.device_get(arch))
+        assert {kind: np.shape(table) for kind, table in scores.items()} == {
+            kind: (space.num_edges, space.num_ops) for kind in CELL_TYPES
+        }
+        assert strategy.select(scores) == genotype
+    assert strategy.space == space
+    assert callable(strategy.rule) and strategy.horizon >= 0 and 1 <= strategy.stage_epochs(20) <= 20
+    assert all(isinstance(leaf, np.ndarray | np.generic | jax.Array) for leaf in jax.tree.leaves(strategy.memory))
+    view = View(0, 20, jax.device_get(arch), strategy.memory, {}, rows[0], genotype, _Flat())
+    assert isinstance(strategy.at_epoch(view), Continue | None), (
+        "nothing ends or changes after one epoch of a flat loss"
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -106,11 +145,11 @@ def test_one_bilevel_step_runs_and_moves_both_groups(name: str) -> None:
     strategy = _make(name, STEP_SPACE)
     weight_tx, arch_tx = optax.sgd(0.1), optax.sgd(0.1)
     made = {"space": STEP_SPACE, "strategy": strategy, "weight_tx": weight_tx, "arch_tx": arch_tx}
-    state = jax.jit(lambda key: bilevel.init_state(key, **made))(jax.random.key(0))
+    state = jax.jit(lambda key: search_step.init_state(key, **made))(jax.random.key(0))
     images = jax.random.normal(jax.random.key(1), (4, 4, 4, 1))
     batch = Batch(images, jnp.array([0, 1, 2, 0], jnp.int32))
     progress = {key: jnp.float32(value) for key, value in strategy.schedule(19, 20).items()}
-    step = oracles.quick_jit(bilevel.make_search_step(**made))
+    step = oracles.quick_jit(search_step.make_search_step(**made))
     new, metrics = step(state, Batches(batch, batch), jax.random.key(2), progress)
     assert int(new.step) == 1 and all(np.isfinite(float(m)) for m in metrics.values())
     assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "penalty/total"} <= metrics.keys()
@@ -162,8 +201,8 @@ def test_gates_are_finite_at_the_ends_of_the_temperatures(tau):
     arch = {kind: jnp.linspace(-30.0, 30.0, 112).reshape(14, 8) for kind in ("normal", "reduce")}
 
     def total(arch):
-        gates = strategy.sample(jax.random.key(0), arch, progress)
-        penalty, _ = strategy.penalty(arch, gates, progress)
+        gates = strategy.sample(jax.random.key(0), arch, (), progress, "arch")
+        penalty, _ = strategy.objective(jnp.zeros(()), arch, gates, (), progress)
         p = strategy.probabilities(arch, progress)
         return sum(jnp.sum(gates.ops[kind]) + jnp.sum(p[kind]) for kind in p) + penalty
 
@@ -242,10 +281,10 @@ def test_samples_of_the_options(subsample: str, straight_through: bool) -> None:
     space = Space(nodes=2)
     strategy = prdarts(space=space, op_subsample=subsample, straight_through=straight_through)
     arch = {kind: jax.random.normal(jax.random.key(i), (5, 8)) for i, kind in enumerate(CELL_TYPES)}
-    plain = prdarts(space=space, op_subsample="all").sample(jax.random.key(5), arch, {"tau": 0.5})
+    plain = prdarts(space=space, op_subsample="all").sample(jax.random.key(5), arch, (), {"tau": 0.5}, "arch")
 
     def total(arch: Any) -> Any:
-        gates = strategy.sample(jax.random.key(5), arch, {"tau": 0.5, "gate_dropout": 0.0})
+        gates = strategy.sample(jax.random.key(5), arch, (), {"tau": 0.5, "gate_dropout": 0.0}, "arch")
         return sum(jnp.sum(gates.ops[kind] ** 2) for kind in CELL_TYPES), gates
 
     (_, gates), grads = oracles.quick_jit(jax.value_and_grad(total, has_aux=True))(arch)
@@ -266,7 +305,7 @@ def test_uniform_choice_ignores_the_gates() -> None:
     space = Space(nodes=1, ops=("skip_connect", "sep_conv_3x3", "max_pool_3x3"))
     strategy = prdarts(space=space, op_subsample="uniform", executed_ops=1)
     arch = {kind: jnp.array([[9.0, 0.0, -9.0]] * 2) for kind in CELL_TYPES}
-    sample = jax.jit(jax.vmap(lambda key: strategy.sample(key, arch, {"tau": 0.1}).stats["mask"]["normal"]))
+    sample = jax.jit(jax.vmap(lambda key: strategy.sample(key, arch, (), {"tau": 0.1}, "arch").stats["mask"]["normal"]))
     share = np.asarray(sample(jax.random.split(jax.random.key(0), 3000))).mean(axis=(0, 1))
     np.testing.assert_allclose(share, 1 / 3, atol=4.5 * np.sqrt(2 / 9 / 6000))
 
@@ -274,7 +313,7 @@ def test_uniform_choice_ignores_the_gates() -> None:
 def test_expected_gates_execute_the_largest_beta() -> None:
     strategy = prdarts(space=Space(nodes=2))
     arch = {kind: jax.random.normal(jax.random.key(i), (5, 8)) for i, kind in enumerate(CELL_TYPES)}
-    gates = strategy.expected(arch, {"tau": 1.0})
+    gates = strategy.sample(jax.random.key(0), arch, (), {"tau": 1.0}, "eval")
     for kind in CELL_TYPES:
         np.testing.assert_array_equal(gates.executed[kind], np.argsort(-np.asarray(arch[kind]), axis=1)[:, :2])
         for e, o in itertools.product(range(5), range(2)):
@@ -285,7 +324,8 @@ def test_expected_gates_execute_the_largest_beta() -> None:
 
 def test_cell_types_draw_different_noise() -> None:
     arch = {kind: jnp.zeros((5, 8)) for kind in CELL_TYPES}
-    gates = prdarts(space=Space(nodes=2), op_subsample="all").sample(jax.random.key(0), arch, {"tau": 1.0})
+    strategy = prdarts(space=Space(nodes=2), op_subsample="all")
+    gates = strategy.sample(jax.random.key(0), arch, (), {"tau": 1.0}, "arch")
     assert not bool((gates.ops["normal"] == gates.ops["reduce"]).all())
 
 
@@ -302,19 +342,34 @@ def test_darts_is_a_softmax_over_the_allowed_operations() -> None:
     space = SPACES["restricted"]
     strategy = darts(space=space)
     arch = {kind: jax.random.normal(jax.random.key(i), (5, 8)) for i, kind in enumerate(CELL_TYPES)}
-    gates = strategy.sample(jax.random.key(0), arch, {})
+    gates = strategy.sample(jax.random.key(0), arch, (), {}, "arch")
     for kind in CELL_TYPES:
         e = np.where(space.allowed[kind], np.exp(np.asarray(arch[kind], np.float64)), 0.0)
         np.testing.assert_allclose(gates.ops[kind], e / e.sum(axis=1, keepdims=True), rtol=1e-5)
         expected = np.where(space.allowed[kind], np.arange(8), 8)
         np.testing.assert_array_equal(gates.executed[kind], expected)
-    grads = jax.grad(lambda arch: jnp.sum(strategy.sample(jax.random.key(0), arch, {}).ops["normal"] ** 2))(arch)
-    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
-    assert strategy.traits.order == "arch_first"
+
+    def squares(arch: Any) -> jax.Array:
+        return jnp.sum(strategy.sample(jax.random.key(0), arch, (), {}, "arch").ops["normal"] ** 2)
+
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(jax.grad(squares)(arch)))
 
 
-def test_orders_of_the_two_methods_differ() -> None:
-    assert {name: _make(name, Space()).traits.order for name in ("prdarts", "darts")} == {
-        "prdarts": "weights_first",
-        "darts": "arch_first",
-    }
+def _loss_of_a_product() -> Loss:
+    """L(w, a) = w a."""
+    return Loss(
+        gates=lambda weights, arch, *_: Gates({"normal": arch}, {}),
+        network=lambda weights, gates, *_: (weights * gates.ops["normal"], jnp.zeros(())),
+    )
+
+
+@pytest.mark.parametrize(("name", "moved"), [("prdarts", (1.0, 0.0)), ("darts", (3.0, -1.0))])
+def test_who_moves_first_in_the_two_methods(name: str, moved: tuple[float, float]) -> None:
+    """From w = 2 and a = 1 at rate 1: w - a, then a - w; or a - w, then w - a."""
+    sgd = optax.with_extra_args_support(optax.sgd(1.0))
+    step = _make(name, Space()).rule(Losses(*[_loss_of_a_product()] * 4), Optimizers(sgd, sgd))
+    w, a = jnp.float32(2.0), jnp.float32(1.0)
+    state = SearchState(jnp.int32(0), w, a, sgd.init(w), sgd.init(a))
+    batch = Batch(jnp.zeros(()), jnp.zeros(()))
+    new, _ = step(state, Batches(batch, batch), jax.random.key(0), {})
+    assert (float(new.weights), float(new.arch)) == moved
