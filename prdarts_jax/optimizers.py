@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,68 @@ def transformation(
     return UserObject(made, digest)
 
 
+class _Slow(NamedTuple):
+    """State of a transformation of fast and slow parameters."""
+
+    inner: Any
+    slow: Any
+
+
+def on_plain_parameters(tx: optax.GradientTransformation, parameters: Any) -> optax.GradientTransformationExtraArgs:
+    """A transformation whose update takes plain parameters, and `value`, `grad`, `value_fn` beside them.
+
+    Most are so already. Of one that moves a pair of fast and slow parameters (`optax.lookahead`) the slow ones go into
+    its state: the network has the fast ones, and so have evaluation, probabilities and genotype.
+
+    Args:
+      tx: any optax transformation.
+      parameters: their shapes, a tree of `jax.ShapeDtypeStruct`.
+
+    >>> shapes = {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    >>> tx = on_plain_parameters(optax.lookahead(optax.sgd(0.5), 2, 0.5), shapes)
+    >>> w, g = {"w": jnp.ones(2)}, {"w": jnp.ones(2)}
+    >>> state = tx.init(w)
+    >>> for _ in range(2):  # after two steps to 0, half of the way back to 1
+    ...     updates, state = tx.update(g, state, w, value=0.0)
+    ...     w = optax.apply_updates(w, updates)
+    >>> w["w"].tolist()
+    [0.5, 0.5]
+    """
+    extended = optax.with_extra_args_support(tx)
+    try:
+        _once(extended, parameters)
+    except AttributeError as error:
+        if "'fast'" not in str(error) and "'slow'" not in str(error):
+            raise
+    else:
+        return extended
+
+    def init(fast: Any) -> _Slow:
+        return _Slow(tx.init(optax.LookaheadParams.init_synced(fast)), fast)
+
+    def update(gradient: Any, state: _Slow, fast: Any, **extra: Any) -> tuple[Any, _Slow]:
+        updates, inner = extended.update(gradient, state.inner, optax.LookaheadParams(fast, state.slow), **extra)
+        return updates.fast, _Slow(inner, optax.apply_updates(state.slow, updates.slow))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _once(tx: optax.GradientTransformationExtraArgs, parameters: Any) -> Any:
+    """Shapes of (first state, state after an update, parameters after it)."""
+    return jax.eval_shape(functools.partial(_first_update, tx), parameters)
+
+
+def _first_update(tx: optax.GradientTransformationExtraArgs, parameters: Any) -> Any:
+    state, gradient = tx.init(parameters), jax.tree.map(jnp.ones_like, parameters)
+
+    def value_fn(parameters: Any) -> jax.Array:
+        return sum(map(jnp.sum, jax.tree.leaves(parameters)), jnp.zeros((), jnp.float32))
+
+    extra = {"value": value_fn(parameters), "grad": gradient, "value_fn": value_fn}
+    updates, after = tx.update(gradient, state, parameters, **extra)
+    return state, after, optax.apply_updates(parameters, updates)
+
+
 def program_text(tx: optax.GradientTransformation, parameters: Any) -> str:
     """The first state and an update of a transformation as StableHLO: what it computes, its frozen numbers included.
 
@@ -152,13 +215,7 @@ def program_text(tx: optax.GradientTransformation, parameters: Any) -> str:
     >>> program_text(optax.sgd(0.1), shapes) == program_text(optax.sgd(0.2), shapes)
     False
     """
-
-    def both(parameters: Any) -> Any:
-        state = tx.init(parameters)
-        updates, after = tx.update(jax.tree.map(jnp.ones_like, parameters), state, parameters)
-        return state, after, optax.apply_updates(parameters, updates)
-
-    return lowered_text(both, parameters)
+    return lowered_text(functools.partial(_first_update, optax.with_extra_args_support(tx)), parameters)
 
 
 def lowered_text(function: Callable[..., Any], *shapes: Any) -> str:
