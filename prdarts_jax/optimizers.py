@@ -40,10 +40,18 @@ def weight_transform(config: WeightsConfig) -> optax.GradientTransformation:
 
 
 def arch_transform(config: ArchConfig) -> optax.GradientTransformation:
-    """Adam with coupled L2 (weight decay added to the gradient), as published."""
+    """Adam with coupled L2 (weight decay added to the gradient), as published; before it, clipping by global norm.
+
+    >>> tx = arch_transform(ArchConfig(clip_norm=5.0))
+    >>> sorted(tx.init({"normal": jnp.zeros(2)}).hyperparams)
+    ['learning_rate', 'weight_decay']
+    """
+    # Without clipping nothing stands in its place: the state keeps the form that checkpoints have.
+    clipping = () if config.clip_norm == float("inf") else (optax.clip_by_global_norm(config.clip_norm),)
 
     def make(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.chain(
+            *clipping,
             optax.add_decayed_weights(weight_decay),
             optax.adam(learning_rate, b1=config.beta1, b2=config.beta2, eps=config.eps),
         )

@@ -471,6 +471,13 @@ _STEP_SLIPS = (
         ("tests/test_bilevel.py::test_two_steps_by_hand",),
     ),
     Mutation(
+        "optimizer: the architecture clipped after its weight decay",
+        _OPTIMIZERS,
+        "            *clipping,\n            optax.add_decayed_weights(weight_decay),\n",
+        "            optax.add_decayed_weights(weight_decay),\n            *clipping,\n",
+        ("tests/test_optimizers.py::test_the_architecture_is_clipped_before_its_weight_decay",),
+    ),
+    Mutation(
         "dispatch: sums of an epoch go on in the next",
         "prdarts_jax/run/steps.py",
         "sums = {name: jnp.where(fresh, 0.0, value) for name, value in sums.items()}",
@@ -665,7 +672,7 @@ _RUN_SLIPS = (
     Mutation(
         "config: infinite numbers of the architecture allowed",
         _CONFIG,
-        'finite(self, "arch.")\n',
+        'finite(self, "arch.", but=("clip_norm",))\n',
         "pass\n",
         ("tests/config/test_config.py::test_every_number_is_finite_but_the_norm_that_means_no_clipping",),
     ),

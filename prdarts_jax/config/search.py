@@ -86,19 +86,20 @@ class WeightsConfig:
 
 @dataclass(frozen=True)
 class ArchConfig:
-    """Adam for the architecture parameters, with coupled weight decay."""
+    """Adam for the architecture: clip by global norm -> coupled weight decay -> moments -> learning rate."""
 
     learning_rate: float = 3e-4  # constant
     beta1: float = 0.5  # decay of the first moment
     beta2: float = 0.999  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 1e-3  # coupled L2
+    clip_norm: float = float("inf")  # global norm of the gradient of the architecture; inf = no clipping
     transform: str = ""  # path.py:factory(config) -> an optax transformation in place of all of the above
 
     def __post_init__(self) -> None:
-        finite(self, "arch.")
+        finite(self, "arch.", but=("clip_norm",))
         check(self, "arch.", learning_rate=0, beta1=0, beta2=0, weight_decay=0)
-        check(self, "arch.", beta1=SHARE, beta2=SHARE, eps=POSITIVE)
+        check(self, "arch.", beta1=SHARE, beta2=SHARE, eps=POSITIVE, clip_norm=CLIP_NORM)
 
 
 @dataclass(frozen=True)
