@@ -103,14 +103,16 @@ class ArchConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The data and its augmentation. Where it lies (`run.data_dir`) is not part of what is computed."""
+class ImagesConfig:
+    """The images of a run and their augmentation. Where they lie (`run.data_dir`) is not part of what is computed."""
 
     source: str = "tfds:cifar10"  # digits | tfds:NAME | npz:FILE | folder:DIR
     examples: int = 0  # use at most so many training images, a seeded random subset; 0 = all
     crop_padding: int = 4  # random crop after zero padding by so many pixels; 0 = none
     flip: bool = True  # random horizontal flip
     cutout: int = 0  # side of the square set to zero after normalisation; 0 = none
+    holdout: float = 0.0  # training images that the run never sees: a share below 1, or how many; 0 = none
+    holdout_seed: int = 0  # of the choice of those images: it does not depend on `seed`
 
     def __post_init__(self) -> None:
         kind, _, rest = self.source.partition(":")
@@ -119,6 +121,35 @@ class DataConfig:
             raise UserError(f"data.source: {self.source!r} is not a source; allowed: {allowed}")
         some = Limit("0 (all) | >= 2", lambda examples: examples == 0 or examples >= 2)
         check(self, "data.", examples=some, crop_padding=0, cutout=0)
+        finite(self, "data.")
+        part = Limit("in [0, 1) | a whole number", lambda part: 0 <= part < 1 or (part > 0 and part == int(part)))
+        check(self, "data.", holdout=part, holdout_seed=SEED)
+
+
+@dataclass(frozen=True)
+class DataConfig(ImagesConfig):
+    """The data of a search: the images, and which of them the weights and the architecture learn from."""
+
+    split: str = "0.5,0.5"  # shares of the images for weights and for architecture | shared (one set for both)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            shares = self.shares
+        except ValueError:
+            shares = (0.0,)
+        allowed = "shared | two shares > 0 of sum <= 1, as 0.5,0.5"
+        possible = shares is None or (len(shares) == 2 and min(shares) > 0 and sum(shares) <= 1 + 1e-9)
+        require(possible, "data.split", self.split, allowed)
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """The shares of the images for weights and architecture; None where both learn from one set.
+
+        >>> DataConfig(split="0.8,0.2").shares
+        (0.8, 0.2)
+        """
+        return None if self.split == "shared" else tuple(float(share) for share in self.split.split(","))
 
 
 @dataclass(frozen=True)

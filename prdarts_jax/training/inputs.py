@@ -16,7 +16,7 @@ from prdarts_jax import optimizers
 from prdarts_jax.config import userfile
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.augment import check_augment
-from prdarts_jax.data.batches import check_batch, split_indices
+from prdarts_jax.data.batches import check_batch, held_out_digest, hold_out, split_indices
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.stream_source import AnyDataset, StreamedDataset, choose
 from prdarts_jax.devices import sharding
@@ -85,6 +85,7 @@ def prepare(
     digests = {
         "genotype": hashlib.sha256(genotype.to_json().encode()).hexdigest(),
         "data": dataset.digest,
+        **held_out_digest(dataset.train_size, config.data.holdout, config.data.holdout_seed),
         "network.primitives": operations.digest,
         "weights.transform": optimizer.digest or (_program_digest(problem, dataset) if weight_tx is not None else ""),
     }
@@ -115,15 +116,16 @@ def _program_digest(problem: TrainProblem, dataset: AnyDataset) -> str:
 
 
 def examples(config: TrainConfig, count: int) -> np.ndarray:
-    """Indices int32[n] of the training images that are used: all, or a seeded random subset (`data.examples`).
+    """Indices int32[n] of the training images that are used: all that are not held out, or a seeded random subset.
 
     >>> len(examples(TrainConfig(), 7))
     7
     """
     used = config.data.examples
-    if not used or used >= count:
-        return np.arange(count, dtype=np.int32)
-    return np.concatenate(split_indices(count, config.seed))[:used]
+    kept, _ = hold_out(count, config.data.holdout, config.data.holdout_seed)
+    if not used or used >= len(kept):
+        return kept
+    return kept[np.concatenate(split_indices(len(kept), config.seed))[:used]]
 
 
 def _uses(genotype: Genotype) -> set[tuple[str, int]]:

@@ -16,7 +16,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax.config.search import DataConfig
+from prdarts_jax.config.search import ImagesConfig
 from prdarts_jax.data.augment import load_images, normalize
 from prdarts_jax.data.batches import Batch, Images
 from prdarts_jax.devices import sharding
@@ -63,7 +63,7 @@ class TrainProblem(NamedTuple):
 
     network: DerivedNetwork  # on one device: its axis_name is set where it is mapped
     tx: optax.GradientTransformation
-    data: DataConfig
+    data: ImagesConfig
     mean: tuple[float, ...]
     std: tuple[float, ...]
     drop_path: bool  # whether there is any
