@@ -541,6 +541,27 @@ _STEP_SLIPS = (
 
 _DATA_SLIPS = (
     Mutation(
+        "batches: each epoch of the other share begins a pass",
+        _BATCHES,
+        "return rows[first % own :][:steps]",
+        "return rows[:steps]",
+        ("tests/data/test_data_batches.py::test_passes_of_a_stream_do_not_end_with_an_epoch",),
+    ),
+    Mutation(
+        "data: what is held out depends on the seed of the search",
+        "prdarts_jax/searching/inputs.py",
+        "hold_out(examples, config.data.holdout, config.data.holdout_seed)",
+        "hold_out(examples, config.data.holdout, config.seed)",
+        ("tests/searching/test_search_program.py::test_neither_part_has_what_is_held_out",),
+    ),
+    Mutation(
+        "data: the weights learn from what is held out",
+        "prdarts_jax/searching/inputs.py",
+        "return kept[parts[0]], kept[parts[1]]",
+        "return parts[0], kept[parts[1]]",
+        ("tests/searching/test_search_program.py::test_neither_part_has_what_is_held_out",),
+    ),
+    Mutation(
         "batches: every epoch in the same order",
         _BATCHES,
         "_rng(seed, epoch, purpose).permutation(",
@@ -550,8 +571,8 @@ _DATA_SLIPS = (
     Mutation(
         "batches: halves that share an example",
         _BATCHES,
-        "order[train_size : train_size + val_size]",
-        "order[train_size - 1 : train_size - 1 + val_size]",
+        "order[train : train + val]",
+        "order[train - 1 : train - 1 + val]",
         ("tests/data/test_data_batches.py::test_halves_are_disjoint_and_equal",),
     ),
     Mutation(

@@ -16,7 +16,7 @@ from prdarts_jax.config import userfile
 from prdarts_jax.config.search import MethodConfig, SearchConfig
 from prdarts_jax.config.userfile import UserObject
 from prdarts_jax.data.augment import check_augment
-from prdarts_jax.data.batches import check_batch, split_indices
+from prdarts_jax.data.batches import check_batch, held_out_digest, hold_out, split_indices
 from prdarts_jax.data.sources import Dataset, load
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
@@ -92,14 +92,15 @@ def prepare(
         digests = try_out(problem, mesh, dataset.image, config.epochs, primitives.value, own) | digests
     else:
         digests = {field: like.digests[field] for field in own} | digests
-    return SearchInputs(problem, dataset, mesh, {"data": dataset.digest, **digests})
+    held_out = held_out_digest(dataset.train_size, config.data.holdout, config.data.holdout_seed)
+    return SearchInputs(problem, dataset, mesh, {"data": dataset.digest, **held_out, **digests})
 
 
 def _checked_data(config: SearchConfig, data: Dataset | None, mesh: Mesh) -> Dataset:
     """The images of a search, if they can be batched and augmented as the config says."""
     dataset = data if data is not None else load(config.data.source, config.run.data_dir or None)
     check_augment(dataset.image[:2], crop_padding=config.data.crop_padding, cutout=config.data.cutout)
-    check_batch(config.batch_size, len(halves(config, dataset.train_size)[0]), mesh.size)
+    check_batch(config.batch_size, min(map(len, halves(config, dataset.train_size))), mesh.size)
     return dataset
 
 
@@ -138,13 +139,18 @@ def check_method(config: SearchConfig) -> None:
 
 
 def halves(config: SearchConfig, examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images for the weights and of those for the architecture: disjoint, of one size.
+    """Indices of the images for the weights and of those for the architecture: disjoint parts, or one set twice.
 
-    The split is a seeded permutation, so the beginnings of its halves are random subsets (`data.examples`).
+    The split is a seeded permutation, so the beginnings of its parts are random subsets (`data.examples`).
     """
-    used = config.data.examples // 2 or None
-    weights, arch = split_indices(examples, config.seed)
-    return weights[:used], arch[:used]
+    data, (kept, _) = config.data, hold_out(examples, config.data.holdout, config.data.holdout_seed)
+    parts = split_indices(len(kept), config.seed, shares=data.shares)
+    if data.examples:
+        # Of `data.examples` images each part has its share; one shared set has all of them.
+        of_all = (1.0, 1.0) if data.shares is None else [share / sum(data.shares) for share in data.shares]
+        sizes = [int(data.examples * share + 1e-9) for share in of_all]
+        parts = parts[0][: sizes[0]], parts[1][: sizes[1]]
+    return kept[parts[0]], kept[parts[1]]
 
 
 def with_method(config: SearchConfig, strategy: Strategy | Callable[..., Strategy] | None) -> SearchConfig:

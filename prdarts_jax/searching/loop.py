@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from prdarts_jax.config import userfile
 from prdarts_jax.config.search import SearchConfig
-from prdarts_jax.data.batches import Images, epoch_order, padded_batches
+from prdarts_jax.data.batches import Images, epoch_order, padded_batches, stream_order
 from prdarts_jax.devices import processes, sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.optimizers import set_hyperparameters
@@ -222,7 +222,7 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         size, seed = self.config.batch_size, self.config.seed
         return Orders(
             train=epoch_order(self.train_half, size, seed, epoch, "train"),
-            val=epoch_order(self.val_half, size, seed, epoch, "val"),
+            val=stream_order(self.val_half, size, seed, epoch, "val", self.epoch_steps),
         )
 
     def dispatch(
