@@ -32,6 +32,7 @@ _GENOTYPE = "prdarts_jax/space/genotype.py"
 _IN_PLACE = "prdarts_jax/space/cell_kernels.py"
 _LAYERS = "prdarts_jax/ops/layers.py"
 _METRICS = "prdarts_jax/run/metrics.py"
+_NOISE = "prdarts_jax/space/noise.py"
 _OPTIMIZERS = "prdarts_jax/optimizers.py"
 _PENALTY = "prdarts_jax/regularizers.py"
 _POOLS = "prdarts_jax/ops/pools.py"
@@ -162,6 +163,41 @@ _PENALTY_SLIPS = (
 )
 
 _CELL_SLIPS = (
+    Mutation(
+        "noise: the same masks in every cell",
+        _NOISE,
+        "key = jax.random.fold_in(noise.key, cell)",
+        "key = noise.key",
+        ("tests/space/test_noise.py::test_masks_belong_to_key_cell_and_place_in_the_global_batch",),
+    ),
+    Mutation(
+        "noise: the same dropout on every edge",
+        _NOISE,
+        "jax.random.fold_in(jax.random.fold_in(noise.key, edge), space.ops.index(op))",
+        "jax.random.fold_in(noise.key, space.ops.index(op))",
+        ("tests/space/test_noise.py::test_dropout_takes_each_element_by_itself",),
+    ),
+    Mutation(
+        "noise: a backward pass of the kernels without drop-path",
+        _IN_PLACE,
+        "ct_nodes = of_edge(noise, term.edge, read_row(cts if ct_nodes is None else ct_nodes, term.target))[None]",
+        "ct_nodes = read_row(cts if ct_nodes is None else ct_nodes, term.target)[None]",
+        ("tests/space/test_noise.py::test_lowerings_draw_the_same_masks",),
+    ),
+    Mutation(
+        "noise: a kernel takes the factor of the first image for all",
+        f"{_CPU}/terms.h",
+        "return of[by_image ? b : 0];",
+        "return of[0];",
+        ("tests/space/test_noise.py::test_lowerings_draw_the_same_masks",),
+    ),
+    Mutation(
+        "noise: dropout of strided skip connections",
+        _NOISE,
+        'return space.table[op].group != "skip" or stride == 1',
+        "return True",
+        ("tests/space/test_noise.py::test_a_strided_skip_connection_has_no_dropout",),
+    ),
     Mutation(
         "cell: gradients of weights without the gate",
         _SCAN,

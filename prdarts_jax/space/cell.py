@@ -25,6 +25,7 @@ from prdarts_jax.ops.layers import Weight
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.space import cell_kernels
 from prdarts_jax.space.cell_scan import _reverse_group, _run_group, _unflatten
+from prdarts_jax.space.noise import CellNoise
 from prdarts_jax.space.spec import EdgeGroup, Space
 from prdarts_jax.space.terms import (
     CellProgram,
@@ -50,43 +51,56 @@ def declare_edges(space: Space, kind: str, channels: int) -> dict[str, dict[str,
 
 
 def _forward(
-    program: CellProgram, weights: CellWeights, values: jax.Array, s0: jax.Array, s1: jax.Array, executed: jax.Array
+    program: CellProgram,
+    weights: CellWeights,
+    values: jax.Array,
+    s0: jax.Array,
+    s1: jax.Array,
+    executed: jax.Array,
+    noise: CellNoise | None,
 ) -> jax.Array:
     """All nodes after the cell: [2+N,B,H,W,C], or [N,B,h,w,C] of a reduction cell."""
     if cell_kernels.serves(program, weights, values, s0, s1):
-        return cell_kernels.forward(program, weights, values, s0, s1, executed)
+        return cell_kernels.forward(program, weights, values, s0, s1, executed, noise)
     space, kind = program.space, program.kind
     inputs = jnp.stack([s0, s1])
     groups = space.edge_groups(kind)
     if kind == "normal":
         nodes = jnp.concatenate([inputs, jnp.zeros((space.nodes, *s0.shape), s0.dtype)])
-        terms = terms_of(space, kind, groups[0], values, executed)
-        return _run_group(program, groups[0], weights["stride1"], terms, None, nodes)
+        terms = terms_of(space, kind, groups[0], values, executed, noise)
+        return _run_group(program, groups[0], weights["stride1"], terms, None, nodes, noise)
     nodes = jnp.zeros((space.nodes, *output_shape(s0, 2)), s0.dtype)
     for group in groups:
-        terms = terms_of(space, kind, group, values, executed)
-        nodes = _run_group(program, group, weights[group.name], terms, inputs if group.stride == 2 else None, nodes)
+        terms = terms_of(space, kind, group, values, executed, noise)
+        sources = inputs if group.stride == 2 else None
+        nodes = _run_group(program, group, weights[group.name], terms, sources, nodes, noise)
     return nodes
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixed(
-    program: CellProgram, weights: CellWeights, values: jax.Array, s0: jax.Array, s1: jax.Array, executed: jax.Array
+    program: CellProgram,
+    weights: CellWeights,
+    values: jax.Array,
+    s0: jax.Array,
+    s1: jax.Array,
+    executed: jax.Array,
+    noise: CellNoise | None,
 ) -> jax.Array:
-    nodes = _forward(program, weights, values, s0, s1, executed)
+    nodes = _forward(program, weights, values, s0, s1, executed, noise)
     return nodes[2:] if program.kind == "normal" else nodes
 
 
 def _mixed_fwd(
-    program: CellProgram, weights: Any, values: Any, s0: Any, s1: Any, executed: Any
+    program: CellProgram, weights: Any, values: Any, s0: Any, s1: Any, executed: Any, noise: Any
 ) -> tuple[jax.Array, Any]:
     wanted = Wanted(any(a.perturbed for a in jax.tree.leaves(weights, is_leaf=_is_primal)), values.perturbed)
-    plain = jax.tree.map(lambda a: a.value, (weights, values, s0, s1, executed), is_leaf=_is_primal)
+    plain = jax.tree.map(lambda a: a.value, (weights, values, s0, s1, executed, noise), is_leaf=_is_primal)
     nodes = _forward(program, *plain)
     out = nodes[2:] if program.kind == "normal" else nodes
     # The inputs of a normal cell are rows 0 and 1 of its nodes: keeping them again would double the residuals.
     inputs = None if program.kind == "normal" else plain[2:4]
-    return out, (wanted, plain[0], plain[1], inputs, plain[4], nodes)
+    return out, (wanted, plain[0], plain[1], inputs, plain[4], plain[5], nodes)
 
 
 def _is_primal(a: Any) -> bool:
@@ -102,16 +116,17 @@ def _reverse(
     nodes: jax.Array,
     cotangents: tuple[jax.Array | None, jax.Array],
     wanted: Wanted,
+    noise: CellNoise | None,
 ) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, Params], jax.Array]:
     """Cotangents of sources and nodes, of the stacks of a group, and of its gates [n]."""
     if cell_kernels.serves(program, {"": stacks}, terms.value, nodes, cotangents[1]):
-        return cell_kernels.reverse_group(program, group, stacks, terms, sources, nodes, cotangents, wanted)
-    carry, flats, dvalues = _reverse_group(program, group, stacks, terms, sources, nodes, cotangents, wanted)
+        return cell_kernels.reverse_group(program, group, stacks, terms, sources, nodes, cotangents, wanted, noise)
+    carry, flats, dvalues = _reverse_group(program, group, stacks, terms, sources, nodes, cotangents, wanted, noise)
     return carry, _unflatten(program, group, stacks, terms, flats) if wanted.weights else {}, dvalues
 
 
 def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
-    wanted, weights, values, inputs, executed, nodes = res
+    wanted, weights, values, inputs, executed, noise, nodes = res
     space, kind = program.space, program.kind
     dvalues = jnp.zeros(values.shape, values.dtype)
     dweights: CellWeights = {}
@@ -121,7 +136,7 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
     ct_sources = None if sources is None else jnp.zeros_like(sources)
     ct_nodes = jnp.concatenate([jnp.zeros_like(nodes[:2]), ct]) if kind == "normal" else ct
     for group in reversed(space.edge_groups(kind)):
-        terms = terms_of(space, kind, group, values, executed)
+        terms = terms_of(space, kind, group, values, executed, noise)
         outer = group.stride == 2
         carry, dstacks, dvalue = _reverse(
             program,
@@ -132,6 +147,7 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
             nodes,
             (ct_sources if outer else None, ct_nodes),
             wanted,
+            noise,
         )
         ct_sources, ct_nodes = (carry[0] if outer else ct_sources), carry[1]
         dvalues = dvalues.at[np.asarray(group.edges)].set(dvalue.reshape(len(group.edges), -1))
@@ -143,7 +159,8 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
         dvalues,
         source_cts[0],
         source_cts[1],
-        np.zeros(executed.shape, jax.dtypes.float0),
+        None,
+        None,
     )
 
 
@@ -160,6 +177,7 @@ def mixed_nodes(
     space: Space,
     kind: str,
     axis_name: str | None = None,
+    noise: CellNoise | None = None,
 ) -> jax.Array:
     """The intermediate nodes of a cell, executed operations only: X_n = sum_{edges into n} sum_k g_k op_k(x)  (eq. 7).
 
@@ -170,8 +188,10 @@ def mixed_nodes(
       s0, s1: [B,H,W,C], the preprocessed outputs of the two previous cells.
       space, kind: static; kind is "normal" or "reduce".
       axis_name: mapped axis over which the batch is split.
+      noise: drop-path and dropout of this cell; no gradient flows through it.
 
     Returns:
       [N,B,h,w,C]; h = H, or ceil(H/2) in a reduction cell. Reverse mode only (see `mixed_nodes_reference`).
     """
-    return _mixed(CellProgram(space, kind, axis_name), weights, values, s0, s1, executed)
+    dropout = () if noise is None else tuple(sorted(noise.rates))
+    return _mixed(CellProgram(space, kind, axis_name, dropout), weights, values, s0, s1, executed, noise)

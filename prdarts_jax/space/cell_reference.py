@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from prdarts_jax.ops.layer_set import reference_layers
+from prdarts_jax.space.noise import CellNoise, of_edge
 from prdarts_jax.space.spec import Space
 from prdarts_jax.space.terms import (
     CellWeights,
@@ -23,12 +24,13 @@ def mixed_nodes_reference(
     space: Space,
     kind: str,
     axis_name: str | None = None,
+    noise: CellNoise | None = None,
 ) -> jax.Array:
     """The same nodes from all operations, X_n = sum_{edges into n} sum_o g_o op_o(x), unrolled, with plain autodiff.
 
     Args:
       gates: float32[E,O]; zeros for what is not executed.
-      weights, s0, s1, space, kind, axis_name: as in `mixed_nodes`.
+      weights, s0, s1, space, kind, axis_name, noise: as in `mixed_nodes`.
 
     Returns:
       [N,B,h,w,C]; any order and mode of derivative.
@@ -44,7 +46,7 @@ def mixed_nodes_reference(
                 continue
             row = members.index(e)
             params = {name: stack[row] for name, stack in weights[group.name].get(op, {}).items()}
-            y = apply_op(space, op, params, nodes[j], group.stride, layers)
+            y = of_edge(noise, e, apply_op(space, op, params, nodes[j], group.stride, layers, noise, e))
             term = gates[e, o].astype(y.dtype) * y
             nodes[n] = nodes[n] + term if n in nodes else term
     shape = output_shape(s0, 1 if kind == "normal" else 2)

@@ -15,6 +15,7 @@ from prdarts_jax.ops.depthwise import wide_dtype
 from prdarts_jax.ops.layer_set import fast_layers
 from prdarts_jax.ops.lowering import Branch, run_branch
 from prdarts_jax.ops.primitives import Params
+from prdarts_jax.space.noise import CellNoise, of_edge
 from prdarts_jax.space.spec import EdgeGroup
 from prdarts_jax.space.terms import (
     CellProgram,
@@ -28,6 +29,7 @@ from prdarts_jax.space.terms import (
 )
 
 _Cotangents = tuple[jax.Array, jax.Array, jax.Array]  # of the source, of the weights (flat), of the gate
+_Read = tuple[dict[str, Params], jax.Array, jax.Array, Terms, CellNoise | None]  # stacks, source, cotangents of nodes
 
 
 class _Gathering(NamedTuple):
@@ -61,7 +63,7 @@ def _gathering(ends: np.ndarray, *, reverse: bool) -> _Gathering:
 
 def _filled(terms: Terms, void: int, rows: np.ndarray) -> Terms:
     """The terms in rows; what fills up executes nothing."""
-    fill = Terms(source=0, target=0, branch=void, row=0, value=0)  # type: ignore[arg-type]
+    fill = Terms(0, 0, void, 0, 0, edge=terms.edge if terms.edge is None else 0)  # type: ignore[arg-type]
     return jax.tree.map(lambda a, f: jnp.concatenate([a, jnp.full(1, f, a.dtype)])[rows], terms, fill)
 
 
@@ -72,15 +74,17 @@ def _run_group(
     terms: Terms,
     sources: jax.Array | None,
     nodes: jax.Array,
+    noise: CellNoise | None = None,
 ) -> jax.Array:
     """Adds g * op(x) of every term to its target. Sources: a buffer of their own, or (None) the nodes themselves."""
     space, stride = program.space, group.stride
     layers = fast_layers(program.axis_name)
 
     def branch(op: str) -> Branch:
-        def run(total: jax.Array, read: tuple[dict[str, Params], jax.Array, Terms]) -> jax.Array:
-            stacks, inputs, term = read
-            y = apply_op(space, op, weights_of(stacks, op, term.row), read_row(inputs, term.source), stride, layers)
+        def run(total: jax.Array, read: tuple[dict[str, Params], jax.Array, Terms, CellNoise | None]) -> jax.Array:
+            stacks, inputs, term, noise = read
+            params, x = weights_of(stacks, op, term.row), read_row(inputs, term.source)
+            y = of_edge(noise, term.edge, apply_op(space, op, params, x, stride, layers, noise, term.edge))
             return total + term.value.astype(y.dtype) * y
 
         return run
@@ -92,7 +96,7 @@ def _run_group(
         inputs = nodes if sources is None else sources
 
         def add(total: jax.Array, term: Terms) -> tuple[jax.Array, None]:
-            return run_branch(branches, term.branch, total, (stacks, inputs, term)), None
+            return run_branch(branches, term.branch, total, (stacks, inputs, term, noise)), None
 
         total, _ = lax.scan(add, read_row(nodes, index), mine)
         return write_row(nodes, index, total), None
@@ -116,6 +120,7 @@ def _reverse_group(
     nodes: jax.Array,
     cotangents: tuple[jax.Array | None, jax.Array],
     wanted: Wanted,
+    noise: CellNoise | None = None,
 ) -> tuple[tuple[jax.Array | None, jax.Array], jax.Array, jax.Array]:
     """From the last source to the first: cotangents of sources and nodes, flat weight gradients [n, P], gates' [n].
 
@@ -128,18 +133,22 @@ def _reverse_group(
     value_dtype = terms.value.dtype
 
     def branch(op: str) -> Branch:
-        def run(before: _Cotangents, read: tuple[dict[str, Params], jax.Array, jax.Array, Terms]) -> _Cotangents:
+        def run(before: _Cotangents, read: _Read) -> _Cotangents:
             total, flat, dvalue = before
-            stacks, x, ct_nodes, term = read
-            params, ct = weights_of(stacks, op, term.row), read_row(ct_nodes, term.target)
+            stacks, x, ct_nodes, term, noise = read
+            params, ct = weights_of(stacks, op, term.row), of_edge(noise, term.edge, read_row(ct_nodes, term.target))
+
+            def apply(params: Params, x: jax.Array) -> jax.Array:
+                return apply_op(space, op, params, x, stride, layers, noise, term.edge)
+
             # The gate multiplies what comes out: multiplying the cotangent would be a pass over it.
             if wanted.weights and params:
-                y, pull = jax.vjp(lambda p, x: apply_op(space, op, p, x, stride, layers), params, x)
+                y, pull = jax.vjp(apply, params, x)
                 dp, dx = pull(ct)
                 flat = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(dp)])
                 flat = term.value.astype(flat.dtype) * jnp.pad(flat, (0, width - flat.shape[0]))
             else:
-                y, pull = jax.vjp(lambda x: apply_op(space, op, params, x, stride, layers), x)
+                y, pull = jax.vjp(lambda x: apply(params, x), x)
                 (dx,) = pull(ct)
             if wanted.values:
                 dvalue = inner(ct, y).astype(value_dtype)
@@ -157,7 +166,7 @@ def _reverse_group(
 
         def add(total: jax.Array, term: Terms) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             nothing = jnp.zeros((width,), flat_dtype), jnp.zeros((), value_dtype)
-            read = (stacks, x, ct_nodes, term)
+            read = (stacks, x, ct_nodes, term, noise)
             total, flat, dvalue = run_branch(branches, term.branch, (total, *nothing), read)
             return total, (flat, dvalue)
 
