@@ -34,6 +34,7 @@ _LAYERS = "prdarts_jax/ops/layers.py"
 _METRICS = "prdarts_jax/run/metrics.py"
 _NOISE = "prdarts_jax/space/noise.py"
 _OPTIMIZERS = "prdarts_jax/optimizers.py"
+_PARTIAL = "prdarts_jax/space/partial.py"
 _PENALTY = "prdarts_jax/regularizers.py"
 _POOLS = "prdarts_jax/ops/pools.py"
 _PRDARTS = "prdarts_jax/strategies/prdarts.py"
@@ -163,6 +164,34 @@ _PENALTY_SLIPS = (
 )
 
 _CELL_SLIPS = (
+    Mutation(
+        "partial: a shuffle of C/K groups",
+        _PARTIAL,
+        "x.reshape(*x.shape[:-1], space.partial, -1)",
+        "x.reshape(*x.shape[:-1], -1, space.partial)",
+        ("tests/space/test_partial.py::test_what_passes_counts_once_an_edge",),
+    ),
+    Mutation(
+        "partial: what passes without the multiplier of its edge",
+        _PARTIAL,
+        "if edges is None else edges[:, None]",
+        "if edges is None else jnp.ones_like(edges)[:, None]",
+        ("tests/space/test_partial.py::test_what_passes_counts_once_an_edge",),
+    ),
+    Mutation(
+        "partial: the shuffle left out of the scan's backward pass",
+        _SCAN,
+        "total = jnp.where(index >= first, unshuffled(space, total), total)",
+        "pass",
+        ("tests/space/test_partial.py::test_lowerings_agree",),
+    ),
+    Mutation(
+        "partial: multipliers without their gradient in the kernels",
+        "prdarts_jax/space/cell_partial.py",
+        "            if wanted.factors:\n",
+        "            if False:\n",
+        ("tests/space/test_partial.py::test_lowerings_agree",),
+    ),
     Mutation(
         "noise: the same masks in every cell",
         _NOISE,

@@ -38,10 +38,13 @@ class SpaceConfig:
     edge_ops: tuple[tuple[tuple[str, ...], ...], ...] = ()  # (normal, reduce) x edge -> names allowed there; () = all
     head_norm: bool = True  # affine BN and ReLU before the pooling
     pool_norm: bool = True  # BN without affine after the pooling operations
+    partial: int = 1  # K: the first C/K channels of an edge go through its operations, the others pass by; 1 = all
     primitives: str = ""  # FILE.py with PRIMITIVES = {name: Primitive(...)} of the user
 
     def __post_init__(self) -> None:
-        check(self, "space.", cells=3, channels=1, nodes=1)
+        check(self, "space.", cells=3, channels=1, nodes=1, partial=1)
+        divides = self.channels % self.partial == 0
+        require(divides, "space.partial", self.partial, f"a divisor of space.channels ({self.channels})")
         require(len(self.ops) >= 1, "space.ops", self.ops, "at least one operation")
         require(len(set(self.ops)) == len(self.ops), "space.ops", ",".join(self.ops), "each operation once")
         require(set(self.ops) != {"none"}, "space.ops", "none", "at least one operation besides none")

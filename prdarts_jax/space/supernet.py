@@ -202,7 +202,9 @@ def apply(
     """
 
     def nodes(edges: Any, gates: Gates, s0: jax.Array, s1: jax.Array, *, kind: str, **static: Any) -> jax.Array:
-        return mixed_nodes(edges, *gates.terms(kind), s0, s1, kind=kind, axis_name=axis_name, **static)
+        multipliers = None if gates.edges is None else gates.edges[kind]
+        terms = gates.terms(kind)
+        return mixed_nodes(edges, *terms, s0, s1, kind=kind, axis_name=axis_name, multipliers=multipliers, **static)
 
     return _forward(weights, gates, images, space, _Mode(fast_layers(axis_name), nodes, scans=True), noise)
 
@@ -222,6 +224,8 @@ def apply_reference(
     """
 
     def nodes(edges: Any, gates: Gates, s0: jax.Array, s1: jax.Array, *, kind: str, **static: Any) -> jax.Array:
-        return mixed_nodes_reference(edges, gates.dense(kind), s0, s1, kind=kind, axis_name=axis_name, **static)
+        multipliers = None if gates.edges is None else gates.edges[kind]
+        static |= {"kind": kind, "axis_name": axis_name, "multipliers": multipliers}
+        return mixed_nodes_reference(edges, gates.dense(kind), s0, s1, **static)
 
     return _forward(weights, gates, images, space, _Mode(reference_layers(axis_name), nodes, scans=False), noise)

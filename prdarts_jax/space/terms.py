@@ -32,6 +32,7 @@ class Wanted(NamedTuple):
 
     weights: bool
     values: bool
+    factors: bool = False
 
 
 def apply_op(
@@ -63,16 +64,23 @@ class Terms(NamedTuple):
     edge: Any = None  # int32[n]: the edge of the cell; None without noise
 
 
-def terms_of(
-    space: Space, kind: str, group: EdgeGroup, values: jax.Array, executed: jax.Array, noise: CellNoise | None = None
-) -> Terms:
-    """Terms of the edges of a group, edge-major.
+def rows_of(space: Space, kind: str, group: EdgeGroup) -> tuple[np.ndarray, np.ndarray]:
+    """Source and target of each edge of a group as rows of the cell's buffers.
 
     A normal cell has one buffer, of nodes 0..N+1; in a reduction cell the two inputs have one of their own.
     """
+    source, target = np.asarray(space.edges)[np.asarray(group.edges)].T
+    if kind == "normal":
+        return source, target
+    return source if group.stride == 2 else source - 2, target - 2
+
+
+def terms_of(
+    space: Space, kind: str, group: EdgeGroup, values: jax.Array, executed: jax.Array, noise: CellNoise | None = None
+) -> Terms:
+    """Terms of the edges of a group, edge-major."""
     edges = np.asarray(group.edges)
     k = executed.shape[1]
-    ends = np.asarray(space.edges)[edges]
     void = space.num_ops
     # A row table with a void column: operations without weights, or not allowed on the edge, point at row 0 or at void.
     rows = np.zeros((len(edges), void + 1), np.int32)
@@ -87,9 +95,7 @@ def terms_of(
     def pick(table: np.ndarray) -> jax.Array:
         return jnp.take_along_axis(jnp.asarray(table), chosen, axis=1).reshape(-1)
 
-    source, target = (np.repeat(ends[:, i], k).astype(np.int32) for i in (0, 1))
-    if kind == "reduce":
-        source, target = source if group.stride == 2 else source - 2, target - 2
+    source, target = (np.repeat(row, k).astype(np.int32) for row in rows_of(space, kind, group))
     own_edges = None if noise is None else np.repeat(edges, k).astype(np.int32)
     return Terms(source, target, pick(branch), pick(rows), values[edges].reshape(-1), own_edges)
 
