@@ -1,8 +1,9 @@
 """python -m benchmarks.bench_scaling [--scale smoke|full]: step time on 1..n devices, and what a step exchanges.
 
-Two kinds of rows. `counts`: the all-reduces of one step and their bytes, counted in its traced program: scans by their
-length, switches as the least, the mean and the most of their branches. `time`: seconds of a step and efficiency, with
-the global batch fixed (strong) and with the batch of a device fixed (weak). On CPU several devices exist with
+Two kinds of rows. `counts`: the all-reduces and all-gathers of one step and the bytes that a device puts into them,
+counted in its traced program: scans by their length, switches as the least, the mean and the most of their branches.
+`time`: seconds of a step and efficiency, with the global batch fixed (strong) and with the batch of a device fixed
+(weak). On CPU several devices exist with
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 PJRT_NPROC=16 python -m benchmarks.bench_scaling
 
@@ -41,7 +42,7 @@ from prdarts_jax.training import inputs as train_inputs
 from prdarts_jax.training import program as train_program
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec(sharding.AXIS)
-_SUMS = ("psum", "psum2", "psum_invariant")  # what lax.pmean is traced to
+_EXCHANGES = ("psum", "psum2", "psum_invariant", "all_gather")  # the first three: what lax.pmean is traced to
 
 
 class Case(NamedTuple):
@@ -71,7 +72,7 @@ TIMED = {
 
 
 class Total(NamedTuple):
-    """All-reduces that run in one execution of a program, and their bytes: least, mean and most over its branches."""
+    """Exchanges of devices in one execution of a program, and their bytes: least, mean and most over its branches."""
 
     count: tuple[float, float, float] = (0.0, 0.0, 0.0)
     size: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -84,15 +85,15 @@ class Total(NamedTuple):
         return Total(*(tuple(n * a for a in one) for one in self))  # type: ignore
 
 
-def all_reduces(jaxpr: Any) -> Total:
-    """The all-reduces of a traced program. A loop of unknown length counts once.
+def synchronisations(jaxpr: Any) -> Total:
+    """The exchanges of devices in a traced program. A loop of unknown length counts once.
 
     Those that do not wait for one another count as one, as XLA combines them: the count is that of synchronisations.
     """
-    total, waiting = Total(), None  # waiting: what depends on the all-reduce that later ones could still join
+    total, waiting = Total(), None  # waiting: what depends on the exchange that later ones could still join
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, {v for v in eqn.invars if not hasattr(v, "val")}
-        if name in _SUMS:
+        if name in _EXCHANGES:
             size = float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in eqn.invars))
             if waiting is None or inputs & waiting:
                 total, waiting = total + Total((1.0,) * 3), set()
@@ -101,12 +102,12 @@ def all_reduces(jaxpr: Any) -> Total:
             continue
         platforms = eqn.params.get("branches_platforms")
         if name == "cond" and platforms is not None:  # a lowering per platform: that of accelerators
-            inner = all_reduces(eqn.params["branches"][platforms.index(None)].jaxpr)
+            inner = synchronisations(eqn.params["branches"][platforms.index(None)].jaxpr)
         elif name == "cond":
-            found = [all_reduces(branch.jaxpr) for branch in eqn.params["branches"]]
+            found = [synchronisations(branch.jaxpr) for branch in eqn.params["branches"]]
             inner = Total(*(_spread([getattr(one, part) for one in found]) for part in ("count", "size")))
         else:
-            inner = sum((all_reduces(sub) for sub in _inside(eqn.params.values())), Total())
+            inner = sum((synchronisations(sub) for sub in _inside(eqn.params.values())), Total())
             inner = inner.times(eqn.params["length"] * _real(eqn)) if name == "scan" else inner
         total += inner
         if inner.count[2]:
@@ -213,13 +214,13 @@ def counts(scale: str, only: str | None = None) -> Iterator[dict[str, Any]]:
         for local in (False, True):
             made = make(case, local=local)
             traced = jax.make_jaxpr(_mapped(made, mesh))(*jax.eval_shape(lambda m=made, c=case: m.arguments(c.batch)))
-            found = all_reduces(traced.jaxpr)
+            found = synchronisations(traced.jaxpr)
             yield {
                 "kind": "counts",
                 "case": name,
                 "local_batch_norm": local,
                 "parameters": made.params,
-                **{f"all_reduces_{k}": v for k, v in zip(("min", "mean", "max"), found.count, strict=True)},
+                **{f"synchronisations_{k}": v for k, v in zip(("min", "mean", "max"), found.count, strict=True)},
                 **{f"bytes_{k}": v for k, v in zip(("min", "mean", "max"), found.size, strict=True)},
             }
 

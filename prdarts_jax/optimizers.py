@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,10 +42,18 @@ def weight_transform(config: WeightsConfig) -> optax.GradientTransformation:
 
 
 def arch_transform(config: ArchConfig) -> optax.GradientTransformation:
-    """Adam with coupled L2 (weight decay added to the gradient), as published."""
+    """Adam with coupled L2 (weight decay added to the gradient), as published; before it, clipping by global norm.
+
+    >>> tx = arch_transform(ArchConfig(clip_norm=5.0))
+    >>> sorted(tx.init({"normal": jnp.zeros(2)}).hyperparams)
+    ['learning_rate', 'weight_decay']
+    """
+    # Without clipping nothing stands in its place: the state keeps the form that checkpoints have.
+    clipping = () if config.clip_norm == float("inf") else (optax.clip_by_global_norm(config.clip_norm),)
 
     def make(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.chain(
+            *clipping,
             optax.add_decayed_weights(weight_decay),
             optax.adam(learning_rate, b1=config.beta1, b2=config.beta2, eps=config.eps),
         )
@@ -170,6 +179,10 @@ def on_plain_parameters(tx: optax.GradientTransformation, parameters: Any) -> op
     [0.5, 0.5]
     """
     extended = optax.with_extra_args_support(tx)
+    absl = logging.getLogger(
+        "absl"
+    )  # where `lookahead` says that it is not given what it moves: that is found out here
+    absl.addFilter(_not_of_fast)
     try:
         _once(extended, parameters)
     except AttributeError as error:
@@ -177,6 +190,8 @@ def on_plain_parameters(tx: optax.GradientTransformation, parameters: Any) -> op
             raise
     else:
         return extended
+    finally:
+        absl.removeFilter(_not_of_fast)
 
     def init(fast: Any) -> _Slow:
         return _Slow(tx.init(optax.LookaheadParams.init_synced(fast)), fast)
@@ -186,6 +201,10 @@ def on_plain_parameters(tx: optax.GradientTransformation, parameters: Any) -> op
         return updates.fast, _Slow(inner, optax.apply_updates(state.slow, updates.slow))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _not_of_fast(record: logging.LogRecord) -> bool:
+    return "fast parameters" not in record.getMessage()
 
 
 def _once(tx: optax.GradientTransformationExtraArgs, parameters: Any) -> Any:

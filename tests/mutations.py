@@ -32,7 +32,9 @@ _GENOTYPE = "prdarts_jax/space/genotype.py"
 _IN_PLACE = "prdarts_jax/space/cell_kernels.py"
 _LAYERS = "prdarts_jax/ops/layers.py"
 _METRICS = "prdarts_jax/run/metrics.py"
+_NOISE = "prdarts_jax/space/noise.py"
 _OPTIMIZERS = "prdarts_jax/optimizers.py"
+_PARTIAL = "prdarts_jax/space/partial.py"
 _PENALTY = "prdarts_jax/regularizers.py"
 _POOLS = "prdarts_jax/ops/pools.py"
 _PRDARTS = "prdarts_jax/strategies/prdarts.py"
@@ -162,6 +164,69 @@ _PENALTY_SLIPS = (
 )
 
 _CELL_SLIPS = (
+    Mutation(
+        "partial: a shuffle of C/K groups",
+        _PARTIAL,
+        "x.reshape(*x.shape[:-1], space.partial, -1)",
+        "x.reshape(*x.shape[:-1], -1, space.partial)",
+        ("tests/space/test_partial.py::test_what_passes_counts_once_an_edge",),
+    ),
+    Mutation(
+        "partial: what passes without the multiplier of its edge",
+        _PARTIAL,
+        "if edges is None else edges[:, None]",
+        "if edges is None else jnp.ones_like(edges)[:, None]",
+        ("tests/space/test_partial.py::test_what_passes_counts_once_an_edge",),
+    ),
+    Mutation(
+        "partial: the shuffle left out of the scan's backward pass",
+        _SCAN,
+        "total = jnp.where(index >= first, unshuffled(space, total), total)",
+        "pass",
+        ("tests/space/test_partial.py::test_lowerings_agree",),
+    ),
+    Mutation(
+        "partial: multipliers without their gradient in the kernels",
+        "prdarts_jax/space/cell_partial.py",
+        "            if wanted.factors:\n",
+        "            if False:\n",
+        ("tests/space/test_partial.py::test_lowerings_agree",),
+    ),
+    Mutation(
+        "noise: the same masks in every cell",
+        _NOISE,
+        "key = jax.random.fold_in(noise.key, cell)",
+        "key = noise.key",
+        ("tests/space/test_noise.py::test_masks_belong_to_key_cell_and_place_in_the_global_batch",),
+    ),
+    Mutation(
+        "noise: the same dropout on every edge",
+        _NOISE,
+        "jax.random.fold_in(jax.random.fold_in(noise.key, edge), space.ops.index(op))",
+        "jax.random.fold_in(noise.key, space.ops.index(op))",
+        ("tests/space/test_noise.py::test_dropout_takes_each_element_by_itself",),
+    ),
+    Mutation(
+        "noise: a backward pass of the kernels without drop-path",
+        _IN_PLACE,
+        "ct_nodes = of_edge(noise, term.edge, read_row(cts if ct_nodes is None else ct_nodes, term.target))[None]",
+        "ct_nodes = read_row(cts if ct_nodes is None else ct_nodes, term.target)[None]",
+        ("tests/space/test_noise.py::test_lowerings_draw_the_same_masks",),
+    ),
+    Mutation(
+        "noise: a kernel takes the factor of the first image for all",
+        f"{_CPU}/terms.h",
+        "return of[by_image ? b : 0];",
+        "return of[0];",
+        ("tests/space/test_noise.py::test_lowerings_draw_the_same_masks",),
+    ),
+    Mutation(
+        "noise: dropout of strided skip connections",
+        _NOISE,
+        'return space.table[op].group != "skip" or stride == 1',
+        "return True",
+        ("tests/space/test_noise.py::test_a_strided_skip_connection_has_no_dropout",),
+    ),
     Mutation(
         "cell: gradients of weights without the gate",
         _SCAN,
@@ -339,10 +404,16 @@ _LAYER_SLIPS = (
     Mutation(
         "batch norm: variance between devices left out",
         _BATCH_NORM,
-        "lax.pmean((mean, variance + mean * mean), axis_name)\n"
-        "        variance = jnp.maximum(square - mean * mean, 0.0)",
-        "lax.pmean((mean, variance), axis_name)\n        variance = square",
+        "variances + jnp.square(means - mean[None])",
+        "variances",
         ("tests/ops/test_layers.py::test_batch_norm_over_a_mapped_axis_is_that_of_the_whole_batch",),
+    ),
+    Mutation(
+        "batch norm: variance between devices by a difference of squares",
+        _BATCH_NORM,
+        "variances + jnp.square(means - mean[None]), axis=0)",
+        "variances + means * means, axis=0) - mean * mean",
+        ("tests/ops/test_layers.py::test_statistics_over_devices_do_not_cancel",),
     ),
     Mutation(
         "batch norm: means of the rule not taken over the devices",
@@ -520,6 +591,13 @@ _STEP_SLIPS = (
         ("tests/test_bilevel.py::test_two_steps_by_hand",),
     ),
     Mutation(
+        "optimizer: the architecture clipped after its weight decay",
+        _OPTIMIZERS,
+        "            *clipping,\n            optax.add_decayed_weights(weight_decay),\n",
+        "            optax.add_decayed_weights(weight_decay),\n            *clipping,\n",
+        ("tests/test_optimizers.py::test_the_architecture_is_clipped_before_its_weight_decay",),
+    ),
+    Mutation(
         "dispatch: sums of an epoch go on in the next",
         "prdarts_jax/run/steps.py",
         "sums = {name: jnp.where(fresh, 0.0, value) for name, value in sums.items()}",
@@ -583,6 +661,27 @@ _STEP_SLIPS = (
 
 _DATA_SLIPS = (
     Mutation(
+        "batches: each epoch of the other share begins a pass",
+        _BATCHES,
+        "return rows[first % own :][:steps]",
+        "return rows[:steps]",
+        ("tests/data/test_data_batches.py::test_passes_of_a_stream_do_not_end_with_an_epoch",),
+    ),
+    Mutation(
+        "data: what is held out depends on the seed of the search",
+        "prdarts_jax/searching/inputs.py",
+        "hold_out(examples, config.data.holdout, config.data.holdout_seed)",
+        "hold_out(examples, config.data.holdout, config.seed)",
+        ("tests/searching/test_search_program.py::test_neither_part_has_what_is_held_out",),
+    ),
+    Mutation(
+        "data: the weights learn from what is held out",
+        "prdarts_jax/searching/inputs.py",
+        "return kept[parts[0]], kept[parts[1]]",
+        "return parts[0], kept[parts[1]]",
+        ("tests/searching/test_search_program.py::test_neither_part_has_what_is_held_out",),
+    ),
+    Mutation(
         "batches: every epoch in the same order",
         _BATCHES,
         "_rng(seed, epoch, purpose).permutation(",
@@ -592,8 +691,8 @@ _DATA_SLIPS = (
     Mutation(
         "batches: halves that share an example",
         _BATCHES,
-        "order[train_size : train_size + val_size]",
-        "order[train_size - 1 : train_size - 1 + val_size]",
+        "order[train : train + val]",
+        "order[train - 1 : train - 1 + val]",
         ("tests/data/test_data_batches.py::test_halves_are_disjoint_and_equal",),
     ),
     Mutation(
@@ -714,7 +813,7 @@ _RUN_SLIPS = (
     Mutation(
         "config: infinite numbers of the architecture allowed",
         _CONFIG,
-        'finite(self, "arch.")\n',
+        'finite(self, "arch.", but=("clip_norm",))\n',
         "pass\n",
         ("tests/config/test_config.py::test_every_number_is_finite_but_the_norm_that_means_no_clipping",),
     ),

@@ -231,6 +231,36 @@ def torch_cell(space: Space, kind: str, weights: Any, gates: Any, s0: Any, s1: A
     return states[2:]
 
 
+def torch_partial_cell(space: Space, kind: str, weights: Any, gates: Any, edges: Any, s0: Any, s1: Any) -> list[Any]:
+    """`torch_cell` of partial channels, an edge at a time: mixture of the first C/K, the others beside it, shuffle."""
+    torch = require_torch()
+    shuffle = torch.nn.ChannelShuffle(space.partial)
+    states, row = [s0, s1], 0
+    rows_seen: dict[tuple[int, str], int] = {}
+    for n in range(2, 2 + space.nodes):
+        outputs = []
+        for j in range(n):
+            stride = 2 if kind == "reduce" and j < 2 else 1
+            width = states[j].shape[1] // space.partial
+            first, rest = states[j][:, :width], states[j][:, width:]
+            mixed = []
+            names = space.edge_ops[("normal", "reduce").index(kind)][row] if space.edge_ops else space.ops
+            for o, name in enumerate(space.ops):
+                if name not in names:
+                    continue
+                place = rows_seen.get((stride, name), 0)
+                rows_seen[stride, name] = place + 1
+                stacks = weights[f"stride{stride}"].get(name, {})
+                y = torch_primitive(name, {key: stack[place] for key, stack in stacks.items()}, first, stride)
+                mixed.append(gates[row, o] * (_norm(y) if "pool" in name and space.pool_norm else y))
+            if stride == 2:
+                rest = torch.nn.MaxPool2d(2, 2, ceil_mode=True)(rest)
+            outputs.append(edges[row] * shuffle(torch.cat([sum(mixed), rest], dim=1)))
+            row += 1
+        states.append(sum(outputs))
+    return states[2:]
+
+
 def torch_preprocess(params: Mapping[str, Any], x: Any) -> Any:
     x = require_torch().nn.ReLU()(x)
     if "pointwise" in params:

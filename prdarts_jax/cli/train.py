@@ -130,6 +130,7 @@ def _error(accuracy: float) -> str:
     "evaluate",
     "How good the newest checkpoint of a training is on test images.",
     Argument("workdir", metavar="WORKDIR"),
+    Argument("--part", metavar="PART", default="test", help="test | holdout (the images of data.holdout)"),
     Argument("--data", metavar="SOURCE", help="default: the data it was trained on"),
     Argument("--data-dir", "--data_dir", metavar="DIR", help="TFDS data directory"),
     Argument("--batch-size", "--batch_size", metavar="B", help="global; default: that of the training"),
@@ -146,6 +147,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     evaluated = evaluation.evaluate(
         args.workdir,
+        part=args.part,
         source=args.data,
         data_dir=args.data_dir,
         batch_size=batch_size,
@@ -175,4 +177,5 @@ def table(evaluated: Evaluation) -> list[str]:
     ]
     width = max(20, *(len(name) + 8 for name in evaluated.class_names))
     lines = [f"{name:<{width}}" + "".join(f"{value:>12}" for value in values) for name, *values in rows]
-    return [f"{evaluated.images} images of {evaluated.source}{trained}", *lines]
+    held_out = " held out of" if evaluated.part == "holdout" else " of"
+    return [f"{evaluated.images} images{held_out} {evaluated.source}{trained}", *lines]

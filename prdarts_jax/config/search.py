@@ -38,10 +38,13 @@ class SpaceConfig:
     edge_ops: tuple[tuple[tuple[str, ...], ...], ...] = ()  # (normal, reduce) x edge -> names allowed there; () = all
     head_norm: bool = True  # affine BN and ReLU before the pooling
     pool_norm: bool = True  # BN without affine after the pooling operations
+    partial: int = 1  # K: the first C/K channels of an edge go through its operations, the others pass by; 1 = all
     primitives: str = ""  # FILE.py with PRIMITIVES = {name: Primitive(...)} of the user
 
     def __post_init__(self) -> None:
-        check(self, "space.", cells=3, channels=1, nodes=1)
+        check(self, "space.", cells=3, channels=1, nodes=1, partial=1)
+        divides = self.channels % self.partial == 0
+        require(divides, "space.partial", self.partial, f"a divisor of space.channels ({self.channels})")
         require(len(self.ops) >= 1, "space.ops", self.ops, "at least one operation")
         require(len(set(self.ops)) == len(self.ops), "space.ops", ",".join(self.ops), "each operation once")
         require(set(self.ops) != {"none"}, "space.ops", "none", "at least one operation besides none")
@@ -87,30 +90,33 @@ class WeightsConfig:
 
 @dataclass(frozen=True)
 class ArchConfig:
-    """Adam for the architecture parameters, with coupled weight decay."""
+    """Adam for the architecture: clip by global norm -> coupled weight decay -> moments -> learning rate."""
 
     learning_rate: float = 3e-4  # constant
     beta1: float = 0.5  # decay of the first moment
     beta2: float = 0.999  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 1e-3  # coupled L2
+    clip_norm: float = float("inf")  # global norm of the gradient of the architecture; inf = no clipping
     transform: str = ""  # path.py:factory(config) -> an optax transformation in place of all of the above
 
     def __post_init__(self) -> None:
-        finite(self, "arch.")
+        finite(self, "arch.", but=("clip_norm",))
         check(self, "arch.", learning_rate=0, beta1=0, beta2=0, weight_decay=0)
-        check(self, "arch.", beta1=SHARE, beta2=SHARE, eps=POSITIVE)
+        check(self, "arch.", beta1=SHARE, beta2=SHARE, eps=POSITIVE, clip_norm=CLIP_NORM)
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The data and its augmentation. Where it lies (`run.data_dir`) is not part of what is computed."""
+class ImagesConfig:
+    """The images of a run and their augmentation. Where they lie (`run.data_dir`) is not part of what is computed."""
 
     source: str = "tfds:cifar10"  # digits | tfds:NAME | npz:FILE | folder:DIR
     examples: int = 0  # use at most so many training images, a seeded random subset; 0 = all
     crop_padding: int = 4  # random crop after zero padding by so many pixels; 0 = none
     flip: bool = True  # random horizontal flip
     cutout: int = 0  # side of the square set to zero after normalisation; 0 = none
+    holdout: float = 0.0  # training images that the run never sees: a share below 1, or how many; 0 = none
+    holdout_seed: int = 0  # of the choice of those images: it does not depend on `seed`
 
     def __post_init__(self) -> None:
         kind, _, rest = self.source.partition(":")
@@ -119,6 +125,35 @@ class DataConfig:
             raise UserError(f"data.source: {self.source!r} is not a source; allowed: {allowed}")
         some = Limit("0 (all) | >= 2", lambda examples: examples == 0 or examples >= 2)
         check(self, "data.", examples=some, crop_padding=0, cutout=0)
+        finite(self, "data.")
+        part = Limit("in [0, 1) | a whole number", lambda part: 0 <= part < 1 or (part > 0 and part == int(part)))
+        check(self, "data.", holdout=part, holdout_seed=SEED)
+
+
+@dataclass(frozen=True)
+class DataConfig(ImagesConfig):
+    """The data of a search: the images, and which of them the weights and the architecture learn from."""
+
+    split: str = "0.5,0.5"  # shares of the images for weights and for architecture | shared (one set for both)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            shares = self.shares
+        except ValueError:
+            shares = (0.0,)
+        allowed = "shared | two shares > 0 of sum <= 1, as 0.5,0.5"
+        possible = shares is None or (len(shares) == 2 and min(shares) > 0 and sum(shares) <= 1 + 1e-9)
+        require(possible, "data.split", self.split, allowed)
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """The shares of the images for weights and architecture; None where both learn from one set.
+
+        >>> DataConfig(split="0.8,0.2").shares
+        (0.8, 0.2)
+        """
+        return None if self.split == "shared" else tuple(float(share) for share in self.split.split(","))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from prdarts_jax.config.schema import SEED, SHARE, Limit, batch_for, check, finite, require
-from prdarts_jax.config.search import CLIP_NORM, DTYPES, DataConfig, RunConfig
+from prdarts_jax.config.search import CLIP_NORM, DTYPES, ImagesConfig, RunConfig
 from prdarts_jax.schedules import KINK
 
 STEMS = ("cifar", "imagenet")
@@ -52,7 +52,7 @@ class SgdConfig:
 
 
 @dataclass(frozen=True)
-class TrainDataConfig(DataConfig):
+class TrainDataConfig(ImagesConfig):
     """The data of a training: on the device or streamed, CIFAR's augmentation or ImageNet's."""
 
     stream: str = "auto"  # auto (above resident_gb, or with image_size) | always | never: read while used
@@ -67,7 +67,6 @@ class TrainDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        finite(self, "data.")
         check(self, "data.", stream=STREAMS, resident_gb=0, image_size=0, test_resize=0)
         check(self, "data.", brightness=0, contrast=0, saturation=0, hue=0)
         require(self.hue <= 0.5, "data.hue", self.hue, "0..0.5")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from prdarts_jax.config.search import DataConfig
+from prdarts_jax.config.search import ImagesConfig
 from prdarts_jax.errors import UserError
 
 
@@ -193,7 +193,7 @@ def load_images(
     images: jax.Array,
     positions: jax.Array,
     *,
-    data: DataConfig,
+    data: ImagesConfig,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype: str,

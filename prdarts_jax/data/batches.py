@@ -6,7 +6,9 @@ a batch depends on neither the number of devices nor that of processes.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,37 +36,64 @@ def stream_of(seed: int, epoch: int, purpose: str, place: int) -> np.random.Gene
     return _rng(seed, epoch, purpose, place)
 
 
-def split_indices(n: int, seed: int, *, fraction: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
-    """The disjoint training and validation examples of a search: one seeded permutation, cut once.
+def split_indices(n: int, seed: int, *, shares: Sequence[float] | None = (0.5, 0.5)) -> tuple[np.ndarray, np.ndarray]:
+    """The examples of the weights and of the architecture: one seeded permutation, cut once, or all of it twice.
 
-    train = pi[: floor(n f)], val = the floor(n (1 - f)) that follow; at f = 1/2 both have floor(n/2) examples.
+    train = pi[: floor(n a)], val = the floor(n b) that follow; at a = b = 1/2 both have floor(n/2) examples.
 
     Args:
         n: number of training images.
         seed: seed of the run.
-        fraction: f, the share of the weights' training half, in (0, 1).
+        shares: (a, b), positive, of sum at most 1; None: both are the whole permutation.
 
     Returns:
         train and val, int32, in the order of the permutation.
 
     Raises:
-        UserError: f outside (0, 1), or a half without examples.
+        UserError: shares that are not possible, or a part without examples.
 
     >>> train, val = split_indices(7, seed=0)
     >>> len(train), len(val), len({*train.tolist(), *val.tolist()})
     (3, 3, 6)
     """
-    if not 0.0 < fraction < 1.0:
-        raise UserError(f"fraction: {fraction} is out of range; allowed: between 0 and 1, both excluded")
-    # 10 * (1 - 0.9) is 0.9999999999999998 in floating point; the slack makes it the 1 that is meant.
-    train_size, val_size = int(n * fraction + 1e-9), int(n * (1.0 - fraction) + 1e-9)
-    if train_size < 1 or val_size < 1:
+    order = _rng(seed, "split").permutation(n).astype(np.int32)
+    if shares is None:
+        return order, order
+    shown = ",".join(map(str, shares))
+    if len(shares) != 2 or not all(share > 0 for share in shares) or sum(shares) > 1 + 1e-9:
+        raise UserError(f"data.split: {shown!r} is not possible; allowed: two shares > 0 of sum <= 1")
+    # 100 * 0.29 is 28.999999999999996 in floating point; the slack makes it the 29 that is meant.
+    train, val = (int(n * share + 1e-9) for share in shares)
+    if train < 1 or val < 1:
         raise UserError(
-            f"fraction: {fraction} of {n} images leaves {train_size} for training and {val_size} for validation; "
+            f"data.split: {shown!r} of {n} images leaves {train} for the weights and {val} for the architecture; "
             "allowed: at least one each"
         )
-    order = _rng(seed, "split").permutation(n).astype(np.int32)
-    return order[:train_size], order[train_size : train_size + val_size]
+    return order[:train], order[train : train + val]
+
+
+def hold_out(n: int, holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(kept, held out): the training images that a run may see, and those that it never sees, in ascending order.
+
+    Args:
+        n: number of training images.
+        holdout: the share of them that is held out, below 1, or from 1 on how many; 0 = none.
+        seed: of the choice, apart from the seed of a run: runs of any seed hold out the same images.
+
+    Returns:
+        int32 each; together they are 0..n-1.
+
+    Raises:
+        UserError: no image would be held out, or none be left.
+
+    >>> [len(part) for part in hold_out(50, 0.1, seed=0)], [len(part) for part in hold_out(50, 7, seed=0)]
+    ([45, 5], [43, 7])
+    """
+    count = int(holdout if holdout >= 1 else n * holdout + 1e-9)
+    if holdout and not 0 < count < n:
+        raise UserError(f"data.holdout: {holdout:g} of {n} images holds out {count}; allowed: 1..{n - 1} of them")
+    order = np.arange(n) if count == 0 else _rng(seed, "holdout").permutation(n)
+    return np.sort(order[count:]).astype(np.int32), np.sort(order[:count]).astype(np.int32)
 
 
 def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int, purpose: str) -> np.ndarray:
@@ -90,6 +119,39 @@ def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int, pur
     steps = len(indices) // batch_size
     order = _rng(seed, epoch, purpose).permutation(np.asarray(indices, np.int32))
     return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def held_out_digest(n: int, holdout: float, seed: int) -> dict[str, str]:
+    """{"data.holdout": SHA-256 of the indices that `hold_out` leaves out}; empty where it leaves out none.
+
+    >>> held_out_digest(50, 0.0, seed=0), len(held_out_digest(50, 5, seed=0)["data.holdout"])
+    ({}, 64)
+    """
+    held = hold_out(n, holdout, seed)[1]
+    return {"data.holdout": hashlib.sha256(held.astype("<i4").tobytes()).hexdigest()} if len(held) else {}
+
+
+def stream_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int, purpose: str, steps: int) -> np.ndarray:
+    """The global batches of an epoch of so many steps, from passes over `indices` that follow one another.
+
+    Batch s of the whole run is batch s mod T of pass s // T, T = floor(n / B): where an epoch ends, a pass goes on in
+    the next one, so every example is met once a pass. With T steps an epoch it is `epoch_order`.
+
+    Args:
+        indices, batch_size, seed, epoch, purpose: as in `epoch_order`.
+        steps: S, of every epoch.
+
+    Returns:
+        int32 [S, B].
+
+    >>> stream_order(np.arange(5), 2, seed=0, epoch=1, purpose="val", steps=3).shape
+    (3, 2)
+    """
+    check_batch(batch_size, len(indices), 1)
+    own, first = len(indices) // batch_size, epoch * steps
+    passes = range(first // own, -(-(first + steps) // own))
+    rows = np.concatenate([epoch_order(indices, batch_size, seed, one, purpose) for one in passes])
+    return rows[first % own :][:steps]
 
 
 def process_slice(order: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
@@ -123,7 +185,7 @@ def check_batch(batch_size: int, examples: int, devices: int) -> None:
 
     Args:
         batch_size: global.
-        examples: examples to draw from (in a search, those of the smaller half).
+        examples: examples to draw from (in a search, those of the smaller part).
         devices: number of devices over all processes.
 
     Raises:

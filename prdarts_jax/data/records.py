@@ -83,6 +83,25 @@ class ArrayRecords:
         return f"{self.source}: image {index}"
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Some of a sequence of images."""
+
+    records: Records
+    indices: np.ndarray  # int [n]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int, channels: int = 3) -> tuple[Image, int]:
+        """See `Records`."""
+        return self.records.read(int(self.indices[index]), channels)
+
+    def name(self, index: int) -> str:
+        """As in the sequence that they are of."""
+        return self.records.name(int(self.indices[index]))
+
+
 def read_shape(file: str) -> tuple[int, int, int]:
     """(H, W, C) of an image file, C = 1 where it is grey and 3 otherwise, without decoding its pixels.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from prdarts_jax.data.arrays import statistics
 from prdarts_jax.data.folder_source import Folder
-from prdarts_jax.data.records import ArrayRecords
+from prdarts_jax.data.records import ArrayRecords, Selection
 from prdarts_jax.data.sources import IMAGENET, Dataset, Stored, find, load, load_stored, published
 from prdarts_jax.errors import UserError
 
@@ -55,6 +55,22 @@ class StreamedDataset:
 
 
 AnyDataset: TypeAlias = Dataset | StreamedDataset
+
+
+def measured_on(dataset: AnyDataset, indices: np.ndarray) -> AnyDataset:
+    """The set with some of its training images in the place of its test images.
+
+    Args:
+      dataset: in memory or streamed.
+      indices: int [m], of training images.
+
+    >>> measured_on(load("digits"), np.arange(7)).test_size
+    7
+    """
+    if isinstance(dataset, StreamedDataset):
+        return dataclasses.replace(dataset, test=Selection(dataset.train, indices))
+    images, labels = dataset.train_images[indices], dataset.train_labels[indices]
+    return dataclasses.replace(dataset, test_images=images, test_labels=labels)
 
 
 def choose(data: TrainDataConfig, data_dir: str | None = None, given: Dataset | None = None) -> AnyDataset:

@@ -51,11 +51,16 @@ def batch_moments(z: jax.Array, *, own_kernels: bool = True) -> list[jax.Array]:
 
 
 def over_devices(moments: list[jax.Array], axis_name: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(mean, biased variance, 1/sigma) of the whole batch: both moments travel in one collective."""
+    """(mean, biased variance, 1/sigma) of the whole batch: both moments travel in one collective.
+
+    m = mean_d(m_d), v = mean_d(v_d + (m_d - m)^2) over the devices d: a difference of mean squares would cancel where
+    the mean is large beside sigma.
+    """
     mean, variance = moments
     if axis_name is not None:
-        mean, square = lax.pmean((mean, variance + mean * mean), axis_name)
-        variance = jnp.maximum(square - mean * mean, 0.0)
+        means, variances = lax.all_gather(jnp.stack(moments), axis_name, axis=1)
+        mean = jnp.mean(means, axis=0)
+        variance = jnp.mean(variances + jnp.square(means - mean[None]), axis=0)
     return mean, variance, lax.rsqrt(variance + BN_EPS)
 
 

@@ -1,4 +1,4 @@
-"""Drop-path: a draw an image and edge."""
+"""Drop-path, a draw an image and edge, and dropout, a draw an element."""
 
 from __future__ import annotations
 
@@ -37,5 +37,28 @@ def drop_path(x: jax.Array, draws: jax.Array, rate: jax.Array) -> jax.Array:
     >>> drop_path(jnp.ones((2, 1, 1, 1)), jnp.asarray([0.1, 0.7]), jnp.float32(0.5)).ravel().tolist()
     [0.0, 2.0]
     """
-    factor = jnp.where(draws >= rate, 1.0 / (1.0 - rate), jnp.zeros((), rate.dtype))
-    return x * factor.reshape(-1, 1, 1, 1).astype(x.dtype)
+    return x * kept(draws, rate).reshape(-1, 1, 1, 1).astype(x.dtype)
+
+
+def kept(draws: jax.Array, rate: jax.Array) -> jax.Array:
+    """1 / (1 - rate) where draw >= rate, else 0: factors of mean 1, in the dtype of the rate.
+
+    >>> kept(jnp.asarray([0.1, 0.7]), jnp.float32(0.5)).tolist()
+    [0.0, 2.0]
+    """
+    return jnp.where(draws >= rate, 1.0 / (1.0 - rate), jnp.zeros((), rate.dtype))
+
+
+def dropout(key: jax.Array, positions: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:
+    """x / (1 - rate) where a draw of its own is at least the rate, else 0: element by element.
+
+    Args:
+      key: PRNG key, the same on all devices.
+      positions: int[B], of the samples in the global batch.
+      x: [B,H,W,C].
+      rate: float32 scalar in [0,1).
+
+    >>> dropout(jax.random.key(0), jnp.arange(2), jnp.ones((2, 3, 3, 1)), jnp.float32(0.0)).min()
+    Array(1., dtype=float32)
+    """
+    return x * kept(drop_path_draws(key, positions, x.shape[1:]), rate).astype(x.dtype)

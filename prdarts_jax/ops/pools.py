@@ -145,6 +145,23 @@ def max_pool(x: jax.Array, stride: int) -> jax.Array:
     return _max_pool(x, stride)
 
 
+def max_pool_2x2(x: jax.Array) -> jax.Array:
+    """2x2 max pooling of stride 2: [B,H,W,C] -> [B,ceil(H/2),ceil(W/2),C]; an odd side ends in half a window.
+
+    The whole cotangent of a window goes to its first maximal element, as torch does. Any order and mode of derivative.
+
+    >>> max_pool_2x2(jnp.arange(9.0).reshape(1, 3, 3, 1)).ravel().tolist()
+    [4.0, 5.0, 7.0, 8.0]
+    """
+    _, h, w, _ = x.shape
+    low = jnp.asarray(-jnp.inf, x.dtype)
+    x = lax.pad(x, low, ((0, 0, 0), (0, h % 2, 0), (0, w % 2, 0), (0, 0, 0)))
+    best, *others = (x[:, p::2, q::2] for p in (0, 1) for q in (0, 1))
+    for part in others:
+        best = jnp.where((part > best) | jnp.isnan(part), part, best)
+    return best
+
+
 def _inverse_counts(height: int, width: int, stride: int) -> np.ndarray:
     """1 / (number of real pixels in each 3x3 window), [1,ceil(H/s),ceil(W/s),1]."""
 

@@ -104,6 +104,7 @@ PROVENANCE: Mapping[str, str] = {
     "arch.beta2": _RELEASED,
     "arch.eps": _RELEASED,
     "arch.weight_decay": _RELEASED,
+    "arch.clip_norm": _RELEASED,
     "data.source": _PAPER,
     "data.crop_padding": _DARTS,
     "data.flip": _DARTS,

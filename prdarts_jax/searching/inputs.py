@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -17,7 +18,7 @@ from prdarts_jax.config.schema import require
 from prdarts_jax.config.search import MethodConfig, SearchConfig
 from prdarts_jax.config.userfile import UserObject
 from prdarts_jax.data.augment import check_augment
-from prdarts_jax.data.batches import check_batch, split_indices
+from prdarts_jax.data.batches import check_batch, held_out_digest, hold_out, split_indices
 from prdarts_jax.data.sources import Dataset, load
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
@@ -25,6 +26,7 @@ from prdarts_jax.run import provenance
 from prdarts_jax.run.metrics import check_tensorboard
 from prdarts_jax.searching.own_code import ARCH, METHOD, WEIGHTS, try_out
 from prdarts_jax.searching.program import SearchProblem
+from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategies import composition, registry
 from prdarts_jax.strategy import Strategy
@@ -89,24 +91,50 @@ def prepare(
     # What is the library's has its tests, and tracing a large network costs seconds.
     arguments = zip(parts, (strategy, weight_tx, arch_tx), strict=True)
     own = {field: parts[field].value for field, given in arguments if given is not None or parts[field].digest}
-    strategy_made = parts[METHOD].value
-    first = userfile.call(strategy_made.stage_epochs, config.epochs, field=METHOD)
-    require(1 <= first <= config.epochs, METHOD, first, f"1..{config.epochs}, the epochs")
-    userfile.call(strategy_made.schedule, 0, first, field=METHOD)  # an option may be possible with more epochs alone
+    problem = _on_plain_parameters(problem, own)
+    check_first_stage(config, problem.strategy)
     digests = {field: part.digest for field, part in {"space.primitives": primitives, **parts}.items() if part.digest}
     if like is None:
         digests = try_out(problem, mesh, dataset.image, config.epochs, primitives.value, own) | digests
     else:
         digests = {field: like.digests[field] for field in own} | digests
+    held_out = held_out_digest(dataset.train_size, config.data.holdout, config.data.holdout_seed)
     remake = functools.partial(_method_of_stage, config, strategy)
-    return SearchInputs(problem, dataset, mesh, remake, {"data": dataset.digest, **digests})
+    return SearchInputs(problem, dataset, mesh, remake, {"data": dataset.digest, **held_out, **digests})
+
+
+def _on_plain_parameters(problem: SearchProblem, own: Mapping[str, Any]) -> SearchProblem:
+    """The problem, its caller's optimizers taking plain parameters."""
+    shapes: dict[str, Callable[..., Any]] = {
+        WEIGHTS: functools.partial(supernet.init, space=problem.space),
+        ARCH: problem.strategy.init,
+    }
+    for field, attribute in ((WEIGHTS, "weight_tx"), (ARCH, "arch_tx")):
+        if field in own:
+            with userfile.errors_of({field: own[field]}):
+                parameters = jax.eval_shape(shapes[field], jax.random.key(0))
+                tx = optimizers.on_plain_parameters(getattr(problem, attribute), parameters)
+            problem = problem._replace(**{attribute: tx})
+    return problem
+
+
+def check_first_stage(config: SearchConfig, strategy: Strategy) -> int:
+    """The epochs of the first stage of a search; what a strategy makes of epochs is looked at before anything runs.
+
+    Raises:
+      UserError: there are too few epochs, or too many.
+    """
+    first = userfile.call(strategy.stage_epochs, config.epochs, field=METHOD)
+    require(1 <= first <= config.epochs, f"{METHOD}.stage_epochs", first, f"1..{config.epochs}, the epochs")
+    userfile.call(strategy.schedule, 0, first, field=METHOD)
+    return first
 
 
 def _checked_data(config: SearchConfig, data: Dataset | None, mesh: Mesh) -> Dataset:
     """The images of a search, if they can be batched and augmented as the config says."""
     dataset = data if data is not None else load(config.data.source, config.run.data_dir or None)
     check_augment(dataset.image[:2], crop_padding=config.data.crop_padding, cutout=config.data.cutout)
-    check_batch(config.batch_size, len(halves(config, dataset.train_size)[0]), mesh.size)
+    check_batch(config.batch_size, min(map(len, halves(config, dataset.train_size))), mesh.size)
     return dataset
 
 
@@ -160,13 +188,18 @@ def check_method(config: SearchConfig) -> None:
 
 
 def halves(config: SearchConfig, examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images for the weights and of those for the architecture: disjoint, of one size.
+    """Indices of the images for the weights and of those for the architecture: disjoint parts, or one set twice.
 
-    The split is a seeded permutation, so the beginnings of its halves are random subsets (`data.examples`).
+    The split is a seeded permutation, so the beginnings of its parts are random subsets (`data.examples`).
     """
-    used = config.data.examples // 2 or None
-    weights, arch = split_indices(examples, config.seed)
-    return weights[:used], arch[:used]
+    data, (kept, _) = config.data, hold_out(examples, config.data.holdout, config.data.holdout_seed)
+    parts = split_indices(len(kept), config.seed, shares=data.shares)
+    if data.examples:
+        # Of `data.examples` images each part has its share; one shared set has all of them.
+        of_all = (1.0, 1.0) if data.shares is None else [share / sum(data.shares) for share in data.shares]
+        sizes = [int(data.examples * share + 1e-9) for share in of_all]
+        parts = parts[0][: sizes[0]], parts[1][: sizes[1]]
+    return kept[parts[0]], kept[parts[1]]
 
 
 def with_method(config: SearchConfig, strategy: Strategy | Callable[..., Strategy] | None) -> SearchConfig:

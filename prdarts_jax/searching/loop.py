@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from prdarts_jax.bilevel import half_of
 from prdarts_jax.config import userfile
 from prdarts_jax.config.search import SearchConfig
-from prdarts_jax.data.batches import Images, epoch_order, padded_batches
+from prdarts_jax.data.batches import Images, epoch_order, padded_batches, stream_order
 from prdarts_jax.devices import processes, sharding
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.optimizers import set_hyperparameters
@@ -189,7 +189,7 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         self.stopped: Stop | None = None
         self.event: Event | None = None
         self.events: list[dict[str, Any]] = []
-        first = userfile.call(inputs.problem.strategy.stage_epochs, config.epochs, field=METHOD)
+        first = search_inputs.check_first_stage(config, inputs.problem.strategy)
         self.stages = [Stage(epochs=first)]
         self.horizon = inputs.problem.strategy.horizon
         positions = np.arange(config.batch_size, dtype=np.int32)
@@ -272,7 +272,7 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         size, seed = self.config.batch_size, self.config.seed
         return Orders(
             train=epoch_order(self.train_half, size, seed, epoch, "train"),
-            val=epoch_order(self.val_half, size, seed, epoch, "val"),
+            val=stream_order(self.val_half, size, seed, epoch, "val", self.epoch_steps),
         )
 
     def dispatch(

@@ -76,7 +76,7 @@ def try_out(
     parts = {**own, **({"space.primitives": tuple(primitives.values())} if primitives else {})}
     if not parts:
         return {}
-    channels = 2 * problem.space.channels
+    channels = 2 * problem.space.channels // problem.space.partial
     check_primitives(
         primitives,
         primitive_uses(problem.space),

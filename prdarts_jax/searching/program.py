@@ -60,6 +60,11 @@ class SearchProblem(NamedTuple):
     local_batch_norm: bool = False
 
 
+def strong(leaf: jax.Array) -> jax.Array:
+    """An array whose dtype is no longer that of a Python number."""
+    return lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf.aval, "weak_type", False) else leaf
+
+
 def _initial(problem: SearchProblem, image: tuple[int, ...]) -> Callable[[jax.Array, Numbers], SearchCarry]:
     step = _step(problem, None)
 
@@ -72,7 +77,9 @@ def _initial(problem: SearchProblem, image: tuple[int, ...]) -> Callable[[jax.Ar
             arch_tx=problem.arch_tx,
         )
         batch = Batch(jnp.zeros((2, *image), problem.dtype), jnp.zeros((2,), jnp.int32))
-        _, metrics = jax.eval_shape(step, state, Batches(batch, batch), key, numbers)
+        after, metrics = jax.eval_shape(step, state, Batches(batch, batch), key, numbers)
+        # An optimizer may begin with Python numbers and go on with arrays, which would be a second program.
+        state = jax.tree.map(lambda leaf, later: leaf if later.weak_type else strong(leaf), state, after)
         return SearchCarry(state, {name: jnp.zeros((), jnp.float32) for name in metrics})
 
     return program

@@ -18,7 +18,7 @@ from prdarts_jax.searching.program import SearchCarry
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
 
-_FIELDS = ("nodes", "ops", "edge_ops", "cells", "channels", "head_norm", "pool_norm")
+_FIELDS = ("nodes", "ops", "edge_ops", "cells", "channels", "head_norm", "pool_norm", "partial")
 
 
 class Stage(NamedTuple):

@@ -14,6 +14,7 @@ from prdarts_jax.bilevel import Batch, Batches, Loss, Losses, Metrics, Optimizer
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.losses import accuracy, cross_entropy
 from prdarts_jax.space import supernet
+from prdarts_jax.space.noise import DROP_PATH, DROPOUT, Noise
 from prdarts_jax.space.spec import Space
 from prdarts_jax.strategy import Numbers, Strategy, cross_entropy_alone
 
@@ -33,6 +34,20 @@ def init_state(
     return SearchState(jnp.zeros((), jnp.int32), weights, arch, weight_tx.init(weights), arch_tx.init(arch), memory)
 
 
+_NOISE = 2**32 - 3  # in the place of a cell type's number: the noise shares no key with the gates
+
+
+def _noise(key: jax.Array, batch: Batch, numbers: Numbers, axis_name: str | None) -> Noise | None:
+    """The noise that the numbers of the epoch name: drop-path and dropout; None if they name none."""
+    rates = {name: numbers[name] for name in numbers if name == DROP_PATH or name.startswith(DROPOUT)}
+    if not rates:
+        return None
+    positions = jnp.arange(batch.images.shape[0], dtype=jnp.int32)
+    if axis_name is not None:
+        positions = positions + jax.lax.axis_index(axis_name).astype(jnp.int32) * batch.images.shape[0]
+    return Noise(jax.random.fold_in(key, _NOISE), positions, rates)
+
+
 def make_losses(
     *,
     space: Space,
@@ -48,7 +63,9 @@ def make_losses(
         def losses(
             weights: Any, gates: Gates, batch: Batch, key: jax.Array, numbers: Numbers
         ) -> tuple[jax.Array, jax.Array]:
-            logits, _ = apply(weights, gates, batch.images, space=space, axis_name=norm_axis)
+            noise = _noise(key, batch, numbers, axis_name)
+            more = {} if noise is None else {"noise": noise}
+            logits, _ = apply(weights, gates, batch.images, space=space, axis_name=norm_axis, **more)
             return cross_entropy(logits, batch.labels), accuracy(logits, batch.labels)
 
         return losses

@@ -23,8 +23,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from prdarts_jax.ops.layers import Weight
 from prdarts_jax.ops.primitives import Params
-from prdarts_jax.space import cell_kernels
+from prdarts_jax.space import cell_kernels, cell_partial
 from prdarts_jax.space.cell_scan import _reverse_group, _run_group, _unflatten
+from prdarts_jax.space.noise import CellNoise
+from prdarts_jax.space.partial import factors_of, head, shuffled, tail, unshuffled
 from prdarts_jax.space.spec import EdgeGroup, Space
 from prdarts_jax.space.terms import (
     CellProgram,
@@ -42,7 +44,7 @@ def declare_edges(space: Space, kind: str, channels: int) -> dict[str, dict[str,
     for group in space.edge_groups(kind):
         stacks: dict[str, dict[str, Weight]] = {}
         for op, edges in space.rows(kind, group).items():
-            one = space.table[op].weights(channels, group.stride)
+            one = space.table[op].weights(channels // space.partial, group.stride)
             if edges and one:
                 stacks[op] = {name: w._replace(shape=(len(edges), *w.shape)) for name, w in one.items()}
         declared[group.name] = stacks
@@ -50,43 +52,63 @@ def declare_edges(space: Space, kind: str, channels: int) -> dict[str, dict[str,
 
 
 def _forward(
-    program: CellProgram, weights: CellWeights, values: jax.Array, s0: jax.Array, s1: jax.Array, executed: jax.Array
+    program: CellProgram,
+    weights: CellWeights,
+    values: jax.Array,
+    s0: jax.Array,
+    s1: jax.Array,
+    executed: jax.Array,
+    noise: CellNoise | None,
+    factors: jax.Array | None,
 ) -> jax.Array:
     """All nodes after the cell: [2+N,B,H,W,C], or [N,B,h,w,C] of a reduction cell."""
     if cell_kernels.serves(program, weights, values, s0, s1):
-        return cell_kernels.forward(program, weights, values, s0, s1, executed)
+        if factors is not None:
+            return cell_partial.forward(program, weights, values, s0, s1, executed, noise, factors)
+        return cell_kernels.forward(program, weights, values, s0, s1, executed, noise)
     space, kind = program.space, program.kind
     inputs = jnp.stack([s0, s1])
     groups = space.edge_groups(kind)
     if kind == "normal":
         nodes = jnp.concatenate([inputs, jnp.zeros((space.nodes, *s0.shape), s0.dtype)])
-        terms = terms_of(space, kind, groups[0], values, executed)
-        return _run_group(program, groups[0], weights["stride1"], terms, None, nodes)
+        terms = terms_of(space, kind, groups[0], values, executed, noise)
+        return _run_group(program, groups[0], weights["stride1"], terms, None, nodes, noise, factors)
     nodes = jnp.zeros((space.nodes, *output_shape(s0, 2)), s0.dtype)
     for group in groups:
-        terms = terms_of(space, kind, group, values, executed)
-        nodes = _run_group(program, group, weights[group.name], terms, inputs if group.stride == 2 else None, nodes)
+        terms = terms_of(space, kind, group, values, executed, noise)
+        sources = inputs if group.stride == 2 else None
+        nodes = _run_group(program, group, weights[group.name], terms, sources, nodes, noise, factors)
+        if group.stride == 2 and factors is not None:  # no edge of stride 1 ends in the first node
+            nodes = nodes.at[0].set(shuffled(space, head(space, nodes[0]), tail(space, nodes[0])))
     return nodes
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixed(
-    program: CellProgram, weights: CellWeights, values: jax.Array, s0: jax.Array, s1: jax.Array, executed: jax.Array
+    program: CellProgram,
+    weights: CellWeights,
+    values: jax.Array,
+    s0: jax.Array,
+    s1: jax.Array,
+    executed: jax.Array,
+    noise: CellNoise | None,
+    factors: jax.Array | None,
 ) -> jax.Array:
-    nodes = _forward(program, weights, values, s0, s1, executed)
+    nodes = _forward(program, weights, values, s0, s1, executed, noise, factors)
     return nodes[2:] if program.kind == "normal" else nodes
 
 
 def _mixed_fwd(
-    program: CellProgram, weights: Any, values: Any, s0: Any, s1: Any, executed: Any
+    program: CellProgram, weights: Any, values: Any, s0: Any, s1: Any, executed: Any, noise: Any, factors: Any
 ) -> tuple[jax.Array, Any]:
-    wanted = Wanted(any(a.perturbed for a in jax.tree.leaves(weights, is_leaf=_is_primal)), values.perturbed)
-    plain = jax.tree.map(lambda a: a.value, (weights, values, s0, s1, executed), is_leaf=_is_primal)
+    some = [any(a.perturbed for a in jax.tree.leaves(tree, is_leaf=_is_primal)) for tree in (weights, values, factors)]
+    wanted = Wanted(*some)
+    plain = jax.tree.map(lambda a: a.value, (weights, values, s0, s1, executed, noise, factors), is_leaf=_is_primal)
     nodes = _forward(program, *plain)
     out = nodes[2:] if program.kind == "normal" else nodes
     # The inputs of a normal cell are rows 0 and 1 of its nodes: keeping them again would double the residuals.
     inputs = None if program.kind == "normal" else plain[2:4]
-    return out, (wanted, plain[0], plain[1], inputs, plain[4], nodes)
+    return out, (wanted, plain[0], plain[1], inputs, *plain[4:], nodes)
 
 
 def _is_primal(a: Any) -> bool:
@@ -102,28 +124,48 @@ def _reverse(
     nodes: jax.Array,
     cotangents: tuple[jax.Array | None, jax.Array],
     wanted: Wanted,
-) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, Params], jax.Array]:
-    """Cotangents of sources and nodes, of the stacks of a group, and of its gates [n]."""
+    noise: CellNoise | None,
+    factors: jax.Array | None,
+) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, Params], jax.Array, jax.Array | None]:
+    """Cotangents of sources and nodes, of the stacks of a group, of its gates [n], and of the factors of its edges."""
     if cell_kernels.serves(program, {"": stacks}, terms.value, nodes, cotangents[1]):
-        return cell_kernels.reverse_group(program, group, stacks, terms, sources, nodes, cotangents, wanted)
-    carry, flats, dvalues = _reverse_group(program, group, stacks, terms, sources, nodes, cotangents, wanted)
-    return carry, _unflatten(program, group, stacks, terms, flats) if wanted.weights else {}, dvalues
+        assert factors is None
+        return *cell_kernels.reverse_group(
+            program, group, stacks, terms, sources, nodes, cotangents, wanted, noise
+        ), None
+    carry, flats, dvalues, dfactors = _reverse_group(
+        program, group, stacks, terms, sources, nodes, cotangents, wanted, noise, factors
+    )
+    return carry, _unflatten(program, group, stacks, terms, flats) if wanted.weights else {}, dvalues, dfactors
 
 
 def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
-    wanted, weights, values, inputs, executed, nodes = res
+    wanted, weights, values, inputs, executed, noise, factors, nodes = res
     space, kind = program.space, program.kind
     dvalues = jnp.zeros(values.shape, values.dtype)
     dweights: CellWeights = {}
     if isinstance(ct, SymbolicZero):
         ct = jnp.zeros(ct.shape, ct.dtype)
+    dfactors = None if factors is None else jnp.zeros_like(factors)
+    if factors is not None:
+        if cell_kernels.serves(program, weights, values, nodes, ct):
+            found = cell_partial.reverse(program, weights, values, inputs, executed, noise, factors, nodes, ct, wanted)
+            dweights, *others = found
+            return (
+                dweights if wanted.weights else jax.tree.map(jnp.zeros_like, weights),
+                *others[:3],
+                None,
+                None,
+                others[3],
+            )
+        ct = ct.at[-1].set(unshuffled(space, ct[-1]))  # no edge leaves the last node
     sources = None if inputs is None else jnp.stack(inputs)
     ct_sources = None if sources is None else jnp.zeros_like(sources)
     ct_nodes = jnp.concatenate([jnp.zeros_like(nodes[:2]), ct]) if kind == "normal" else ct
     for group in reversed(space.edge_groups(kind)):
-        terms = terms_of(space, kind, group, values, executed)
+        terms = terms_of(space, kind, group, values, executed, noise)
         outer = group.stride == 2
-        carry, dstacks, dvalue = _reverse(
+        carry, dstacks, dvalue, dfactor = _reverse(
             program,
             group,
             weights[group.name],
@@ -132,10 +174,14 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
             nodes,
             (ct_sources if outer else None, ct_nodes),
             wanted,
+            noise,
+            factors,
         )
         ct_sources, ct_nodes = (carry[0] if outer else ct_sources), carry[1]
         dvalues = dvalues.at[np.asarray(group.edges)].set(dvalue.reshape(len(group.edges), -1))
         dweights[group.name] = dstacks
+        if dfactors is not None and dfactor is not None:
+            dfactors = dfactors + dfactor
     source_cts = ct_nodes if kind == "normal" else ct_sources
     assert source_cts is not None
     return (
@@ -143,7 +189,9 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
         dvalues,
         source_cts[0],
         source_cts[1],
-        np.zeros(executed.shape, jax.dtypes.float0),
+        None,
+        None,
+        dfactors,
     )
 
 
@@ -160,6 +208,8 @@ def mixed_nodes(
     space: Space,
     kind: str,
     axis_name: str | None = None,
+    noise: CellNoise | None = None,
+    multipliers: jax.Array | None = None,
 ) -> jax.Array:
     """The intermediate nodes of a cell, executed operations only: X_n = sum_{edges into n} sum_k g_k op_k(x)  (eq. 7).
 
@@ -170,8 +220,13 @@ def mixed_nodes(
       s0, s1: [B,H,W,C], the preprocessed outputs of the two previous cells.
       space, kind: static; kind is "normal" or "reduce".
       axis_name: mapped axis over which the batch is split.
+      noise: drop-path and dropout of this cell; no gradient flows through it.
+      multipliers: [E], of the edges, which `values` contain already: what the channels that pass by are multiplied by
+        in a space of partial channels; None: 1.
 
     Returns:
       [N,B,h,w,C]; h = H, or ceil(H/2) in a reduction cell. Reverse mode only (see `mixed_nodes_reference`).
     """
-    return _mixed(CellProgram(space, kind, axis_name), weights, values, s0, s1, executed)
+    dropout = () if noise is None else tuple(sorted(noise.rates))
+    factors = factors_of(space, multipliers, noise, values)
+    return _mixed(CellProgram(space, kind, axis_name, dropout), weights, values, s0, s1, executed, noise, factors)

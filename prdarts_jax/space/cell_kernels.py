@@ -25,6 +25,7 @@ from prdarts_jax.ops.lowering import Branch, run_branch
 from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.ops.separable import Unit
+from prdarts_jax.space.noise import CellNoise, of_edge, reaches
 from prdarts_jax.space.spec import EdgeGroup
 from prdarts_jax.space.terms import (
     CellProgram,
@@ -73,7 +74,7 @@ def _units_of(program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str,
       UserError: units that cannot be those of the operation; a kernel would read and write what is not theirs.
     """
     primitive = program.space.table[op]
-    if primitive.units is None or not runs(program, group)[op]:
+    if primitive.units is None or not runs(program, group)[op] or _drops(program, op, group):
         return None
     units = primitive.units(stacks.get(op, {}), group.stride)
     if isinstance(units, Pool):
@@ -97,6 +98,10 @@ def _units_of(program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str,
         if not kernels.compiled(*shapes[0][1:3], unit.stride, unit.dilation):
             return None
     return list(units)
+
+
+def _drops(program: CellProgram, op: str, group: EdgeGroup) -> bool:
+    return op in program.dropout and reaches(program.space, op, group.stride)
 
 
 def _table(program: CellProgram, group: EdgeGroup, stacks: dict[str, Params]) -> _Table:
@@ -136,6 +141,7 @@ def serves(program: CellProgram, weights: CellWeights, *arrays: jax.Array) -> bo
 
 
 def _add(rows: jax.Array, y: jax.Array, index: jax.Array, value: jax.Array) -> jax.Array:
+    """rows[index] += value y; a value for all images, or one for each."""
     return kernels.call("add_to_row", [rows.shape], rows, y, index, value, in_place={0: 0})[0]
 
 
@@ -155,17 +161,18 @@ def _run_group(
     terms: Terms,
     sources: jax.Array | None,
     nodes: jax.Array,
+    noise: CellNoise | None = None,
 ) -> jax.Array:
     space, stride = program.space, group.stride
     table, arrays = _table(program, group, stacks), _arrays(program, group, stacks)
     layers = fast_layers()
 
     def branch(op: str) -> Branch:
-        def run(nodes: jax.Array, operands: tuple[dict[str, Params], Any, Terms]) -> jax.Array:
-            stacks, sources, term = operands
+        def run(nodes: jax.Array, operands: tuple[dict[str, Params], Any, Terms, jax.Array, Any]) -> jax.Array:
+            stacks, sources, term, value, noise = operands
             x = read_row(nodes if sources is None else sources, term.source)
-            y = apply_op(space, op, weights_of(stacks, op, term.row), x, stride, layers)
-            return _add(nodes, y, term.target, term.value)
+            y = apply_op(space, op, weights_of(stacks, op, term.row), x, stride, layers, noise, term.edge)
+            return _add(nodes, y, term.target, value)
 
         return run
 
@@ -175,10 +182,11 @@ def _run_group(
 
     def one(carry: _Carry, of: tuple[jax.Array, Terms]) -> tuple[_Carry, None]:
         (nodes, work), (numbers, term) = carry, of
-        operands = (nodes, work, _nothing(nodes) if sources is None else sources, numbers, term.value, *arrays)
+        value = term.value if noise is None or noise.edges is None else term.value * noise.edges[term.edge]
+        operands = (nodes, work, _nothing(nodes) if sources is None else sources, numbers, value, *arrays)
         shapes = [nodes.shape, work.shape]
         nodes, work = kernels.call("term_forward", shapes, *operands, in_place={0: 0, 1: 1}, **table.attributes())
-        return (run_branch(branches, term.branch, nodes, (others, sources, term)), work), None
+        return (run_branch(branches, term.branch, nodes, (others, sources, term, value, noise)), work), None
 
     scanned = (_numbers(terms), jax.tree.map(jnp.asarray, terms))
     (nodes, _), _ = lax.scan(one, (nodes, table.work(nodes)), scanned)
@@ -186,7 +194,13 @@ def _run_group(
 
 
 def forward(
-    program: CellProgram, weights: CellWeights, values: jax.Array, s0: jax.Array, s1: jax.Array, executed: jax.Array
+    program: CellProgram,
+    weights: CellWeights,
+    values: jax.Array,
+    s0: jax.Array,
+    s1: jax.Array,
+    executed: jax.Array,
+    noise: CellNoise | None,
 ) -> jax.Array:
     """All nodes after the cell, the inputs of a normal cell among them."""
     space, kind = program.space, program.kind
@@ -196,9 +210,9 @@ def forward(
     if kind == "normal":
         nodes = jnp.concatenate([inputs, nodes])
     for group in space.edge_groups(kind):
-        terms = terms_of(space, kind, group, values, executed)
+        terms = terms_of(space, kind, group, values, executed, noise)
         sources = inputs if group.stride == 2 else None
-        nodes = _run_group(program, group, weights[group.name], terms, sources, nodes)
+        nodes = _run_group(program, group, weights[group.name], terms, sources, nodes, noise)
     return nodes
 
 
@@ -216,6 +230,7 @@ def reverse_group(
     nodes: jax.Array,
     cotangents: tuple[jax.Array | None, jax.Array],
     wanted: Wanted,
+    noise: CellNoise | None = None,
 ) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, Params], jax.Array]:
     """From the last term to the first: cotangents of sources and nodes, of the stacks, and of the gates [n].
 
@@ -229,20 +244,24 @@ def reverse_group(
     others = _others(program, table, stacks)
 
     def branch(op: str) -> Branch:
-        def run(before: _Cotangents, operands: tuple[dict[str, Params], Any, Any, Terms]) -> _Cotangents:
+        def run(before: _Cotangents, operands: tuple[dict[str, Params], Any, Any, jax.Array, Terms, Any]) -> Any:
             cts, dvalue, dothers = before
-            stacks, inputs, ct_nodes, term = operands
+            stacks, inputs, ct_nodes, target, term, noise = operands
             params, x = weights_of(stacks, op, term.row), read_row(inputs, term.source)
-            ct = read_row(cts if ct_nodes is None else ct_nodes, term.target)
+            ct = read_row(cts if ct_nodes is None else ct_nodes, target)
+
+            def apply(params: Params, x: jax.Array) -> jax.Array:
+                return apply_op(space, op, params, x, stride, layers, noise, term.edge)
+
             # The gate multiplies what comes out: multiplying the cotangent would be a pass over it.
             if wanted.weights and params:
-                y, pull = jax.vjp(lambda p, x: apply_op(space, op, p, x, stride, layers), params, x)
+                y, pull = jax.vjp(apply, params, x)
                 dp, dx = pull(ct)
                 scaled = jax.tree.map(lambda d: term.value.astype(d.dtype) * d, dp)
                 mine = jax.tree.map(lambda all, d: all.at[term.row].add(d), dothers[op], scaled)
                 dothers = {**dothers, op: mine}
             else:
-                y, pull = jax.vjp(lambda x: apply_op(space, op, params, x, stride, layers), x)
+                y, pull = jax.vjp(lambda x: apply(params, x), x)
                 (dx,) = pull(ct)
             if wanted.values:
                 dvalue = inner(ct, y).astype(value_dtype)
@@ -259,15 +278,19 @@ def reverse_group(
     ) -> tuple[tuple[jax.Array, jax.Array, list[jax.Array], dict[str, Params]], jax.Array]:
         (cts, work, gradients, dothers), (numbers, term) = carry, of
         ct_nodes = None if own else cotangents[1]
-        operands = [cts, work, _nothing(cts) if own else cotangents[1], inputs, numbers, term.value, *arrays]
+        if noise is not None and noise.edges is not None:
+            # The kernels read a cotangent as it is: here that of this edge, the one row of a buffer of its own.
+            ct_nodes = of_edge(noise, term.edge, read_row(cts if ct_nodes is None else ct_nodes, term.target))[None]
+            numbers = numbers.at[1].set(0)
+        operands = [cts, work, _nothing(cts) if ct_nodes is None else ct_nodes, inputs, numbers, term.value, *arrays]
         in_place = {0: 0, 1: 1} | {len(operands) + i: 3 + i for i in range(len(gradients))}
         shapes = [cts.shape, work.shape, (), *(g.shape for g in gradients)]
         name = "term_backward" if wanted.weights else "term_input_gradient"
         cts, work, dvalue, *gradients = kernels.call(
             name, shapes, *operands, *gradients, in_place=in_place, **table.attributes()
         )
-        state = run_branch(branches, term.branch, (cts, dvalue, dothers), (others, inputs, ct_nodes, term))
-        cts, dvalue, dothers = state
+        read = (others, inputs, ct_nodes, numbers[1], term, noise)
+        cts, dvalue, dothers = run_branch(branches, term.branch, (cts, dvalue, dothers), read)
         return (cts, work, gradients, dothers), dvalue
 
     before = cotangents[1] if cotangents[0] is None else cotangents[0]

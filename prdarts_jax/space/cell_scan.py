@@ -15,6 +15,18 @@ from prdarts_jax.ops.depthwise import wide_dtype
 from prdarts_jax.ops.layer_set import fast_layers
 from prdarts_jax.ops.lowering import Branch, run_branch
 from prdarts_jax.ops.primitives import Params
+from prdarts_jax.space.noise import CellNoise, of_edge
+from prdarts_jax.space.partial import (
+    edge_table,
+    factor_cotangent,
+    head,
+    of_edges,
+    passed,
+    shuffled,
+    tail,
+    unshuffled,
+    weighted_sum,
+)
 from prdarts_jax.space.spec import EdgeGroup
 from prdarts_jax.space.terms import (
     CellProgram,
@@ -28,6 +40,7 @@ from prdarts_jax.space.terms import (
 )
 
 _Cotangents = tuple[jax.Array, jax.Array, jax.Array]  # of the source, of the weights (flat), of the gate
+_Read = tuple[dict[str, Params], jax.Array, jax.Array, Terms, CellNoise | None]  # stacks, source, cotangents of nodes
 
 
 class _Gathering(NamedTuple):
@@ -61,7 +74,7 @@ def _gathering(ends: np.ndarray, *, reverse: bool) -> _Gathering:
 
 def _filled(terms: Terms, void: int, rows: np.ndarray) -> Terms:
     """The terms in rows; what fills up executes nothing."""
-    fill = Terms(source=0, target=0, branch=void, row=0, value=0)  # type: ignore[arg-type]
+    fill = Terms(0, 0, void, 0, 0, edge=terms.edge if terms.edge is None else 0)  # type: ignore[arg-type]
     return jax.tree.map(lambda a, f: jnp.concatenate([a, jnp.full(1, f, a.dtype)])[rows], terms, fill)
 
 
@@ -72,35 +85,51 @@ def _run_group(
     terms: Terms,
     sources: jax.Array | None,
     nodes: jax.Array,
+    noise: CellNoise | None = None,
+    factors: jax.Array | None = None,
 ) -> jax.Array:
-    """Adds g * op(x) of every term to its target. Sources: a buffer of their own, or (None) the nodes themselves."""
+    """Adds g * op(x) of every term to its target. Sources: a buffer of their own, or (None) the nodes themselves.
+
+    With `factors` (partial channels) also what passes by; after the edges of stride 1, which come last, it is shuffled.
+    """
     space, stride = program.space, group.stride
     layers = fast_layers(program.axis_name)
 
     def branch(op: str) -> Branch:
-        def run(total: jax.Array, read: tuple[dict[str, Params], jax.Array, Terms]) -> jax.Array:
-            stacks, inputs, term = read
-            y = apply_op(space, op, weights_of(stacks, op, term.row), read_row(inputs, term.source), stride, layers)
+        def run(total: jax.Array, read: tuple[dict[str, Params], jax.Array, Terms, CellNoise | None]) -> jax.Array:
+            stacks, inputs, term, noise = read
+            params, x = weights_of(stacks, op, term.row), head(space, read_row(inputs, term.source))
+            y = of_edge(noise, term.edge, apply_op(space, op, params, x, stride, layers, noise, term.edge))
             return total + term.value.astype(y.dtype) * y
 
         return run
 
     branches = tuple(branch(op) if runs else None for op, runs in runs(program, group).items())
 
-    def node(nodes: jax.Array, of: tuple[jax.Array, Terms]) -> tuple[jax.Array, None]:
-        index, mine = of
+    passing = None if factors is None or sources is None else [passed(tail(space, x), stride) for x in sources]
+
+    def node(nodes: jax.Array, of: tuple[jax.Array, Terms, jax.Array | None]) -> tuple[jax.Array, None]:
+        index, mine, weights = of
         inputs = nodes if sources is None else sources
 
         def add(total: jax.Array, term: Terms) -> tuple[jax.Array, None]:
-            return run_branch(branches, term.branch, total, (stacks, inputs, term)), None
+            return run_branch(branches, term.branch, total, (stacks, inputs, term, noise)), None
 
-        total, _ = lax.scan(add, read_row(nodes, index), mine)
+        before = read_row(nodes, index)
+        total, _ = lax.scan(add, head(space, before), mine)
+        if weights is not None:
+            rows = tail(space, nodes) if passing is None else passing
+            beside = tail(space, before) + weighted_sum(weights, rows)
+            total = shuffled(space, total, beside) if stride == 1 else jnp.concatenate([total, beside], axis=-1)
         return write_row(nodes, index, total), None
 
     gathering = _gathering(terms.target, reverse=False)
     rows = _filled(terms, space.num_ops, gathering.term)
+    weights = None
+    if factors is not None:
+        weights = of_edges(factors, edge_table(space, program.kind, group)[gathering.node])
     with gathering.scope():
-        return lax.scan(node, nodes, (jnp.asarray(gathering.node), rows))[0]
+        return lax.scan(node, nodes, (jnp.asarray(gathering.node), rows, weights))[0]
 
 
 def _flat_sizes(stacks: dict[str, Params]) -> dict[str, int]:
@@ -116,10 +145,13 @@ def _reverse_group(
     nodes: jax.Array,
     cotangents: tuple[jax.Array | None, jax.Array],
     wanted: Wanted,
-) -> tuple[tuple[jax.Array | None, jax.Array], jax.Array, jax.Array]:
+    noise: CellNoise | None = None,
+    factors: jax.Array | None = None,
+) -> tuple[tuple[jax.Array | None, jax.Array], jax.Array, jax.Array, jax.Array | None]:
     """From the last source to the first: cotangents of sources and nodes, flat weight gradients [n, P], gates' [n].
 
     The cotangent of a source is whole once the edges that leave it are done, and so are those of its targets before.
+    With `factors` (partial channels) those of targets are kept as they were before the shuffle; the factors' come last.
     """
     space, stride = program.space, group.stride
     layers = fast_layers(program.axis_name)
@@ -128,18 +160,23 @@ def _reverse_group(
     value_dtype = terms.value.dtype
 
     def branch(op: str) -> Branch:
-        def run(before: _Cotangents, read: tuple[dict[str, Params], jax.Array, jax.Array, Terms]) -> _Cotangents:
+        def run(before: _Cotangents, read: _Read) -> _Cotangents:
             total, flat, dvalue = before
-            stacks, x, ct_nodes, term = read
-            params, ct = weights_of(stacks, op, term.row), read_row(ct_nodes, term.target)
+            stacks, x, ct_nodes, term, noise = read
+            params, ct = weights_of(stacks, op, term.row), head(space, read_row(ct_nodes, term.target))
+            ct = of_edge(noise, term.edge, ct)
+
+            def apply(params: Params, x: jax.Array) -> jax.Array:
+                return apply_op(space, op, params, x, stride, layers, noise, term.edge)
+
             # The gate multiplies what comes out: multiplying the cotangent would be a pass over it.
             if wanted.weights and params:
-                y, pull = jax.vjp(lambda p, x: apply_op(space, op, p, x, stride, layers), params, x)
+                y, pull = jax.vjp(apply, params, x)
                 dp, dx = pull(ct)
                 flat = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(dp)])
                 flat = term.value.astype(flat.dtype) * jnp.pad(flat, (0, width - flat.shape[0]))
             else:
-                y, pull = jax.vjp(lambda x: apply_op(space, op, params, x, stride, layers), x)
+                y, pull = jax.vjp(lambda x: apply(params, x), x)
                 (dx,) = pull(ct)
             if wanted.values:
                 dvalue = inner(ct, y).astype(value_dtype)
@@ -150,27 +187,50 @@ def _reverse_group(
     branches = tuple(branch(op) if runs else None for op, runs in runs(program, group).items())
     own = sources is None
 
-    def source(carry: tuple[jax.Array | None, jax.Array], of: tuple[jax.Array, Terms]):
-        index, mine = of
+    def source(carry: tuple[jax.Array | None, jax.Array], of: tuple[jax.Array, Terms, jax.Array | None]):
+        index, mine, weights = of
         ct_sources, ct_nodes = carry
-        x = read_row(nodes if sources is None else sources, index)
+        whole = read_row(nodes if sources is None else sources, index)
+        x = head(space, whole)
 
         def add(total: jax.Array, term: Terms) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             nothing = jnp.zeros((width,), flat_dtype), jnp.zeros((), value_dtype)
-            read = (stacks, x, ct_nodes, term)
+            read = (stacks, x, ct_nodes, term, noise)
             total, flat, dvalue = run_branch(branches, term.branch, (total, *nothing), read)
             return total, (flat, dvalue)
 
         before = ct_nodes if ct_sources is None else ct_sources
-        total, gradients = lax.scan(add, read_row(before, index), mine)
+        ct = read_row(before, index)
+        total, gradients = lax.scan(add, head(space, ct), mine)
+        dweights = None
+        if weights is not None:
+            cts = tail(space, ct_nodes)
+            beside, pull = jax.vjp(lambda x: passed(x, stride), tail(space, whole))
+            (dtail,) = pull(weighted_sum(weights, cts))
+            if wanted.factors:
+                dweights = jnp.stack([factor_cotangent(weights, row, beside) for row in cts])
+            total = jnp.concatenate([total, tail(space, ct) + dtail], axis=-1)
+            if own:  # a node has been shuffled, an input of the cell has not
+                first = 2 if program.kind == "normal" else 0
+                total = jnp.where(index >= first, unshuffled(space, total), total)
         after = write_row(before, index, total)
-        return ((None, after) if own else (after, ct_nodes)), gradients
+        return ((None, after) if own else (after, ct_nodes)), (*gradients, dweights)
 
     gathering = _gathering(terms.source, reverse=True)
     rows = _filled(terms, space.num_ops, gathering.term)
+    weights = table = None
+    if factors is not None:
+        table = edge_table(space, program.kind, group).T[gathering.node]
+        weights = of_edges(factors, table)
     with gathering.scope():
-        carry, (flats, dvalues) = lax.scan(source, cotangents, (jnp.asarray(gathering.node), rows))
-    return carry, flats.reshape(gathering.term.size, width)[gathering.place], dvalues.reshape(-1)[gathering.place]
+        scanned = (jnp.asarray(gathering.node), rows, weights)
+        carry, (flats, dvalues, dweights) = lax.scan(source, cotangents, scanned)
+    dfactors = None
+    if factors is not None and dweights is not None:
+        # What belongs to no edge goes into one row more, and is left out.
+        dfactors = jnp.zeros((space.num_edges + 1, *factors.shape[1:]), factors.dtype).at[table].set(dweights)[:-1]
+    flats, dvalues = flats.reshape(gathering.term.size, width)[gathering.place], dvalues.reshape(-1)[gathering.place]
+    return carry, flats, dvalues, dfactors
 
 
 def _unflatten(

@@ -44,6 +44,7 @@ class Space:
       cells, channels: depth and width of the search network; reductions at cells//3 and 2*cells//3.
       classes, in_channels: of the data.
       head_norm, pool_norm: see `SpaceConfig`.
+      partial: K; the first C/K channels of an edge go through its operations (`space/partial.py`).
       primitives: the table the names refer to.
     """
 
@@ -56,6 +57,7 @@ class Space:
     in_channels: int = 3
     head_norm: bool = True
     pool_norm: bool = True
+    partial: int = 1
     primitives: tuple[tuple[str, Primitive], ...] = tuple(PRIMITIVES.items())
 
     @classmethod
@@ -84,6 +86,7 @@ class Space:
             in_channels=in_channels,
             head_norm=config.head_norm,
             pool_norm=config.pool_norm,
+            partial=config.partial,
             primitives=tuple((name, table[name]) for name in config.ops),
         )
 

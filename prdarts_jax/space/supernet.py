@@ -25,6 +25,7 @@ from prdarts_jax.ops.layers import (
 )
 from prdarts_jax.space.cell import declare_edges, mixed_nodes
 from prdarts_jax.space.cell_reference import mixed_nodes_reference
+from prdarts_jax.space.noise import Noise, cell_noise
 from prdarts_jax.space.spec import Space
 
 Weights = dict[str, Any]
@@ -127,7 +128,7 @@ class _Mode(NamedTuple):
     """Fast (custom rules, executed operations only) or reference (plain autodiff, dense)."""
 
     layers: LayerSet
-    nodes: Callable[..., jax.Array]  # (edge weights, gates of a cell, s0, s1, space, kind) -> [N,B,h,w,C]
+    nodes: Callable[..., jax.Array]  # (edge weights, gates of a cell, s0, s1, space, kind, noise) -> [N,B,h,w,C]
     scans: bool  # whether equal cells are run by a scan
 
 
@@ -138,14 +139,17 @@ def _preprocess(params: Weights, x: jax.Array, mode: _Mode) -> jax.Array:
     return mode.layers.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
 
 
-def _run(params: Weights, gates: Gates, pair: Pair, cells: range, space: Space, mode: _Mode) -> Pair:
+def _run(
+    params: Weights, gates: Gates, pair: Pair, cells: range, space: Space, mode: _Mode, noise: Noise | None
+) -> Pair:
     """Equal cells, one after the other."""
     kind = space.layout[cells[0]].kind
 
     def one(pair: Pair, of: tuple[Weights, Any]) -> tuple[Pair, None]:
         params, i = of
         s0, s1 = (_preprocess(params[f"preprocess{n}"], x, mode) for n, x in enumerate(pair))
-        nodes = mode.nodes(params["edges"], gates.of_cell(kind, i), s0, s1, space=space, kind=kind)
+        own = None if noise is None else cell_noise(noise, space, i)
+        nodes = mode.nodes(params["edges"], gates.of_cell(kind, i), s0, s1, space=space, kind=kind, noise=own)
         # One transposition: the gradient of a concatenation of slices would be a sum of N padded arrays.
         return (pair[1], jnp.moveaxis(nodes, 0, 3).reshape(*nodes.shape[1:4], -1)), None
 
@@ -155,17 +159,17 @@ def _run(params: Weights, gates: Gates, pair: Pair, cells: range, space: Space, 
 
 
 def _forward(
-    weights: Weights, gates: Gates, images: jax.Array, space: Space, mode: _Mode
+    weights: Weights, gates: Gates, images: jax.Array, space: Space, mode: _Mode, noise: Noise | None
 ) -> tuple[jax.Array, dict[str, Any]]:
     stem = weights["stem"]
     x = _affine(stem, mode.layers.norm("bn", conv(images, stem["conv"])))
     pair = x, x
     if mode.scans:
         for cells, params in zip(space.runs, weights["cells"], strict=True):
-            pair = _run(params, gates, pair, cells, space, mode)
+            pair = _run(params, gates, pair, cells, space, mode, noise)
     else:
         for i, params in enumerate(by_cell(weights, space)):
-            pair = _run(params, gates, pair, range(i, i + 1), space, mode)
+            pair = _run(params, gates, pair, range(i, i + 1), space, mode, noise)
     last = pair[1]
     head = weights["head"]
     if space.head_norm:
@@ -175,7 +179,13 @@ def _forward(
 
 
 def apply(
-    weights: Weights, gates: Gates, images: jax.Array, *, space: Space, axis_name: str | None = None
+    weights: Weights,
+    gates: Gates,
+    images: jax.Array,
+    *,
+    space: Space,
+    axis_name: str | None = None,
+    noise: Noise | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Logits of the search network under sampled gates; only the executed operations are computed.
 
@@ -185,28 +195,37 @@ def apply(
       images: [B,H,W,C_in], normalised; their dtype is the compute dtype.
       space: the search space.
       axis_name: mapped axis over which the batch is split (batch normalisation is over all of it).
+      noise: drop-path and dropout of the cells; None: nothing random is inside the network.
 
     Returns:
       (logits float32[B,classes], {"features": float32[B, N*4C]}). Reverse-mode derivatives.
     """
 
-    def nodes(edges: Any, gates: Gates, s0: jax.Array, s1: jax.Array, *, space: Space, kind: str) -> jax.Array:
-        values, executed = gates.terms(kind)
-        return mixed_nodes(edges, values, executed, s0, s1, space=space, kind=kind, axis_name=axis_name)
+    def nodes(edges: Any, gates: Gates, s0: jax.Array, s1: jax.Array, *, kind: str, **static: Any) -> jax.Array:
+        multipliers = None if gates.edges is None else gates.edges[kind]
+        terms = gates.terms(kind)
+        return mixed_nodes(edges, *terms, s0, s1, kind=kind, axis_name=axis_name, multipliers=multipliers, **static)
 
-    return _forward(weights, gates, images, space, _Mode(fast_layers(axis_name), nodes, scans=True))
+    return _forward(weights, gates, images, space, _Mode(fast_layers(axis_name), nodes, scans=True), noise)
 
 
 def apply_reference(
-    weights: Weights, gates: Gates, images: jax.Array, *, space: Space, axis_name: str | None = None
+    weights: Weights,
+    gates: Gates,
+    images: jax.Array,
+    *,
+    space: Space,
+    axis_name: str | None = None,
+    noise: Noise | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The same logits from all operations (masked by the gates) with plain autodiff: any order and mode of derivative.
 
     Slow to compile (every operation of every edge is unrolled): for tests and for exact second order on small spaces.
     """
 
-    def nodes(edges: Any, gates: Gates, s0: jax.Array, s1: jax.Array, *, space: Space, kind: str) -> jax.Array:
-        dense = gates.dense(kind)
-        return mixed_nodes_reference(edges, dense, s0, s1, space=space, kind=kind, axis_name=axis_name)
+    def nodes(edges: Any, gates: Gates, s0: jax.Array, s1: jax.Array, *, kind: str, **static: Any) -> jax.Array:
+        multipliers = None if gates.edges is None else gates.edges[kind]
+        static |= {"kind": kind, "axis_name": axis_name, "multipliers": multipliers}
+        return mixed_nodes_reference(edges, gates.dense(kind), s0, s1, **static)
 
-    return _forward(weights, gates, images, space, _Mode(reference_layers(axis_name), nodes, scans=False))
+    return _forward(weights, gates, images, space, _Mode(reference_layers(axis_name), nodes, scans=False), noise)

@@ -11,6 +11,7 @@ from jax import lax
 
 from prdarts_jax.ops.layer_set import LayerSet
 from prdarts_jax.ops.primitives import Params
+from prdarts_jax.space.noise import CellNoise, dropped
 from prdarts_jax.space.spec import EdgeGroup, Space
 
 CellWeights = dict[str, dict[str, Params]]  # stride1 | stride2 -> operation -> stacked arrays [rows, ...]
@@ -22,6 +23,7 @@ class CellProgram(NamedTuple):
     space: Space
     kind: str
     axis_name: str | None
+    dropout: tuple[str, ...] = ()  # operations of whose output elements are dropped
 
 
 @jax.tree_util.register_static
@@ -30,15 +32,25 @@ class Wanted(NamedTuple):
 
     weights: bool
     values: bool
+    factors: bool = False
 
 
-def apply_op(space: Space, op: str, params: Params, x: jax.Array, stride: int, layers: LayerSet) -> jax.Array:
-    """One primitive as the search uses it: pools are normalised (without affine) when the space says so."""
+def apply_op(
+    space: Space,
+    op: str,
+    params: Params,
+    x: jax.Array,
+    stride: int,
+    layers: LayerSet,
+    noise: CellNoise | None = None,
+    edge: int | jax.Array | None = None,
+) -> jax.Array:
+    """One primitive as the search uses it: pools are normalised (without affine) when the space says so; dropout."""
     primitive = space.table[op]
     y = primitive.apply(params, x, stride, layers)
     if primitive.group == "pool" and space.pool_norm:
         y = layers.norm("bn", y)
-    return y
+    return y if edge is None else dropped(noise, space, op, stride, edge, y)
 
 
 class Terms(NamedTuple):
@@ -49,16 +61,26 @@ class Terms(NamedTuple):
     branch: jax.Array  # int32[n]: operation index; O = nothing is executed
     row: jax.Array  # int32[n]: row of the operation's weight stack
     value: jax.Array  # float32[n]: the gate
+    edge: Any = None  # int32[n]: the edge of the cell; None without noise
 
 
-def terms_of(space: Space, kind: str, group: EdgeGroup, values: jax.Array, executed: jax.Array) -> Terms:
-    """Terms of the edges of a group, edge-major.
+def rows_of(space: Space, kind: str, group: EdgeGroup) -> tuple[np.ndarray, np.ndarray]:
+    """Source and target of each edge of a group as rows of the cell's buffers.
 
     A normal cell has one buffer, of nodes 0..N+1; in a reduction cell the two inputs have one of their own.
     """
+    source, target = np.asarray(space.edges)[np.asarray(group.edges)].T
+    if kind == "normal":
+        return source, target
+    return source if group.stride == 2 else source - 2, target - 2
+
+
+def terms_of(
+    space: Space, kind: str, group: EdgeGroup, values: jax.Array, executed: jax.Array, noise: CellNoise | None = None
+) -> Terms:
+    """Terms of the edges of a group, edge-major."""
     edges = np.asarray(group.edges)
     k = executed.shape[1]
-    ends = np.asarray(space.edges)[edges]
     void = space.num_ops
     # A row table with a void column: operations without weights, or not allowed on the edge, point at row 0 or at void.
     rows = np.zeros((len(edges), void + 1), np.int32)
@@ -73,10 +95,9 @@ def terms_of(space: Space, kind: str, group: EdgeGroup, values: jax.Array, execu
     def pick(table: np.ndarray) -> jax.Array:
         return jnp.take_along_axis(jnp.asarray(table), chosen, axis=1).reshape(-1)
 
-    source, target = (np.repeat(ends[:, i], k).astype(np.int32) for i in (0, 1))
-    if kind == "reduce":
-        source, target = source if group.stride == 2 else source - 2, target - 2
-    return Terms(source, target, pick(branch), pick(rows), values[edges].reshape(-1))
+    source, target = (np.repeat(row, k).astype(np.int32) for row in rows_of(space, kind, group))
+    own_edges = None if noise is None else np.repeat(edges, k).astype(np.int32)
+    return Terms(source, target, pick(branch), pick(rows), values[edges].reshape(-1), own_edges)
 
 
 def runs(program: CellProgram, group: EdgeGroup) -> dict[str, bool]:

@@ -14,11 +14,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from prdarts_jax import optimizers
 from prdarts_jax.config import schema, userfile
+from prdarts_jax.config.schema import require_names
 from prdarts_jax.config.train import TrainConfig, TrainDataConfig
 from prdarts_jax.data import prefetch
-from prdarts_jax.data.batches import Images, check_batch, padded_batches
+from prdarts_jax.data.batches import Images, check_batch, held_out_digest, hold_out, padded_batches
 from prdarts_jax.data.sources import Dataset
-from prdarts_jax.data.stream_source import AnyDataset, StreamedDataset, choose
+from prdarts_jax.data.stream_source import AnyDataset, StreamedDataset, choose, measured_on
 from prdarts_jax.devices import processes, sharding
 from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.run.checkpoint import Checkpointer
@@ -29,6 +30,7 @@ from prdarts_jax.training import program as train_program
 from prdarts_jax.training.program import Outputs, TrainProblem, Variables
 
 BINS = 15  # of the calibration error
+PARTS = ("test", "holdout")
 _TOP = 5
 
 
@@ -50,6 +52,7 @@ class Evaluation:
 
     workdir: Path
     source: str  # of the images
+    part: str  # "test" | "holdout": the test images, or the training images that the training never saw
     images: int
     epoch: int | None  # epochs trained; None: imported
     step: int | None
@@ -62,6 +65,7 @@ class Evaluation:
         row = {
             "schema_version": schema.SCHEMA_VERSION,
             "data": self.source,
+            "part": self.part,
             "images": self.images,
             "epoch": self.epoch,
             "step": self.step,
@@ -175,6 +179,7 @@ def make_measure(
 def evaluate(
     workdir: str | Path,
     *,
+    part: str = "test",
     source: str | None = None,
     data_dir: str | None = None,
     data: Dataset | None = None,
@@ -187,6 +192,7 @@ def evaluate(
 
     Args:
       workdir: of the training, or one with an imported network (network.safetensors alone).
+      part: "test" | "holdout": the training images that the training left out (`data.holdout`), of its own data.
       source: of the test images; default: the data it was trained on.
       data_dir: TFDS data directory; default: that of the training.
       data: in place of a source.
@@ -199,6 +205,7 @@ def evaluate(
       UserError: no training in the workdir, no checkpoint, or data that does not fit the network.
       RunError: no checkpoint can be used, or the disk fails.
     """
+    require_names("part", [part], PARTS)
     workdir = Path(workdir).expanduser()
     mesh = sharding.make_mesh(sharding.choose_devices(devices))
     path = workdir / "network.safetensors"
@@ -216,6 +223,8 @@ def evaluate(
             f"data.source: {name!r} is no longer the data of the training; name the data to evaluate: --data SOURCE"
         )
     classes = net.problem.network.classes
+    if part == "holdout":
+        dataset = _held_out(net, dataset)
     if not dataset.test_size:
         raise UserError(f"data.source: {name!r} has no test images; allowed: a set with test images")
     if dataset.num_classes != classes or dataset.image != net.image:
@@ -231,6 +240,7 @@ def evaluate(
     result = Evaluation(
         workdir=workdir,
         source=name,
+        part=part,
         images=dataset.test_size,
         epoch=net.epoch,
         step=net.step,
@@ -240,6 +250,19 @@ def evaluate(
     )
     atomic_write_json(workdir / "evaluation.json", result.to_json())
     return result
+
+
+def _held_out(net: Restored, dataset: AnyDataset) -> AnyDataset:
+    """The set with the images that a training left out in the place of its test images."""
+    if not net.held_out or dataset.digest != net.digest:
+        has = "it left out none" if not net.held_out else "these are not its data"
+        raise UserError(f"part: 'holdout' is of the images of a training that it left out ({has}); allowed: test")
+    choice = (dataset.train_size, net.data.holdout, net.data.holdout_seed)
+    if held_out_digest(*choice)["data.holdout"] != net.held_out:
+        raise UserError(
+            f"part: this numpy {np.__version__} chooses other images to hold out; allowed: that of training"
+        )
+    return measured_on(dataset, hold_out(*choice)[1])
 
 
 def _same_classes(trained: Sequence[str], found: Sequence[str], name: str) -> None:
@@ -266,6 +289,7 @@ class Restored(NamedTuple):
     source: str | None = None
     data: TrainDataConfig = TrainDataConfig()  # how its images are made
     digest: str = ""
+    held_out: str = ""  # digest of the choice of images that it never saw; empty: none
     data_dir: str = ""
     batch_size: int = 128
 
@@ -309,6 +333,8 @@ def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> R
     problem = train_inputs.make_problem(
         config, genotype, len(names), normalization, tx=optimizer.value, operations=operations
     )
+    if weight_tx is not None or optimizer.digest:
+        problem, _ = train_inputs.with_own_optimizer(problem, image)
     target = train_program.abstract_carry(problem, mesh, jax.random.key(0), image)
     with Checkpointer(workdir / "checkpoints", warn=warn) as saved:
         found = saved.restore_latest(target)
@@ -326,6 +352,7 @@ def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> R
         source=config.data.source,
         data=config.data,
         digest=head["digests"]["data"],
+        held_out=head["digests"].get("data.holdout", ""),
         data_dir=config.run.data_dir,
         batch_size=config.batch_size,
     )

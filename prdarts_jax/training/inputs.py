@@ -16,7 +16,7 @@ from prdarts_jax import optimizers
 from prdarts_jax.config import userfile
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.augment import check_augment
-from prdarts_jax.data.batches import check_batch, split_indices
+from prdarts_jax.data.batches import check_batch, held_out_digest, hold_out, split_indices
 from prdarts_jax.data.sources import Dataset
 from prdarts_jax.data.stream_source import AnyDataset, StreamedDataset, choose
 from prdarts_jax.devices import sharding
@@ -82,11 +82,15 @@ def prepare(
         dtype=config.dtype,
         field="network.primitives",
     )
+    program = ""
+    if weight_tx is not None or optimizer.digest:
+        problem, program = with_own_optimizer(problem, dataset.image)
     digests = {
         "genotype": hashlib.sha256(genotype.to_json().encode()).hexdigest(),
         "data": dataset.digest,
+        **held_out_digest(dataset.train_size, config.data.holdout, config.data.holdout_seed),
         "network.primitives": operations.digest,
-        "weights.transform": optimizer.digest or (_program_digest(problem, dataset) if weight_tx is not None else ""),
+        "weights.transform": optimizer.digest or program,
     }
     return TrainInputs(problem, genotype, dataset, mesh, {field: text for field, text in digests.items() if text})
 
@@ -106,24 +110,30 @@ def _checked_data(config: TrainConfig, dataset: AnyDataset, mesh: Mesh) -> AnyDa
     return dataset
 
 
-def _program_digest(problem: TrainProblem, dataset: AnyDataset) -> str:
-    """SHA-256 of what the caller's own optimizer computes; what it raises is one line."""
-    images = jax.ShapeDtypeStruct((2, *dataset.image), np.dtype(problem.network.dtype))
-    shapes = jax.eval_shape(problem.network.init, jax.random.key(0), images)
+def with_own_optimizer(problem: TrainProblem, image: tuple[int, ...]) -> tuple[TrainProblem, str]:
+    """The problem with the caller's own optimizer on plain parameters, and the SHA-256 of what that computes.
+
+    Raises:
+      UserError: what it raises, in one line.
+    """
+    images = jax.ShapeDtypeStruct((2, *image), np.dtype(problem.network.dtype))
+    shapes = jax.eval_shape(problem.network.init, jax.random.key(0), images)["params"]
     with userfile.errors_of({"weights.transform": problem.tx}):
-        return hashlib.sha256(optimizers.program_text(problem.tx, shapes["params"]).encode()).hexdigest()
+        tx = optimizers.on_plain_parameters(problem.tx, shapes)
+        return problem._replace(tx=tx), hashlib.sha256(optimizers.program_text(tx, shapes).encode()).hexdigest()
 
 
 def examples(config: TrainConfig, count: int) -> np.ndarray:
-    """Indices int32[n] of the training images that are used: all, or a seeded random subset (`data.examples`).
+    """Indices int32[n] of the training images that are used: all that are not held out, or a seeded random subset.
 
     >>> len(examples(TrainConfig(), 7))
     7
     """
     used = config.data.examples
-    if not used or used >= count:
-        return np.arange(count, dtype=np.int32)
-    return np.concatenate(split_indices(count, config.seed))[:used]
+    kept, _ = hold_out(count, config.data.holdout, config.data.holdout_seed)
+    if not used or used >= len(kept):
+        return kept
+    return kept[np.concatenate(split_indices(len(kept), config.seed))[:used]]
 
 
 def _uses(genotype: Genotype) -> set[tuple[str, int]]:

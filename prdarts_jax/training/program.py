@@ -16,7 +16,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from prdarts_jax.config.search import DataConfig
+from prdarts_jax.config.search import ImagesConfig
 from prdarts_jax.data.augment import load_images, normalize
 from prdarts_jax.data.batches import Batch, Images
 from prdarts_jax.devices import sharding
@@ -63,7 +63,7 @@ class TrainProblem(NamedTuple):
 
     network: DerivedNetwork  # on one device: its axis_name is set where it is mapped
     tx: optax.GradientTransformation
-    data: DataConfig
+    data: ImagesConfig
     mean: tuple[float, ...]
     std: tuple[float, ...]
     drop_path: bool  # whether there is any
@@ -113,19 +113,21 @@ def make_step(
             loss = loss + problem.auxiliary_weight * metrics["train_auxiliary_loss"]
         return loss, (new["batch_stats"], metrics)
 
+    tx = optax.with_extra_args_support(problem.tx)
+
     def step(
         state: TrainState, batch: Batch, positions: jax.Array, key: jax.Array, numbers: Numbers
     ) -> tuple[TrainState, Sums]:
         params, statistics = state.variables
-        grads, (statistics, metrics) = jax.grad(losses, has_aux=True)(
-            params, statistics, batch, positions, key, numbers
-        )
-        grads, metrics = mean_over(axis_name, (grads, metrics))
+        rest = (statistics, batch, positions, key, numbers)
+        (value, (statistics, metrics)), grads = jax.value_and_grad(losses, has_aux=True)(params, *rest)
+        value, grads, metrics = mean_over(axis_name, (value, grads, metrics))
         if problem.local_batch_norm:
             statistics = mean_over(axis_name, statistics)
         metrics["gradient_norm/weights"] = optax.global_norm(grads)
         opt = set_learning_rate(state.opt, numbers["learning_rate"])
-        updates, opt = problem.tx.update(grads, opt, params)
+        extra = {"value": value, "grad": grads, "value_fn": lambda p: mean_over(axis_name, losses(p, *rest)[0])}
+        updates, opt = tx.update(grads, opt, params, **extra)
         variables = Variables(optax.apply_updates(params, updates), statistics)
         ema = None if state.ema is None else average(state.ema, variables, problem.ema)
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}

@@ -175,7 +175,7 @@ def test_growth_is_drawn_from_its_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["normal", "reduce"])
-def test_all_reduces_of_a_cell_are_counted_for_its_real_terms(kind: str) -> None:
+def test_synchronisations_of_a_cell_are_counted_for_its_real_terms(kind: str) -> None:
     """By hand: 5 edges of 2 terms; a term is one of four choices (BN once, 0 or 1 times by stride, none, void)."""
     space = Space(nodes=2, ops=("skip_connect", "dil_conv_3x3", "none"))
     weights = draw(jax.random.key(0), declare_edges(space, kind, 4))
@@ -184,7 +184,7 @@ def test_all_reduces_of_a_cell_are_counted_for_its_real_terms(kind: str) -> None
     traced = jax.make_jaxpr(cell, axis_env=[("data", 2)])(weights, values, executed, x, x)
     terms, strided = 10, {"normal": 0, "reduce": 8}[kind]  # terms whose identity is a FactorizedReduce with a BN
     mean = (terms + strided) / 4
-    np.testing.assert_allclose(bench_scaling.all_reduces(traced.jaxpr).count, (0, mean, terms))
+    np.testing.assert_allclose(bench_scaling.synchronisations(traced.jaxpr).count, (0, mean, terms))
 
 
 def test_without_torch_its_peers_are_left_out_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

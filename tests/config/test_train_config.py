@@ -14,6 +14,7 @@ from prdarts_jax import cli, optimizers, schedules
 from prdarts_jax.cli import train as cli_train
 from prdarts_jax.config import schema
 from prdarts_jax.config.train import NetworkConfig, SgdConfig, TrainConfig
+from prdarts_jax.data.batches import hold_out
 from prdarts_jax.errors import UserError
 from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.presets import train as train_presets
@@ -193,6 +194,10 @@ def test_examples_are_a_seeded_subset_without_repetition():
     assert len(set(found.tolist())) == 30 and found.min() >= 0 and found.max() < 101
     assert found.tolist() == train_inputs.examples(small, 101).tolist()
     assert found.tolist() != train_inputs.examples(schema.replace(small, {"seed": 1}), 101).tolist()
+    out = schema.replace(small, {"data.holdout": 71})
+    kept, held = hold_out(101, 71, seed=0)
+    assert sorted(train_inputs.examples(out, 101).tolist()) == kept.tolist()
+    assert not set(train_inputs.examples(schema.replace(out, {"data.examples": 20, "seed": 5}), 101)) & set(held)
     for count in (30, 29, 0):
         whole = schema.replace(TrainConfig(), {"data.examples": count and 30})
         assert train_inputs.examples(whole, count).tolist() == list(range(count))

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from prdarts_jax.data import batches
-from prdarts_jax.data.batches import check_batch, epoch_order, padded_batches, process_slice, split_indices
+from prdarts_jax.data.batches import (
+    check_batch,
+    epoch_order,
+    hold_out,
+    padded_batches,
+    process_slice,
+    split_indices,
+    stream_order,
+)
 from prdarts_jax.errors import UserError
 
 
@@ -23,10 +31,19 @@ def test_halves_are_disjoint_and_equal(n):
     assert len(set(both.tolist())) == len(both) and both.min() >= 0 and both.max() < n
 
 
-@pytest.mark.parametrize(("n", "fraction", "sizes"), [(10, 0.9, (9, 1)), (10, 0.7, (7, 3)), (9, 0.8, (7, 1))])
-def test_sizes_of_an_uneven_split(n, fraction, sizes):
-    train, val = split_indices(n, 0, fraction=fraction)
+@pytest.mark.parametrize(
+    ("n", "shares", "sizes"),
+    [(10, (0.9, 0.1), (9, 1)), (100, (0.29, 0.71), (29, 71)), (9, (0.8, 0.2), (7, 1)), (40, (0.1, 0.025), (4, 1))],
+)
+def test_sizes_of_an_uneven_split(n, shares, sizes):
+    train, val = split_indices(n, 0, shares=shares)
     assert (len(train), len(val)) == sizes and not set(train.tolist()) & set(val.tolist())
+
+
+def test_one_set_for_both_is_a_permutation_of_all():
+    train, val = split_indices(20, 0, shares=None)
+    np.testing.assert_array_equal(train, val)
+    assert sorted(train.tolist()) == list(range(20)) != train.tolist()
 
 
 def test_split_is_a_seeded_permutation():
@@ -37,10 +54,45 @@ def test_split_is_a_seeded_permutation():
     assert np.abs(share - 0.5).max() < 4 * 0.5 / 400**0.5
 
 
-@pytest.mark.parametrize(("n", "fraction"), [(1, 0.5), (10, 0.0), (10, 1.0), (10, 0.05), (10, float("nan"))])
-def test_impossible_splits(n, fraction):
-    with pytest.raises(UserError, match=r"fraction: .*allowed:"):
-        split_indices(n, 0, fraction=fraction)
+@pytest.mark.parametrize(
+    ("n", "shares"),
+    [(1, (0.5, 0.5)), (10, (0.0, 0.5)), (10, (0.6, 0.6)), (10, (0.05, 0.5)), (10, (float("nan"), 0.5)), (10, (0.5,))],
+)
+def test_impossible_splits(n, shares):
+    with pytest.raises(UserError, match=r"data.split: .*allowed:"):
+        split_indices(n, 0, shares=shares)
+
+
+@pytest.mark.parametrize(("holdout", "count"), [(0.0, 0), (0.1, 10), (0.29, 29), (1, 1), (37, 37)])
+def test_images_that_are_held_out(holdout, count):
+    kept, held = hold_out(100, holdout, seed=3)
+    assert len(held) == count and kept.dtype == held.dtype == np.int32
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(100))
+    assert kept.tolist() == sorted(kept.tolist()) and held.tolist() == sorted(held.tolist())
+
+
+def test_the_choice_of_what_is_held_out_is_a_seeded_permutation():
+    assert hold_out(100, 10, seed=0)[1].tolist() == hold_out(100, 0.1, seed=0)[1].tolist()
+    assert hold_out(100, 10, seed=0)[1].tolist() != hold_out(100, 10, seed=1)[1].tolist()
+    share = np.mean([np.bincount(hold_out(20, 5, s)[1], minlength=20) for s in range(400)], 0)
+    assert np.abs(share - 0.25).max() < 4 * (0.25 * 0.75 / 400) ** 0.5
+
+
+@pytest.mark.parametrize(("n", "holdout"), [(10, 10), (10, 11), (10, 0.01)])
+def test_what_cannot_be_held_out(n, holdout):
+    with pytest.raises(UserError, match=r"data.holdout: .* allowed: 1..9 of them"):
+        hold_out(n, holdout, seed=0)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7])
+def test_passes_of_a_stream_do_not_end_with_an_epoch(steps):
+    """Three batches a pass, in epochs that are shorter, as long and longer."""
+    indices = np.arange(100, 113)
+    epochs = [stream_order(indices, 4, 1, epoch, "val", steps) for epoch in range(6)]
+    assert all(epoch.shape == (steps, 4) for epoch in epochs)
+    stream = np.concatenate(epochs)
+    for one in range(len(stream) // 3):
+        np.testing.assert_array_equal(stream[3 * one : 3 * one + 3], epoch_order(indices, 4, 1, one, "val"))
 
 
 def test_an_epoch_is_a_permutation_without_replacement_and_drops_the_remainder():

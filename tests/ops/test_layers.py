@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
+from prdarts_jax.devices import sharding
 from prdarts_jax.ops import batch_norm, layers, pools
 from prdarts_jax.ops import layer_set as leaf_sets
 from prdarts_jax.ops.layers import Weight, draw
@@ -121,6 +123,42 @@ def test_batch_norm_over_a_mapped_axis_is_that_of_the_whole_batch(leaves: Any) -
         ours, whole = run(x, ct)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("devices", [2, 4])
+def test_statistics_over_devices_do_not_cancel(devices: int) -> None:
+    """Mean / sigma = 1000, another mean on each device: moments, output and gradient against float64 on one device."""
+    if jax.device_count() < devices:
+        pytest.skip(f"{jax.device_count()} devices of {devices}")
+    rng = np.random.default_rng(0)
+    offsets = np.repeat(rng.normal(scale=0.25, size=(4, 1, 1, 3)), 2, axis=0)  # of the parts, in units of sigma
+    # What float32 holds exactly: the rounding of the input is no part of the error.
+    x = np.float32(1000 + np.round((rng.normal(size=(8, 5, 5, 3)) + offsets) * 64) / 64)
+    ct = rng.normal(size=x.shape)
+
+    def both(norm: Any, x: jax.Array, ct: jax.Array) -> Any:
+        y, pull, moments = jax.vjp(norm, x, has_aux=True)
+        return y, pull(ct)[0], moments
+
+    def fast(x: jax.Array, axis: str | None) -> Any:
+        return batch_norm.batch_norm_moments(x, axis)
+
+    def plain(x: jax.Array, axis: str | None) -> Any:
+        return batch_norm.batch_norm_reference(x, axis), fast(x, axis)[1]
+
+    mesh, split = sharding.make_mesh(jax.devices()[:devices]), PartitionSpec(sharding.AXIS)
+    with jax.enable_x64(True):
+        y, dx, (mean, variance) = both(lambda x: plain(x, None), jnp.asarray(x, jnp.float64), jnp.asarray(ct))
+    np.testing.assert_allclose(variance, np.var(x.astype(np.float64), axis=(0, 1, 2)), rtol=1e-12)
+    for norm in (fast, plain):
+        program = partial(both, partial(norm, axis=sharding.AXIS))
+        mapped = sharding.map_over(mesh, program, (split, split), (split, split, PartitionSpec()))
+        found = oracles.quick_jit(mapped)(jnp.asarray(x), jnp.asarray(ct, jnp.float32))
+        np.testing.assert_allclose(found[2][0], mean, rtol=1e-6)
+        np.testing.assert_allclose(found[2][1], variance, rtol=2e-5)
+        np.testing.assert_allclose(found[0], y, atol=2e-4)  # one unit of the mean's last place is 6e-5 sigma
+        np.testing.assert_allclose(found[1], dx, atol=2e-4)
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 6), (4, 7), (5, 7)])

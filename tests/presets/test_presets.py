@@ -32,6 +32,7 @@ PAPER = {
     "arch.beta2": 0.999,
     "arch.eps": 1e-8,
     "arch.weight_decay": 0.001,
+    "arch.clip_norm": float("inf"),
     "data.source": "tfds:cifar10",
     "data.crop_padding": 4,
     "data.flip": True,

@@ -14,7 +14,7 @@ from search_cases import BATCH, EPOCH_STEPS, EPOCHS, FLAGS, IMAGES, TOTAL, digit
 from prdarts_jax import presets
 from prdarts_jax.config import schema
 from prdarts_jax.data.augment import normalize
-from prdarts_jax.data.batches import epoch_order, padded_batches, split_indices
+from prdarts_jax.data.batches import epoch_order, held_out_digest, hold_out, padded_batches, split_indices
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching import program as search_program
@@ -240,3 +240,36 @@ def test_a_subset_of_the_images_keeps_the_split():
     np.testing.assert_array_equal(other, arch[:50])
     many = schema.replace(config, {"data.examples": 5000})
     np.testing.assert_array_equal(search_inputs.halves(many, 1437)[0], weights)
+
+
+def test_neither_part_has_what_is_held_out():
+    """Searches of all seeds leave out the same images; the parts share what remains."""
+    config = schema.replace(presets.resolve("digits").config, {"data.holdout": 0.2, "data.split": "0.75,0.25"})
+    kept, held = hold_out(1437, 0.2, seed=0)
+    assert len(held) == 287
+    for seed in (0, 1):
+        weights, arch = search_inputs.halves(schema.replace(config, {"seed": seed}), 1437)
+        assert (len(weights), len(arch)) == (862, 287) and not set(weights) & set(arch)
+        assert not {*weights.tolist(), *arch.tolist()} & set(held.tolist())
+    few = schema.replace(config, {"data.examples": 100})
+    assert [len(part) for part in search_inputs.halves(few, 1437)] == [75, 25]
+    shared = schema.replace(config, {"data.split": "shared"})
+    weights, arch = search_inputs.halves(shared, 1437)
+    assert sorted(weights.tolist()) == sorted(arch.tolist()) == kept.tolist()
+    assert [len(part) for part in search_inputs.halves(schema.replace(few, {"data.split": "shared"}), 1437)] == [
+        100
+    ] * 2
+
+
+def test_an_epoch_is_a_pass_over_the_share_of_the_weights(tmp_path, dispatches):
+    """The part of the architecture, a third as large, goes on from pass to pass; its choice is kept with the data."""
+    search(tmp_path / "w", data__split="0.6,0.2", data__holdout=12, epochs=2)
+    train, val = (np.concatenate([orders[i][:count] for count, _, orders, _ in dispatches]) for i in (0, 1))
+    kept, _ = hold_out(IMAGES, 12, seed=0)
+    parts = [kept[part] for part in split_indices(len(kept), 0, shares=(0.6, 0.2))]
+    assert [len(part) // BATCH for part in parts] == [7, 2]
+    for found, part, purpose, passes in ((train, parts[0], "train", 2), (val, parts[1], "val", 7)):
+        expected = [epoch_order(part, BATCH, 0, one, purpose) for one in range(passes)]
+        np.testing.assert_array_equal(found, np.concatenate(expected))
+    document = json.loads((tmp_path / "w" / "config.json").read_text())
+    assert document["digests"]["data.holdout"] == held_out_digest(IMAGES, 12, 0)["data.holdout"]

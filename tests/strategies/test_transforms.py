@@ -254,7 +254,7 @@ def test_lanczos_finds_the_eigenvalue_of_largest_modulus(size: int) -> None:
 
 
 def test_hessian_stop_returns_the_earlier_cell() -> None:
-    """Eigenvalues 1, 1, 1, 2, 2, 2 in windows of 3: the means rise by more than 1.3 when a window has two of the new."""
+    """Eigenvalues 1, 1, 1, 2, 2, 2 in windows of 3: the means rise by more than 1.3 with two of the new."""
     base = get("darts", space=SPACE)
     strategy = transformed(base, ["hessian_stop:window=3,delta=2,every=2,from_epoch=0,iterations=2,weight_decay=0"])
     curvature, memory, event, archs = [1.0, 1.0, 1.0, 2.0, 2.0, 2.0], strategy.memory, None, []

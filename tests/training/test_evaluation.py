@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from train_cases import TEST, digits, final_state, train
 
 from prdarts_jax import cli
 from prdarts_jax.config.train import TrainDataConfig
+from prdarts_jax.data.batches import held_out_digest, hold_out
 from prdarts_jax.data.sources import from_arrays
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.interop import export
@@ -301,3 +303,28 @@ def test_a_network_without_a_training(trained, tmp_path, capsys):
     found = evaluation.evaluate(tmp_path / "w", data=digits(), batch_size=16, devices="1")
     assert found.figures.accuracy == rows(trained, "final")[0]["test_accuracy"]
     assert (found.epoch, found.ema) == (None, None)
+
+
+def test_images_that_were_held_out(read, capsys):
+    """The workdir of a training that has left out 12 images."""
+    one_error(
+        capsys, ["evaluate", str(read), "--part", "held"], 2, "part: unknown value 'held'; allowed: test | holdout"
+    )
+    with pytest.raises(UserError, match=r"part: 'holdout' .* \(it left out none\); allowed: test"):
+        evaluation.evaluate(read, part="holdout", data=digits())
+    document = json.loads((read / "config.json").read_text())
+    document["config"]["data"]["holdout"] = 12
+    document["digests"] |= held_out_digest(train_cases.IMAGES, 12, 0)
+    (read / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"part: 'holdout' .* \(these are not its data\); allowed: test"):
+        evaluation.evaluate(read, part="holdout", data=dataclasses.replace(digits(), digest="another"))
+    found = evaluation.evaluate(read, part="holdout", data=digits(), batch_size=TEST, devices="1", workers="0")
+    _, held = hold_out(train_cases.IMAGES, 12, seed=0)
+    images, labels = digits().train_images[held], digits().train_labels[held]
+    moved = from_arrays("digits", digits().train_images, digits().train_labels, test_images=images, test_labels=labels)
+    expected = evaluation.evaluate(read, data=moved, batch_size=TEST, devices="1", workers="0")
+    assert (found.images, found.figures.class_images) == (12, tuple(np.bincount(labels, minlength=10)))
+    assert dataclasses.replace(found.figures, class_accuracy=()) == dataclasses.replace(
+        expected.figures, class_accuracy=()
+    )
+    assert json.loads((read / "evaluation.json").read_text())["part"] == "test"

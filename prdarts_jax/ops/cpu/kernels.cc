@@ -172,7 +172,7 @@ ffi::Error SeparableInputGradient(ffi::ThreadPool pool, Array x, Array in_mean, 
 ffi::Error not_fitting() { return ffi::Error::InvalidArgument("units that do not fit the nodes of the cell"); }
 ffi::Error not_in_place() { return ffi::Error::Internal("an array that is changed in place was copied"); }
 
-// `work` has a row for each unit of the longest chain. `sources` is empty where the nodes themselves are the sources.
+// `work` has a row for each unit of the longest chain; `value` is one number, or one for each image. `sources` is empty where the nodes themselves are the sources.
 ffi::Error TermForward(ffi::ThreadPool pool, Array nodes, Array work, Array sources, Ints slot_of, Array value,
                        ffi::RemainingArgs weights, Span units, Span strides, Span dilations, Span pools,
                        int64_t pool_stride, int64_t pool_norm, float eps, Out nodes_after,
@@ -183,15 +183,18 @@ ffi::Error TermForward(ffi::ThreadPool pool, Array nodes, Array work, Array sour
   const Operations all{units, strides, dilations, pools, pool_stride, pool_norm};
   const Slot slot(slot_of.typed_data());
   const Array& from = sources.element_count() ? sources : nodes;
+  const int64_t batch = nodes.dimensions()[1];
+  if (!fits(value, batch)) return not_fitting();
+  const Factor factor(value);
   if (const Pool kind = all.pool(slot.op); kind != Pool::kNone) {
-    pool_term_forward(pool, all.pool_shape(dimensions_of_row(from)), kind, pool_norm, *value.typed_data(), eps,
+    pool_term_forward(pool, all.pool_shape(dimensions_of_row(from)), kind, pool_norm, factor, eps,
                       row_of(from, slot.source), work, row_of(nodes, slot.target));
     return ffi::Error::Success();
   }
   if (!all.has(slot.op)) return ffi::Error::Success();
   const Chain chain(all, slot, dimensions_of_row(from), weights);
   if (!chain.fits(from, work, nodes)) return not_fitting();
-  return term_forward(pool, chain, *value.typed_data(), eps, row_of(from, slot.source), work, size_of_row(nodes),
+  return term_forward(pool, chain, factor, eps, row_of(from, slot.source), work, size_of_row(nodes), batch,
                       row_of(nodes, slot.target));
 }
 
@@ -233,11 +236,12 @@ template ffi::Error TermBackward<false>(ffi::ThreadPool, Array, Array, Array, Ar
 // An array whose contents do not matter: its pages are not touched before somebody writes to them.
 ffi::Error Unwritten(Array, Out) { return ffi::Error::Success(); }
 
-// rows[index] += value * y.
+// rows[index] += value * y; `value` is one number, or one for each image.
 ffi::Error AddToRow(ffi::ThreadPool pool, Array rows, Array y, Ints index, Array value, Out after) {
   if (rows.typed_data() != after->typed_data()) return not_in_place();
-  float* to = row_of(rows, *index.typed_data());
-  add_multiple(pool, y.typed_data(), *value.typed_data(), y.element_count(), to, nullptr);
+  const int64_t batch = y.dimensions()[0];
+  if (!fits(value, batch)) return not_fitting();
+  add_images(pool, y.typed_data(), Factor(value), y.element_count(), batch, row_of(rows, *index.typed_data()));
   return ffi::Error::Success();
 }
 

@@ -92,6 +92,19 @@ class Chain {
   int64_t first_;
 };
 
+// What a term is multiplied by: one number, or one for each image.
+struct Factor {
+  const float* of;
+  bool by_image;
+
+  explicit Factor(const Array& value) : of(value.typed_data()), by_image(value.element_count() > 1) {}
+  float operator()(int64_t b) const { return of[by_image ? b : 0]; }
+};
+
+inline bool fits(const Array& value, int64_t batch) {
+  return value.element_count() == 1 || static_cast<int64_t>(value.element_count()) == batch;
+}
+
 // What the units of a chain compute: z of each in a row of `work`, and its mean and 1/sigma.
 class Units {
  public:
@@ -121,18 +134,20 @@ class Units {
 };
 
 // to += factor * (z - mean) * scale, of images [pixels, channels].
-inline void add_normalised(ffi::ThreadPool& pool, const float* z, const float* mean, const float* scale, float factor,
-                           int64_t batch, int64_t pixels, int64_t channels, float* to) {
+inline void add_normalised(ffi::ThreadPool& pool, const float* z, const float* mean, const float* scale,
+                           const Factor& factor, int64_t batch, int64_t pixels, int64_t channels, float* to) {
   const int64_t parts = parts_of(batch);
   for_parts(pool, parts, [&](int64_t part) {
     const Range range = images_of(part, parts, batch);
-    const int64_t first = range.first * pixels, last = range.last * pixels;
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int64_t n = channels - c;
-      const Vec m = load(mean + c, n), s = factor * load(scale + c, n);
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t at = i * channels + c;
-        store(to + at, load(to + at, n) + (load(z + at, n) - m) * s, n);
+      const Vec m = load(mean + c, n), inverse = load(scale + c, n);
+      for (int64_t b = range.first; b < range.last; ++b) {
+        const Vec s = factor(b) * inverse;
+        for (int64_t i = b * pixels; i < (b + 1) * pixels; ++i) {
+          const int64_t at = i * channels + c;
+          store(to + at, load(to + at, n) + (load(z + at, n) - m) * s, n);
+        }
       }
     }
   });
@@ -159,6 +174,15 @@ inline double add_multiple(ffi::ThreadPool& pool, const float* from, float facto
   return total;
 }
 
+// to += factor * from, of images of equal size; all of them at once where they have one factor.
+inline void add_images(ffi::ThreadPool& pool, const float* from, const Factor& factor, int64_t size, int64_t batch,
+                       float* to) {
+  const int64_t pieces = factor.by_image ? batch : 1, piece = size / pieces;
+  for (int64_t b = 0; b < pieces; ++b) {
+    add_multiple(pool, from + b * piece, factor(b), piece, to + b * piece, nullptr);
+  }
+}
+
 // mean and 1/sigma of what a pool makes, or what leaves it as it is.
 inline void pool_moments(ffi::ThreadPool& pool, const Shape& g, Pool kind, bool norm, float eps, const float* x,
                          float* z, float* mean, float* scale) {
@@ -169,8 +193,8 @@ inline void pool_moments(ffi::ThreadPool& pool, const Shape& g, Pool kind, bool 
   }
 }
 
-inline void pool_term_forward(ffi::ThreadPool& pool, const Shape& g, Pool kind, bool norm, float factor, float eps,
-                              const float* x, const Array& work, float* to) {
+inline void pool_term_forward(ffi::ThreadPool& pool, const Shape& g, Pool kind, bool norm, const Factor& factor,
+                              float eps, const float* x, const Array& work, float* to) {
   Buffer moments(2 * g.channels);
   float *mean = moments.data(), *scale = mean + g.channels, *z = row_of(work, 0);
   pool_moments(pool, g, kind, norm, eps, x, z, mean, scale);
@@ -192,10 +216,10 @@ inline float pool_term_backward(ffi::ThreadPool& pool, const Shape& g, Pool kind
   return static_cast<float>(total * g.batch * g.out_pixels());
 }
 
-inline ffi::Error term_forward(ffi::ThreadPool& pool, const Chain& chain, float factor, float eps, const float* x,
-                               const Array& work, int64_t size, float* to) {
+inline ffi::Error term_forward(ffi::ThreadPool& pool, const Chain& chain, const Factor& factor, float eps,
+                               const float* x, const Array& work, int64_t size, int64_t batch, float* to) {
   if (chain.count() == 0) {
-    add_multiple(pool, x, factor, size, to, nullptr);
+    add_images(pool, x, factor, size, batch, to);
     return ffi::Error::Success();
   }
   Units units(chain, work);
