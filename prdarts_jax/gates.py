@@ -150,6 +150,78 @@ def expected_gate(
     return jnp.mean(stretched(u.reshape((-1,) + (1,) * beta.ndim), beta[None], tau=tau, a=a, b=b), axis=0)
 
 
+def expected_executed(
+    beta: jax.Array,
+    allowed: np.ndarray,
+    k: int,
+    *,
+    tau: jax.Array | float,
+    dropout: jax.Array | float = 0.0,
+    a: float = -0.1,
+    b: float = 1.1,
+    points: int = 256,
+    ties: int = 16,
+) -> jax.Array:
+    """E[g | the operation is among the K largest sampled gates of its edge], ties broken at random.
+
+    E[g | executed] = int g(u) P(executed | g(u)) du / int P(executed | g(u)) du. P(executed | g) is the chance
+    that fewer than K of the other gates of the edge are ahead: a Poisson-binomial sum over their tail probabilities
+    P(g_j > x) = sigmoid(beta_j - tau logit((x - a)/(b - a))). The atoms at 0 and 1 tie; all orders of a tie are alike.
+
+    Args:
+      beta: float32[E,O].
+      allowed: bool[E,O].
+      k: K.
+      tau: temperature.
+      dropout: probability that 1 is taken from a gate before the choice.
+      a, b: ends of the stretched interval.
+      points, ties: of the midpoint rules over u, and over the order within a tie.
+
+    Returns:
+      float32[E,O]; 0 where an operation is not allowed.
+
+    >>> beta = jnp.zeros((1, 8))
+    >>> one = expected_executed(beta, np.ones((1, 8), bool), 2, tau=10.0)[0, 0]
+    >>> all_ = expected_executed(beta, np.ones((1, 8), bool), 8, tau=10.0)[0, 0]
+    >>> round(float(one), 2), round(float(all_), 2)
+    (0.56, 0.5)
+    """
+    others = jnp.asarray(allowed[:, None, :] & ~np.eye(allowed.shape[1], dtype=bool)[None])
+    last = jnp.float32(1 - 1e-6)
+
+    def beyond(x: jax.Array) -> jax.Array:
+        """P(g_j > x) of every gate j of the edge: scores [E,O] -> [E,O,O]."""
+        s = jnp.clip((x - a) / (b - a), 1e-7, 1 - 1e-7)
+        tail = jax.nn.sigmoid(beta[:, None, :] - (tau * (jnp.log(s) - jnp.log1p(-s)))[:, :, None])
+        return jnp.where((x < 0)[:, :, None], 1.0, jnp.where((x >= 1)[:, :, None], 0.0, tail))
+
+    def at(x: jax.Array) -> jax.Array:
+        """P(g_j = x): the atoms at 0 and 1."""
+        zero, one = 1 - beyond(jnp.zeros_like(x)), beyond(jnp.full_like(x, last))
+        return jnp.where((x == 0)[:, :, None], zero, jnp.where((x == 1)[:, :, None], one, 0.0))
+
+    def chance(x: jax.Array, place: jax.Array) -> jax.Array:
+        """P(executed) of gates with score x: fewer than K of the others are ahead, or at x and before its place."""
+        before = (1 - dropout) * (beyond(x) + place * at(x)) + dropout * (beyond(x + 1) + place * at(x + 1))
+        before = jnp.where(others, before, 0.0)
+        counts = [jnp.ones_like(x)] + [jnp.zeros_like(x)] * (k - 1)  # counts[n]: n of the gates so far are ahead
+        for j in range(allowed.shape[1]):
+            q = before[:, :, j]
+            counts = [c * (1 - q) + (counts[n - 1] * q if n else 0.0) for n, c in enumerate(counts)]
+        return sum(counts[1:], counts[0])
+
+    def of(u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(P(executed), gate) at one value of the noise."""
+        g = stretched(u, beta, tau=tau, a=a, b=b)
+        places = (jnp.arange(ties, dtype=jnp.float32) + 0.5) / ties
+        both = jax.vmap(lambda place: (1 - dropout) * chance(g, place) + dropout * chance(g - 1, place))(places)
+        return jnp.mean(both, axis=0), g
+
+    executed, g = jax.vmap(of)((jnp.arange(points, dtype=jnp.float32) + 0.5) / points)
+    mean = jnp.sum(g * executed, axis=0) / jnp.maximum(jnp.sum(executed, axis=0), 1e-12)
+    return jnp.where(jnp.asarray(allowed), mean, 0.0)
+
+
 def top_k(key: jax.Array, scores: jax.Array, allowed: np.ndarray, k: int) -> jax.Array:
     """The K best allowed operations of each edge, ties broken at random.
 
@@ -199,7 +271,24 @@ def all_ops(allowed: np.ndarray) -> jax.Array:
     return jnp.asarray(np.where(allowed, np.arange(num_ops)[None, :], num_ops).astype(np.int32))
 
 
-def saturated_share(g: jax.Array, allowed: np.ndarray) -> jax.Array:
-    """Share of the allowed gates that are exactly 0 or exactly 1, a float32 scalar."""
-    clipped = ((g == 0.0) | (g == 1.0)) & jnp.asarray(allowed)
-    return jnp.sum(clipped.astype(jnp.float32)) / allowed.sum().astype(np.float32)
+def saturated_share(g: jax.Array, counted: np.ndarray | jax.Array) -> jax.Array:
+    """Share of the counted gates (bool[E,O]: those allowed, or executed) that are exactly 0 or 1, a float32 scalar.
+
+    >>> float(saturated_share(jnp.array([[0.0, 0.5, 1.0]]), np.array([[True, True, False]])))
+    0.5
+    """
+    clipped = ((g == 0.0) | (g == 1.0)) & jnp.asarray(counted)
+    number = jnp.sum(jnp.asarray(counted).astype(jnp.float32))
+    return jnp.sum(clipped.astype(jnp.float32)) / jnp.maximum(number, 1.0)
+
+
+def share_without_gradient(g: jax.Array, executed: jax.Array) -> jax.Array:
+    """Share of the edges none of whose executed gates (bool[E,O]) lies inside (0, 1), a float32 scalar.
+
+    No gradient of a sample reaches the architecture there: the gradient of a clipped gate is zero.
+
+    >>> float(share_without_gradient(jnp.array([[0.0, 0.5], [1.0, 0.0]]), jnp.ones((2, 2), bool)))
+    0.5
+    """
+    inside = (g > 0.0) & (g < 1.0) & executed
+    return jnp.mean(jnp.logical_not(jnp.any(inside, axis=1)).astype(jnp.float32))

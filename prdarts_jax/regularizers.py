@@ -73,7 +73,8 @@ def path_depth_term(
 ) -> jax.Array:
     """L_path = prod over the path edges of the sum (or mean) over their convolutions of P   (eq. 8), float32 scalar.
 
-    Path edges without a (masked) convolution are left out of the product; 0 if none is left.
+    A path edge that allows no convolution makes the product 0, as the empty sum of eq. 8 does. With a mask, as in the
+    released program, path edges without an executed convolution are left out of the product; 0 if none is left.
 
     Args:
       probabilities, space, mask, kind: as in `group_term`.
@@ -92,5 +93,7 @@ def path_depth_term(
     factor = jnp.sum(jnp.where(counted, probabilities[rows], 0.0), axis=1)
     if reduction == "mean":
         factor = factor / jnp.maximum(number, 1.0)
+    if mask is None:
+        return jnp.prod(factor)
     present = number > 0
     return jnp.where(jnp.any(present), jnp.prod(jnp.where(present, factor, 1.0)), 0.0)

@@ -97,16 +97,19 @@ def group_mean(p: np.ndarray, counted: np.ndarray) -> float:
     return total / number if number else 0.0
 
 
-def path_product(p: np.ndarray, counted: np.ndarray, nodes: int, reduction: str) -> float:
-    """Product over the edges 1->2, 2->3, ... that count a convolution of the sum (mean) of their P; 0 if none does."""
+def path_product(p: np.ndarray, counted: np.ndarray, nodes: int, reduction: str, *, masked: bool) -> float:
+    """Product over the edges 1->2, 2->3, ... of the sum (mean) of P over what counts: an empty sum is 0.
+
+    Masked, edges where nothing counts are left out; 0 if nothing does anywhere.
+    """
     product, any_edge, row = 1.0, False, 0
     for n in range(2, 2 + nodes):
         for j in range(n):
             if j == n - 1:
                 chosen = [float(p[row, o]) for o in range(p.shape[1]) if counted[row, o]]
-                if chosen:
+                if chosen or not masked:
                     any_edge = True
-                    product *= sum(chosen) / (len(chosen) if reduction == "mean" else 1)
+                    product *= sum(chosen) / (max(len(chosen), 1) if reduction == "mean" else 1)
             row += 1
     return product if any_edge else 0.0
 

@@ -228,3 +228,42 @@ def test_gates_of_a_cell_pick_its_row_where_there_is_one() -> None:
     np.testing.assert_array_equal(cell.executed["reduce"], executed)
     assert cell.edges is not None
     np.testing.assert_array_equal(cell.edges["reduce"], edges[1])
+
+
+# --- the mean of what is executed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tau", "k", "dropout"), [(10.0, 2, 0.0), (1.0, 2, 0.0), (0.1, 2, 0.0), (1.0, 1, 0.4), (0.1, 3, 0.4)]
+)
+def test_the_mean_of_an_executed_gate_by_monte_carlo(tau: float, k: int, dropout: float) -> None:
+    """Gates drawn in numpy, the K largest of an edge taken with ties broken at random, and averaged where taken."""
+    rng = np.random.default_rng(0)
+    beta = np.array([[0.0] * 8, [1.0, -1.0, 0.5, 0.0, 2.0, -2.0, 0.3, -0.3]])
+    allowed = np.array([[True] * 8, [True] * 6 + [False] * 2])
+    u = rng.uniform(1e-9, 1 - 1e-9, (100_000, 2, 8))
+    g = np.clip(-0.1 + 1.2 / (1 + np.exp(-(np.log(u) - np.log1p(-u) + beta) / tau)), 0, 1)
+    scores = np.where(allowed, g - (rng.uniform(size=g.shape) < dropout), -9.0)
+    order = np.lexsort((rng.uniform(size=g.shape), -scores), axis=2)
+    taken = np.argsort(order, axis=2) < k
+    mean = (g * taken).sum(axis=0) / np.maximum(taken.sum(axis=0), 1)
+    found = gates.expected_executed(jnp.asarray(beta, jnp.float32), allowed, k, tau=tau, dropout=dropout)
+    error = 5 * np.sqrt(0.25 / np.maximum(taken.sum(axis=0), 1)) + 3e-3
+    assert (np.abs(np.asarray(found) - mean) < error)[allowed].all(), (found, mean)
+    assert (np.asarray(found)[~allowed] == 0).all()
+
+
+def test_the_mean_of_an_executed_gate_has_its_limits() -> None:
+    """All executed: E[g]. Measured at beta 0, two of eight: .56, .88 and .98 at temperatures 10, 1 and .1."""
+    beta, everything = jnp.zeros((1, 8)), np.ones((1, 8), bool)
+    for tau, expected in ((10.0, 0.56), (1.0, 0.88), (0.1, 0.98)):
+        two = float(gates.expected_executed(beta, everything, 2, tau=tau)[0, 0])
+        assert two == pytest.approx(expected, abs=0.01)
+        assert float(gates.expected_executed(beta, everything, 8, tau=tau)[0, 0]) == pytest.approx(0.5, abs=2e-3)
+
+
+def test_edges_without_a_gradient_by_hand() -> None:
+    g = jnp.array([[0.0, 0.3, 1.0], [0.2, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    executed = jnp.array([[True, False, True], [True, True, False], [True, True, True]])
+    assert float(gates.share_without_gradient(g, executed)) == pytest.approx(2 / 3)
+    assert float(gates.saturated_share(g, executed)) == pytest.approx(6 / 7)

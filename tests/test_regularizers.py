@@ -60,13 +60,13 @@ def test_terms_equal_loops(space: Space, kind: str, masked: bool) -> None:
         "skip": oracles.group_mean(p, counted & SKIP),
         "nonskip": oracles.group_mean(p, counted & ~SKIP),
         "pool": oracles.group_mean(p, counted & POOL),
-        "sum": oracles.path_product(p, counted & CONV, 4, "sum"),
-        "mean": oracles.path_product(p, counted & CONV, 4, "mean"),
+        "sum": oracles.path_product(p, counted & CONV, 4, "sum", masked=masked),
+        "mean": oracles.path_product(p, counted & CONV, 4, "mean", masked=masked),
     }
     for name, value in expected.items():
         assert float(found[name]) == pytest.approx(value, rel=1e-5), name
     if space is not FULL and kind == "normal" and not masked:
-        assert not (counted & CONV)[8].any() and expected["sum"] > 0  # an edge without a convolution is left out
+        assert not (counted & CONV)[8].any() and expected["sum"] == 0  # an edge of the path without a convolution
 
 
 def test_path_is_the_chain_from_the_previous_cell() -> None:
@@ -124,7 +124,10 @@ def _by_hand(
         return max(0.0, mean - o["hinge"])
 
     rest = group(~SKIP & ~POOL) + group(POOL) if o["pool_group"] else group(~SKIP)
-    path = 0.5 * sum(oracles.path_product(p[k], counted[k] & CONV, 4, o["path_reduction"]) for k in CELL_TYPES)
+    path = 0.5 * sum(
+        oracles.path_product(p[k], counted[k] & CONV, 4, o["path_reduction"], masked=o["executed_mask"])
+        for k in CELL_TYPES
+    )
     return {"skip": 0.01 * group(SKIP), "nonskip": 0.005 * rest, "path": -0.005 * path}
 
 

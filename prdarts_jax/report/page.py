@@ -51,7 +51,11 @@ _PANELS = (
     ("Penalty terms", "value", ("penalty/*",)),
     (_NORMS, "norm", ("gradient_norm/*",)),
     ("Mean P of the operation groups", "P", ("mean_p/*",)),
-    ("Share of saturated gates", "share", ("gates/saturated",)),
+    (
+        "Share of saturated gates",
+        "share",
+        ("gates/saturated", "gates/saturated_executed", "gates/edges_without_gradient"),
+    ),
     ("Temperature", "tau", ("progress/tau",)),
 )
 

@@ -96,7 +96,7 @@ def prdarts(
             raise unknown(f"method.options.{option}", chosen, names)
 
     def schedule(epoch: int, epochs: int) -> dict[str, float]:
-        fraction = epoch / max(epochs - 1, 1)
+        fraction = epoch / (epochs - 1) if epochs > 1 else 1.0
         tau = tau_max - (tau_max - tau_min) * fraction
         coefficients = {"lambda1": lambda1, "lambda2": lambda2, "lambda3": lambda3}
         return {"tau": tau, **coefficients, "gate_dropout": gate_dropout}
@@ -117,7 +117,8 @@ def prdarts(
         return gating.top_k(tie_key, g - dropped.astype(g.dtype), allowed, executed_ops)
 
     def gates_of(draw: Callable[[int, str], tuple[jax.Array, jax.Array]]) -> Gates:
-        ops, executed, masks, saturated = {}, {}, {}, []
+        ops, executed, masks = {}, {}, {}
+        shares: dict[str, list[jax.Array]] = {"saturated": [], "saturated_executed": [], "edges_without_gradient": []}
         for i, kind in enumerate(CELL_TYPES):
             g, chosen = draw(i, kind)
             mask = gating.executed_mask(chosen, space.num_ops)
@@ -125,8 +126,10 @@ def prdarts(
             ops[kind] = jnp.where(mask, values, 0.0)
             executed[kind] = chosen if straight_through else gating.void_zeros(chosen, ops[kind])
             masks[kind] = mask
-            saturated.append(gating.saturated_share(g, space.allowed[kind]))
-        return Gates(ops, executed, None, {"mask": masks, "saturated": (saturated[0] + saturated[1]) / 2})
+            shares["saturated"].append(gating.saturated_share(g, space.allowed[kind]))
+            shares["saturated_executed"].append(gating.saturated_share(g, mask))
+            shares["edges_without_gradient"].append(gating.share_without_gradient(g, mask))
+        return Gates(ops, executed, None, {"mask": masks, **{name: sum(two) / 2 for name, two in shares.items()}})
 
     def sample(key: jax.Array, arch: Arch, memory: Memory, numbers: Numbers, role: str) -> Gates:
         del memory
@@ -142,10 +145,15 @@ def prdarts(
 
     def expected(arch: Arch, numbers: Numbers) -> Gates:
         def draw(i: int, kind: str) -> tuple[jax.Array, jax.Array]:
-            g = gating.expected_gate(arch[kind], tau=numbers["tau"], a=a, b=b)
+            beta, tau, allowed = arch[kind], numbers["tau"], space.allowed[kind]
             k = space.num_ops if op_subsample == "all" else executed_ops
+            if op_subsample == "topk_gate":  # what is executed is larger than what is not
+                dropout = numbers.get("gate_dropout", 0.0)
+                g = gating.expected_executed(beta, allowed, k, tau=tau, dropout=dropout, a=a, b=b)
+            else:
+                g = gating.expected_gate(beta, tau=tau, a=a, b=b)
             # Ranked by beta, of which E[g] is an increasing function: ties of saturated gates cannot occur.
-            return g, gating.top_k(jax.random.key(0), arch[kind], space.allowed[kind], k)
+            return g, gating.top_k(jax.random.key(0), beta, allowed, k)
 
         return gates_of(draw)
 

@@ -139,7 +139,8 @@ def test_rows_and_their_fields(finished):
     assert [(row["epoch"], row["step"]) for row in epochs] == [(e, (e + 1) * EPOCH_STEPS) for e in range(EPOCHS)]
     assert (final["epoch"], final["step"]) == (EPOCHS - 1, TOTAL)
 
-    measured = {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "gates/saturated"}
+    measured = {"train_loss", "train_accuracy", "val_loss", "val_accuracy"}
+    measured |= {f"gates/{name}" for name in ("saturated", "saturated_executed", "edges_without_gradient")}
     measured |= {f"penalty/{term}" for term in ("skip", "nonskip", "path", "total")}
     measured |= {f"gradient_norm/{part}" for part in ("weights", "cross_entropy", "skip", "nonskip", "path")}
     measured |= {"update_norm/weights", "update_norm/arch"}
