@@ -24,7 +24,7 @@ class Gates:
     Attributes:
       ops: {"normal", "reduce"} -> float32[E,O]: the multipliers; zero for what is not executed.
       executed: int32[E,K]: operations that are computed; O (one past the last) computes nothing in that term.
-      edges: float32[E] multipliers of the edges, or None.
+      edges: float32[E] multipliers of all that an edge gives, channels that pass its operations by included; or None.
       stats: what a strategy wants to keep of the sample (masks for its penalty, numbers for the log).
     """
 

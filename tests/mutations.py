@@ -209,8 +209,8 @@ _CELL_SLIPS = (
     Mutation(
         "noise: a backward pass of the kernels without drop-path",
         _IN_PLACE,
-        "ct_nodes = of_edge(noise, term.edge, read_row(cts if ct_nodes is None else ct_nodes, term.target))[None]",
-        "ct_nodes = read_row(cts if ct_nodes is None else ct_nodes, term.target)[None]",
+        "ct_nodes = path_dropped(noise, term.edge, ct)[None]",
+        "ct_nodes = ct[None]",
         ("tests/space/test_noise.py::test_lowerings_draw_the_same_masks",),
     ),
     Mutation(

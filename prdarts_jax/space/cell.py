@@ -128,8 +128,7 @@ def _reverse(
     factors: jax.Array | None,
 ) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, Params], jax.Array, jax.Array | None]:
     """Cotangents of sources and nodes, of the stacks of a group, of its gates [n], and of the factors of its edges."""
-    if cell_kernels.serves(program, {"": stacks}, terms.value, nodes, cotangents[1]):
-        assert factors is None
+    if factors is None and cell_kernels.serves(program, {"": stacks}, terms.value, nodes, cotangents[1]):
         return *cell_kernels.reverse_group(
             program, group, stacks, terms, sources, nodes, cotangents, wanted, noise
         ), None
@@ -146,18 +145,14 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
     dweights: CellWeights = {}
     if isinstance(ct, SymbolicZero):
         ct = jnp.zeros(ct.shape, ct.dtype)
-    dfactors = None if factors is None else jnp.zeros_like(factors)
+    no_weights = jax.tree.map(jnp.zeros_like, weights)
+    if factors is not None and cell_kernels.serves(program, weights, values, nodes, ct):
+        args = (inputs, executed, noise, factors, nodes, ct, wanted)
+        dweights, *inner, of_factors = cell_partial.reverse(program, weights, values, *args)
+        return dweights if wanted.weights else no_weights, *inner, None, None, of_factors
+    dfactors = None
     if factors is not None:
-        if cell_kernels.serves(program, weights, values, nodes, ct):
-            found = cell_partial.reverse(program, weights, values, inputs, executed, noise, factors, nodes, ct, wanted)
-            dweights, *others = found
-            return (
-                dweights if wanted.weights else jax.tree.map(jnp.zeros_like, weights),
-                *others[:3],
-                None,
-                None,
-                others[3],
-            )
+        dfactors = jnp.zeros_like(factors)
         ct = ct.at[-1].set(unshuffled(space, ct[-1]))  # no edge leaves the last node
     sources = None if inputs is None else jnp.stack(inputs)
     ct_sources = None if sources is None else jnp.zeros_like(sources)
@@ -185,7 +180,7 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
     source_cts = ct_nodes if kind == "normal" else ct_sources
     assert source_cts is not None
     return (
-        dweights if wanted.weights else jax.tree.map(jnp.zeros_like, weights),
+        dweights if wanted.weights else no_weights,
         dvalues,
         source_cts[0],
         source_cts[1],

@@ -25,7 +25,7 @@ from prdarts_jax.ops.lowering import Branch, run_branch
 from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.ops.separable import Unit
-from prdarts_jax.space.noise import CellNoise, of_edge, reaches
+from prdarts_jax.space.noise import CellNoise, path_dropped, reaches
 from prdarts_jax.space.spec import EdgeGroup
 from prdarts_jax.space.terms import (
     CellProgram,
@@ -280,7 +280,8 @@ def reverse_group(
         ct_nodes = None if own else cotangents[1]
         if noise is not None and noise.edges is not None:
             # The kernels read a cotangent as it is: here that of this edge, the one row of a buffer of its own.
-            ct_nodes = of_edge(noise, term.edge, read_row(cts if ct_nodes is None else ct_nodes, term.target))[None]
+            ct = read_row(cts if ct_nodes is None else ct_nodes, term.target)
+            ct_nodes = path_dropped(noise, term.edge, ct)[None]
             numbers = numbers.at[1].set(0)
         operands = [cts, work, _nothing(cts) if ct_nodes is None else ct_nodes, inputs, numbers, term.value, *arrays]
         in_place = {0: 0, 1: 1} | {len(operands) + i: 3 + i for i in range(len(gradients))}

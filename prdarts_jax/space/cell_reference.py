@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from prdarts_jax.ops.layer_set import reference_layers
-from prdarts_jax.space.noise import CellNoise, of_edge
+from prdarts_jax.space.noise import CellNoise, path_dropped
 from prdarts_jax.space.partial import factors_of, head, passed, scaled, shuffled, tail
 from prdarts_jax.space.spec import Space
 from prdarts_jax.space.terms import (
@@ -50,10 +50,12 @@ def mixed_nodes_reference(
                 continue
             row = members.index(e)
             params = {name: stack[row] for name, stack in weights[group.name].get(op, {}).items()}
-            y = of_edge(noise, e, apply_op(space, op, params, head(space, nodes[j]), group.stride, layers, noise, e))
+            y = path_dropped(
+                noise, e, apply_op(space, op, params, head(space, nodes[j]), group.stride, layers, noise, e)
+            )
             parts.append(gates[e, o].astype(y.dtype) * y)
         if factors is not None:
-            passing = of_edge(noise, e, scaled(factors[e], passed(tail(space, nodes[j]), group.stride)))
+            passing = path_dropped(noise, e, scaled(factors[e], passed(tail(space, nodes[j]), group.stride)))
             empty = jnp.zeros((*passing.shape[:3], nodes[j].shape[3] // space.partial), passing.dtype)
             parts = [shuffled(space, sum(parts, empty), passing)]
         for part in parts:

@@ -15,14 +15,14 @@ from prdarts_jax.ops.depthwise import wide_dtype
 from prdarts_jax.ops.layer_set import fast_layers
 from prdarts_jax.ops.lowering import Branch, run_branch
 from prdarts_jax.ops.primitives import Params
-from prdarts_jax.space.noise import CellNoise, of_edge
+from prdarts_jax.space.noise import CellNoise, path_dropped
 from prdarts_jax.space.partial import (
     edge_table,
     factor_cotangent,
     head,
-    of_edges,
     passed,
     shuffled,
+    tabled,
     tail,
     unshuffled,
     weighted_sum,
@@ -99,7 +99,7 @@ def _run_group(
         def run(total: jax.Array, read: tuple[dict[str, Params], jax.Array, Terms, CellNoise | None]) -> jax.Array:
             stacks, inputs, term, noise = read
             params, x = weights_of(stacks, op, term.row), head(space, read_row(inputs, term.source))
-            y = of_edge(noise, term.edge, apply_op(space, op, params, x, stride, layers, noise, term.edge))
+            y = path_dropped(noise, term.edge, apply_op(space, op, params, x, stride, layers, noise, term.edge))
             return total + term.value.astype(y.dtype) * y
 
         return run
@@ -127,7 +127,7 @@ def _run_group(
     rows = _filled(terms, space.num_ops, gathering.term)
     weights = None
     if factors is not None:
-        weights = of_edges(factors, edge_table(space, program.kind, group)[gathering.node])
+        weights = tabled(factors, edge_table(space, program.kind, group)[gathering.node])
     with gathering.scope():
         return lax.scan(node, nodes, (jnp.asarray(gathering.node), rows, weights))[0]
 
@@ -164,7 +164,7 @@ def _reverse_group(
             total, flat, dvalue = before
             stacks, x, ct_nodes, term, noise = read
             params, ct = weights_of(stacks, op, term.row), head(space, read_row(ct_nodes, term.target))
-            ct = of_edge(noise, term.edge, ct)
+            ct = path_dropped(noise, term.edge, ct)
 
             def apply(params: Params, x: jax.Array) -> jax.Array:
                 return apply_op(space, op, params, x, stride, layers, noise, term.edge)
@@ -221,7 +221,7 @@ def _reverse_group(
     weights = table = None
     if factors is not None:
         table = edge_table(space, program.kind, group).T[gathering.node]
-        weights = of_edges(factors, table)
+        weights = tabled(factors, table)
     with gathering.scope():
         scanned = (jnp.asarray(gathering.node), rows, weights)
         carry, (flats, dvalues, dweights) = lax.scan(source, cotangents, scanned)

@@ -94,7 +94,7 @@ def dropped(
     return dropout(key, noise.positions, y, noise.rates[op])
 
 
-def of_edge(noise: CellNoise | None, edge: int | jax.Array, y: jax.Array) -> jax.Array:
+def path_dropped(noise: CellNoise | None, edge: int | jax.Array, y: jax.Array) -> jax.Array:
     """y [B,H,W,C], what an edge makes or its cotangent, times the multipliers of its images."""
     if noise is None or noise.edges is None:
         return y

@@ -78,7 +78,7 @@ def edge_table(space: Space, kind: str, group: EdgeGroup) -> np.ndarray:
     return table
 
 
-def of_edges(factors: jax.Array, table: np.ndarray) -> jax.Array:
+def tabled(factors: jax.Array, table: np.ndarray) -> jax.Array:
     """The factors of a table of edges: [*table.shape, 1 or B]; zeros where there is no edge."""
     return jnp.concatenate([factors, jnp.zeros_like(factors[:1])])[table]
 
