@@ -29,8 +29,8 @@ from prdarts_jax.run.workdir import (
     atomic_write_json,
     check_workdir,
     check_writable,
+    draw,
     report_path,
-    reporting,
 )
 from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching import loop as search_loop
@@ -270,8 +270,11 @@ class _Population:
             return result
         path = report_path(self.workdir)
         if path is None or changed or status != "already-finished":
-            from prdarts_jax.report import page as report_page
-
-            with reporting("population"):
-                path = report_page.report([self.workdir])
+            draw("population", {"report.html": self._report})
+            path = report_path(self.workdir)
         return result._replace(report=path)
+
+    def _report(self) -> None:
+        from prdarts_jax.report import page
+
+        page.report([self.workdir])
