@@ -203,10 +203,15 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         found = saved.restore_latest(self.target())
         if found is None:
             return self.first(), 0
-        changed = provenance.tolerance(self.start.old or {}, self.start.document)
-        how = f"to float tolerance only ({'; '.join(changed)})" if changed else "bit for bit"
+        old, new = self.start.old or {}, self.start.document
+        redrawn, changed = provenance.other_draws(old, new), provenance.tolerance(old, new)
+        how = f"that of an uninterrupted {self.noun} "
+        how += f"to float tolerance only ({'; '.join(changed)})" if changed else "bit for bit"
+        if redrawn:
+            said = "; ".join([*redrawn, *changed])
+            how = f"not that of an uninterrupted {self.noun}: other random numbers are drawn from here on ({said})"
         where = f"step {found.step} of {self.total_steps} (epoch {found.step // self.epoch_steps})"
-        self.say(f"resuming at {where}; the result is that of an uninterrupted {self.noun} {how}")
+        self.say(f"resuming at {where}; the result is {how}")
         self.recall(found.info.get("stopped"))
         return found.state, found.step
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from prdarts_jax.config import schema
+from prdarts_jax.config.places import expanded
 from prdarts_jax.errors import RunError, UserError, brief, warn
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ def check_writable(path: Path) -> None:
     ...
     prdarts_jax.errors.UserError: workdir: /dev/null/run cannot be made: /dev/null is not a folder; name another folder
     """
-    path = Path(path).expanduser().absolute()
+    path = expanded(path, "workdir").absolute()
     existing = path
     while not os.path.lexists(existing):
         existing = existing.parent
@@ -168,7 +169,7 @@ class WorkdirLock:
     """
 
     def __init__(self, workdir: Path) -> None:
-        self._workdir = Path(workdir).expanduser().absolute()
+        self._workdir = expanded(workdir, "workdir").absolute()
 
     def __enter__(self) -> Self:
         try:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from prdarts_jax.config import userfile
+from prdarts_jax.config.places import expanded
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.batches import Images, epoch_order, padded_batches
 from prdarts_jax.devices import processes, sharding
@@ -92,13 +93,13 @@ def search(
       out: where notes go (default: stdout).
 
     Returns:
-      SearchResult. SIGTERM, Ctrl-C and the time limit end it early with everything saved.
+      SearchResult. SIGTERM, SIGHUP, Ctrl-C and the time limit end it early with everything saved.
 
     Raises:
       UserError: a config, data set or workdir that is not possible; nothing is changed on disk.
       RunError: a metric is not finite, or the disk fails; the last good checkpoint is kept.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir, "workdir")
     config = search_inputs.with_method(config, strategy)
 
     inputs = prepared_for(

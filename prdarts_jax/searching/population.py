@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 
 import jax
 
+from prdarts_jax.config.places import expanded
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import RunError, UserError, warn
@@ -106,13 +107,14 @@ def search_population(
       out: where notes go (default: stdout).
 
     Returns:
-      PopulationResult. SIGTERM, Ctrl-C and the time limit end it early with everything saved.
+      PopulationResult. SIGTERM, SIGHUP, Ctrl-C and the time limit end it early with everything saved.
 
     Raises:
       UserError: a sweep, config, data set or workdir that is not possible; nothing is changed on disk.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir, "workdir")
     check_writable(workdir)
+    sharding.visible()
     if jax.process_count() > 1:
         raise UserError(f"sweep: {jax.process_count()} processes are not possible; allowed: one, with its devices")
     config = search_inputs.with_method(config, strategy)

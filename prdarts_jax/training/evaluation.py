@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from prdarts_jax import optimizers
 from prdarts_jax.config import schema, userfile
+from prdarts_jax.config.places import expanded
 from prdarts_jax.config.train import TrainConfig, TrainDataConfig
 from prdarts_jax.data import prefetch
 from prdarts_jax.data.batches import Images, check_batch, padded_batches
@@ -199,7 +200,7 @@ def evaluate(
       UserError: no training in the workdir, no checkpoint, or data that does not fit the network.
       RunError: no checkpoint can be used, or the disk fails.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir, "workdir")
     mesh = sharding.make_mesh(sharding.choose_devices(devices))
     path = workdir / "network.safetensors"
     alone = path.is_file() and not (workdir / "config.json").is_file()
@@ -296,7 +297,7 @@ def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> R
       UserError: no training in the workdir, or no checkpoint yet.
       RunError: no checkpoint can be used.
     """
-    mesh = sharding.make_mesh(jax.devices()[:1]) if mesh is None else mesh
+    mesh = sharding.make_mesh(sharding.visible()[:1]) if mesh is None else mesh
     config, head = _read_config(workdir)
     # Neither is part of what the state looks like, and either may be impossible here.
     run = dataclasses.replace(config.run, devices="all")

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from prdarts_jax import schedules
+from prdarts_jax.config.places import expanded
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.prefetch import worker_count
 from prdarts_jax.data.sources import Dataset
@@ -118,13 +119,13 @@ def train(
       out: where notes go (default: stdout).
 
     Returns:
-      TrainResult. SIGTERM, Ctrl-C and the time limit end it early with everything saved.
+      TrainResult. SIGTERM, SIGHUP, Ctrl-C and the time limit end it early with everything saved.
 
     Raises:
       UserError: a config, genotype, data set or workdir that is not possible; nothing is changed on disk.
       RunError: a metric is not finite, or the disk fails; the last good checkpoint is kept.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir, "workdir")
     inputs = _prepared(config, genotype, workdir, weight_tx, data)
     return _train(config, inputs, train_feed.make_programs(inputs), workdir, sources, out)
 
@@ -156,7 +157,7 @@ def train_seeds(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds: {list(seeds)} is not possible; allowed: different seeds, at least one")
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir, "workdir")
     inputs = _prepared(config, genotype, workdir, weight_tx, data)
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
     folders = [workdir / f"seed{seed}" for seed in seeds]
