@@ -86,7 +86,12 @@ def _network(source: Path, *, ema: bool) -> Network:
     "import-torch",
     "A PyTorch checkpoint of the DARTS family's evaluation networks.",
     Argument("file", metavar="FILE", help="a state_dict of NetworkCIFAR or NetworkImageNet"),
-    Argument("--genotype", metavar="NAME", required=True, help="a name, a file or a workdir"),
+    Argument(
+        "--genotype",
+        metavar="NAME",
+        required=True,
+        help="of the zoo | FILE | FILE:NAME of several | WORKDIR | the text",
+    ),
     Argument("--workdir", metavar="DIR", required=True),
     Argument("--stem", metavar="STEM", help="cifar | imagenet (default: as the names say)"),
     Argument("--mean", metavar="M,M,M", help="of the images (default: of CIFAR-10, CIFAR-100 or ImageNet)"),

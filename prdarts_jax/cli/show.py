@@ -78,7 +78,9 @@ def strategies(args: argparse.Namespace) -> int:
 @command(
     "zoo",
     "The published genotypes and their costs, or the cells of one.",
-    Argument("name", metavar="NAME", nargs="?", help="a published one, a file or a workdir"),
+    Argument(
+        "name", metavar="NAME", nargs="?", help="a published one | FILE | FILE:NAME of several | WORKDIR | the text"
+    ),
     Argument("--json", action="store_true", help="as JSON"),
     Argument("--pictures", metavar="DIR", help="draw the cells of NAME into this folder, as .svg and .png"),
 )

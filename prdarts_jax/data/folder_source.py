@@ -164,7 +164,7 @@ def _class_files(where: str, root: Path, passed_over: list[Path]) -> dict[str, l
 
 def _images_of(where: str, directory: Path, passed_over: list[Path]) -> list[str]:
     """The images of one class."""
-    files = []
+    files: list[Path] = []
     for entry in sorted(directory.iterdir()):
         if not entry.is_dir():
             (files if _is_image(entry) else passed_over).append(entry)

@@ -35,7 +35,7 @@ def visible() -> list[jax.Device]:
         if found[0].platform != "cpu":  # a driver that is too old for this jaxlib fails at the first program
             jax.block_until_ready(jax.jit(lambda x: x + 1)(np.float32(0)))
     except (RuntimeError, AssertionError) as error:  # the second one, without a word, for CUDA without a GPU
-        asked = jax.config.jax_platforms
+        asked = getattr(jax.config, "jax_platforms", None)
         said = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0][:300].rstrip(".")
         said = said or f"JAX sees no {asked} device"
         where = f"JAX_PLATFORMS: {asked!r}" if asked else "devices: JAX"
