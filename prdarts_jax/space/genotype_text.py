@@ -79,16 +79,13 @@ def find(text: str) -> list[Found]:
     >>> [(found.name, found.line) for found in find("A = Genotype(normal=[])\\nfound: {'normal': []}")]
     [('A', 1), ('', 2)]
     """
-    found, end = [], 0
+    found = []
     for match in _START.finditer(text):
-        if match.start() < end:  # a dict() within a Genotype()
-            continue
         source = _balanced(text, match.start())
         before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
         name = _NAME.search(before)
         names = [group for group in name.groups() if group] if name else [""]
         found.append(Found(names[0], text.count("\n", 0, match.start()) + 1, source))
-        end = match.start() + len(source)
     return found
 
 

@@ -51,6 +51,7 @@ FORMS = {
     "dict(...)": f"dict({CALL})",
     "OrderedDict": f"OrderedDict({list(LISTS.items())!r})",
     "OrderedDict of Python 3.12": f"collections.OrderedDict({LISTS!r})",
+    "a Genotype of a dict": f"Genotype(**{LISTS!r})",
     "another order": str(dict(reversed(LISTS.items()))),
     "arrays": f"dict(normal={NORMAL}, reduce={REDUCE}, normal_concat=np.arange(2, 6), reduce_concat=array([3, 4, 5]))",
     "a flat list with weights": "Genotype(normal=["
