@@ -14,22 +14,16 @@ _FILES = ("space.primitives", "network.primitives")
 _OBJECTS = ("method.strategy", "weights.transform", "arch.transform")  # path.py:name, or a name of the library
 
 
-def home() -> Path | None:
-    """The user's home directory; None where there is none, as for a user id without an account."""
-    try:
-        return Path.home()
-    except RuntimeError:
-        return None
-
-
 def cache_folder(name: str) -> Path | None:
     """The user's folder for what can be made again: `$XDG_CACHE_HOME/prdarts_jax/NAME` or `~/.cache/prdarts_jax/NAME`.
 
-    None where neither is there: then it is made again each time.
+    None where the user has no home directory, as a user id without an account: then it is made again each time.
     """
-    base, own = os.environ.get("XDG_CACHE_HOME"), home()
-    folder = Path(base) if base else own / ".cache" if own else None
-    return folder / "prdarts_jax" / name if folder else None
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return base / "prdarts_jax" / name
 
 
 def expanded(path: str | Path, field: str) -> Path:
