@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 from collections.abc import Iterable
@@ -34,8 +35,9 @@ def unknown(field: str, value: str, allowed: Iterable[str]) -> UserError:
 
 
 def warn(line: str) -> None:
-    """A line on stderr."""
-    print(f"prdarts: {line}", file=sys.stderr)
+    """A line on stderr; where nobody can read it, nothing."""
+    with contextlib.suppress(OSError, ValueError):  # a closed terminal or stream
+        print(f"prdarts: {line}", file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ _DERIVE = "prdarts_jax/space/derive.py"
 _EVALUATION = "prdarts_jax/training/evaluation.py"
 _GATES = "prdarts_jax/gates.py"
 _GENOTYPE = "prdarts_jax/space/genotype.py"
+_GENOTYPE_TEXT = "prdarts_jax/space/genotype_text.py"
 _IN_PLACE = "prdarts_jax/space/cell_kernels.py"
 _LAYERS = "prdarts_jax/ops/layers.py"
 _METRICS = "prdarts_jax/run/metrics.py"
@@ -864,10 +865,38 @@ _RESULT_SLIPS = (
     ),
     Mutation(
         "genotype: the last node of a text left out",
-        _GENOTYPE,
+        _GENOTYPE_TEXT,
         "for i in range(0, len(value), 2)]",
         "for i in range(0, len(value) - 2, 2)]",
         ("tests/space/test_genotype.py::test_text_form_equals_the_zoo",),
+    ),
+    Mutation(
+        "genotype: the first of several taken",
+        _GENOTYPE_TEXT,
+        "if len(distinct) > 1:",
+        "if len(distinct) > 9:",
+        ("tests/space/test_genotype_text.py::test_one_of_several_is_chosen_by_its_name",),
+    ),
+    Mutation(
+        "records: an image that lies keeps its height",
+        "prdarts_jax/data/records.py",
+        "width, height = height, width",
+        "pass",
+        ("tests/data/test_data_left_out.py::test_orientation_is_applied",),
+    ),
+    Mutation(
+        "provenance: other random numbers called rounding",
+        "prdarts_jax/run/provenance.py",
+        "if text.split()[0] in _DRAWS]",
+        "if text.split()[0] in ()]",
+        ("tests/cli/test_environment.py::test_a_setting_that_changes_numbers_is_recorded_and_said",),
+    ),
+    Mutation(
+        "output: what the stream still holds fails at the end",
+        "prdarts_jax/run/output.py",
+        "os.dup2(nowhere, number)",
+        "pass",
+        ("tests/cli/test_environment.py::test_a_broken_pipe_is_said_once_and_holds_nothing_back",),
     ),
     Mutation(
         "genotype: depth along the shortest path",

@@ -18,7 +18,9 @@ from prdarts_jax.cli import search as cli_search
 from prdarts_jax.cli import show
 from prdarts_jax.cli import train as cli_train
 from prdarts_jax.devices import launch
-from prdarts_jax.errors import RunError, UserError, unknown
+from prdarts_jax.errors import RunError, UserError, unknown, warn
+from prdarts_jax.run.output import steady
+from prdarts_jax.run.workdir import reason
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,10 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["strategies", "--jsn"])  # an error line on stderr
     2
     """
-    status, message = _run(list(sys.argv[1:] if argv is None else argv))
-    if message:
-        print(f"prdarts: error: {' '.join(message.split())}", file=sys.stderr)
-    return launch.leave(status)
+    words = list(sys.argv[1:] if argv is None else argv)
+    with steady() as (out, err):
+        status, message = _run(words)
+        out.flush()
+        if out.lost is not None and not isinstance(out.lost, BrokenPipeError):  # `prdarts ... | head` has what it wants
+            lost = f"stdout: {reason(out.lost)}; what was printed is lost"
+            if status == 0 and words[0] not in _RUNS:
+                status, message = 1, lost
+            else:
+                warn(lost)
+        if message:
+            print(f"prdarts: error: {' '.join(message.split())}", file=err)
+        return launch.leave(status)
 
 
 def _run(words: list[str]) -> tuple[int, str]:
@@ -48,9 +59,6 @@ def _run(words: list[str]) -> tuple[int, str]:
         return 128 + signal.SIGINT, "interrupted"
     except SystemExit as stop:  # argparse after --help
         return stop.code if isinstance(stop.code, int) else 0, ""
-    except BrokenPipeError:  # `prdarts ... | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0, ""
     except OSError as error:
         full = " (free some space and run the same command again)" if error.errno == errno.ENOSPC else ""
         return 1, f"{error.filename or 'file system'}: {error.strerror or error}{full}"
@@ -76,6 +84,7 @@ def _dispatch(words: list[str]) -> int:
     return _COMMANDS[name][0](rest)
 
 
+_RUNS = ("search", "train")  # what they are for is in the workdir, and their status is that of the run
 _COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "search": (cli_search.search, "search a cell; the same command again resumes"),
     "train": (cli_train.train, "train a genotype from scratch; the same command again resumes"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prdarts_jax.cli.flags import Argument, command
+from prdarts_jax.config.places import expanded
 from prdarts_jax.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def export_command(args: argparse.Namespace) -> int:
     """
     if args.format not in FORMATS:
         raise unknown("--format", args.format, FORMATS)
-    source, out = Path(args.workdir), Path(args.out)
+    source, out = expanded(args.workdir, "WORKDIR"), expanded(args.out, "--out")
     if not source.exists():
         raise UserError(f"WORKDIR: no directory or file {str(source)!r}")
     if out.is_dir() or not out.absolute().parent.is_dir():
@@ -55,9 +56,11 @@ def export_command(args: argparse.Namespace) -> int:
 
 def _network(source: Path, *, ema: bool) -> Network:
     """The network of a file, of an import, or of a training, finished or not."""
+    from prdarts_jax.devices import sharding
     from prdarts_jax.interop import export
     from prdarts_jax.training import evaluation
 
+    sharding.visible()
     flat, is_training = source / export.NETWORK_FILE, (source / "config.json").is_file()
     if ema and not is_training:
         raise UserError("--ema: a file or an import holds one set of weights; allowed: the workdir of a training")
@@ -83,7 +86,12 @@ def _network(source: Path, *, ema: bool) -> Network:
     "import-torch",
     "A PyTorch checkpoint of the DARTS family's evaluation networks.",
     Argument("file", metavar="FILE", help="a state_dict of NetworkCIFAR or NetworkImageNet"),
-    Argument("--genotype", metavar="NAME", required=True, help="a name, a file or a workdir"),
+    Argument(
+        "--genotype",
+        metavar="NAME",
+        required=True,
+        help="of the zoo | FILE | FILE:NAME of several | WORKDIR | the text",
+    ),
     Argument("--workdir", metavar="DIR", required=True),
     Argument("--stem", metavar="STEM", help="cifar | imagenet (default: as the names say)"),
     Argument("--mean", metavar="M,M,M", help="of the images (default: of CIFAR-10, CIFAR-100 or ImageNet)"),
@@ -107,13 +115,15 @@ def import_command(args: argparse.Namespace) -> int:
     size = _numbers("--image-size", args.image_size)
     if size and (len(size) != 1 or size[0] < 1 or size[0] % 1):
         raise UserError(f"--image-size: {args.image_size}; allowed: one integer >= 1")
-    genotype, workdir = Genotype.load(args.genotype), Path(args.workdir)
+    genotype, workdir = Genotype.load(args.genotype), expanded(args.workdir, "--workdir")
     check_writable(workdir)
     from prdarts_jax.data.sources import NORMALIZATION
+    from prdarts_jax.devices import sharding
     from prdarts_jax.interop import export, import_torch
     from prdarts_jax.network.module import DerivedNetwork
     from prdarts_jax.network.plan import check_auxiliary
 
+    sharding.visible()
     runs = [*workdir.glob("config.json"), *sorted(workdir.glob("seed*/config.json"))]
     there = [path for path in (workdir / export.NETWORK_FILE, workdir / "genotype.json", *runs) if path.exists()]
     if there and (runs or there[0].name != export.NETWORK_FILE or not args.overwrite):
@@ -121,7 +131,8 @@ def import_command(args: argparse.Namespace) -> int:
         raise UserError(
             f"--workdir: {str(workdir)!r} holds {there[0].relative_to(workdir)} already; allowed: {allowed}"
         )
-    converted = import_torch.convert(import_torch.load_state_dict(Path(args.file)), genotype, stem=args.stem)
+    state_dict = import_torch.load_state_dict(expanded(args.file, "FILE"))
+    converted = import_torch.convert(state_dict, genotype, stem=args.stem)
     net = DerivedNetwork(genotype, **converted.network)
     pixels = int(size[0]) if size else _PIXELS[net.stem]
     if net.auxiliary:

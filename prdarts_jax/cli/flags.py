@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from prdarts_jax.config import schema
+from prdarts_jax.config.places import expanded
 from prdarts_jax.errors import UserError
 from prdarts_jax.presets.merge import OPTIONS, TRANSFORMS, Preset
 
@@ -80,9 +81,10 @@ def no_flag(name: str, known: Iterable[str], command_line: str) -> UserError:
 
 def existing_folder(name: str) -> Path:
     """The folder that a command is to read."""
-    if not Path(name).is_dir():
+    folder = expanded(name, "WORKDIR")
+    if not folder.is_dir():
         raise UserError(f"WORKDIR: no directory {name!r}")
-    return Path(name)
+    return folder
 
 
 # --- flags of config fields -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from prdarts_jax.cli.flags import Argument, Command, Parser, help_text, print_config, split
 from prdarts_jax.config import schema
+from prdarts_jax.config.places import cache_folder, expanded
 from prdarts_jax.devices import launch
 from prdarts_jax.devices.launch import Cluster
 from prdarts_jax.errors import RunError, UserError
@@ -106,7 +107,8 @@ def run(command: Command, words: Sequence[str], plan: Callable[[argparse.Namespa
         rows = [(row[0], ",".join(swept[row[0]]), "sweep") if row[0] in swept else row for row in table(resolved)]
         print_config(rows, args.json)
         return 0
-    workdir, again = Path(resolved.config.run.workdir), shlex.join(["prdarts", command.name, *line.again])
+    workdir = expanded(resolved.config.run.workdir, "run.workdir")
+    again = shlex.join(["prdarts", command.name, *line.again])
     return launch.run(processes, command.name, words, lambda: _finish(start(resolved.config, workdir), workdir, again))
 
 
@@ -161,9 +163,8 @@ def compilation_cache() -> None:
 
     JAX reads the environment when it is imported; what the user has set there wins.
     """
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # no home directory: every start compiles
+    folder = cache_folder("jax")
+    if folder is None:  # every start compiles
         return
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(base / "prdarts_jax" / "jax"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prdarts_jax.cli.flags import Argument, command, existing_folder, shown
+from prdarts_jax.config.places import expanded
 from prdarts_jax.errors import RunError, UserError, unknown
 from prdarts_jax.strategies import composition, registry
 
@@ -81,7 +82,9 @@ def strategies(args: argparse.Namespace) -> int:
 @command(
     "zoo",
     "The published genotypes and their costs, or the cells of one.",
-    Argument("name", metavar="NAME", nargs="?", help="a published one, a file or a workdir"),
+    Argument(
+        "name", metavar="NAME", nargs="?", help="a published one | FILE | FILE:NAME of several | WORKDIR | the text"
+    ),
     Argument("--json", action="store_true", help="as JSON"),
     Argument("--pictures", metavar="DIR", help="draw the cells of NAME into this folder, as .svg and .png"),
 )
@@ -91,7 +94,7 @@ def zoo(args: argparse.Namespace) -> int:
 
     if args.name is not None:
         one = genotype.Genotype.load(args.name)
-        written = _pictures(one, Path(args.pictures)) if args.pictures else []
+        written = _pictures(one, expanded(args.pictures, "--pictures")) if args.pictures else []
         for line in [one.to_json()] if args.json else itertools.chain(_cells(one), _cost_lines(one), written):
             print(line)
         return 0
@@ -175,9 +178,10 @@ def data(args: argparse.Namespace) -> int:
     """`prdarts data prepare`."""
     if args.name not in ("cifar10", "cifar100"):
         raise unknown("NAME", args.name, ("cifar10", "cifar100"))
-    if not Path(args.archive).is_file():
+    archive = expanded(args.archive, "--archive")
+    if not archive.is_file():
         raise UserError(f"--archive: no file {args.archive!r}")
     from prdarts_jax.data import prepare
 
-    print(f"written: {prepare.prepare(args.name, Path(args.archive), Path(args.data_dir))}")
+    print(f"written: {prepare.prepare(args.name, archive, Path(args.data_dir))}")
     return 0

@@ -23,7 +23,11 @@ TRAIN = Command(
     kind=TrainConfig,
     aliases={"channels": "network.channels", "cells": "network.cells", "workers": "run.workers", **runs.ALIASES},
     own=(
-        Argument("--genotype", metavar="NAME", help="of the zoo | FILE | WORKDIR of a search"),
+        Argument(
+            "--genotype",
+            metavar="NAME",
+            help="of the zoo | FILE | FILE:NAME of several | WORKDIR of a search | the text",
+        ),
         Argument(
             "--preset", metavar="NAME", default="cifar10", help=" | ".join(presets.PRESETS) + " (default: cifar10)"
         ),

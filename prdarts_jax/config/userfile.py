@@ -79,9 +79,11 @@ def load_module(file: str, field: str) -> UserObject:
     ...
     prdarts_jax.errors.UserError: space.primitives: no file 'absent.py'
     """
-    path = Path(file).expanduser()
     try:
+        path = Path(file).expanduser()
         source = path.resolve().read_bytes()
+    except RuntimeError:
+        raise UserError(f"{field}: {file!r} is in no known home directory; allowed: a path without ~") from None
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{field}: no file {file!r}") from None
     except OSError as error:

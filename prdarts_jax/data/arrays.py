@@ -32,7 +32,7 @@ def as_images(where: str, images: np.ndarray) -> np.ndarray:
         uint8 [N, H, W, C], contiguous.
 
     Raises:
-        UserError: another rank or dtype, or an empty axis.
+        UserError: another rank or dtype, an empty axis, or [N, C, H, W].
 
     >>> as_images("a.npz: images", np.zeros((2, 8, 8), np.uint8)).shape
     (2, 8, 8, 1)
@@ -43,6 +43,12 @@ def as_images(where: str, images: np.ndarray) -> np.ndarray:
         raise UserError(f"{where}: dtype {images.dtype} is not allowed; allowed: uint8 (0..255)")
     if 0 in images.shape:
         raise UserError(f"{where}: shape {list(images.shape)} has an empty axis; allowed: at least one image and pixel")
+    # An image 1, 3 or 4 pixels high whose rows are longer and whose channels are many: no, the channels came first.
+    if images.ndim == 4 and images.shape[1] in (1, 3, 4) and images.shape[3] > 4:
+        raise UserError(
+            f"{where}: shape {list(images.shape)} has its channels first; allowed: [N,H,W,C] "
+            "(images.transpose(0, 2, 3, 1))"
+        )
     return np.ascontiguousarray(images if images.ndim == 4 else images[..., None])
 
 

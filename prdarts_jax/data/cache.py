@@ -19,22 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
+from prdarts_jax.config.places import cache_folder
 from prdarts_jax.data.arrays import Arrays, digest
 from prdarts_jax.errors import first_line
 
 log = logging.getLogger(__name__)
 
 # Part of every key: raise it when the decoding itself changes, so that arrays of an older decoder are not used.
-DECODER_VERSION = 1
+DECODER_VERSION = 2
 
 # A damaged zip archive of arrays surfaces as any of these, depending on where the damage lies.
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/prdarts_jax/data`, else `~/.cache/prdarts_jax/data`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prdarts_jax" / "data"
 
 
 def file_identity(name: str, root: Path, files: Iterable[Path]) -> str:
@@ -59,9 +54,12 @@ def cached(name: str, key: str, decode: Callable[[], Arrays], cache_dir: Path | 
         name: readable part of the cache file's name.
         key: identity of what is decoded (see `file_identity`).
         decode: reads and decodes the set; its errors pass through.
-        cache_dir: default `default_cache_dir()`.
+        cache_dir: default `cache_folder("data")`; where there is none, nothing is cached.
     """
-    path = (cache_dir or default_cache_dir()) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{key[:20]}.npz"
+    folder = cache_dir or cache_folder("data")
+    if folder is None:
+        return decode()
+    path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{key[:20]}.npz"
     arrays = _read(path, key)
     if arrays is None:
         arrays = decode()

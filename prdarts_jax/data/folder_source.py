@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import numpy as np
 
 from prdarts_jax.data.arrays import Arrays, stratified_split
 from prdarts_jax.data.cache import cached, file_identity
-from prdarts_jax.data.records import FileRecords, read_images, read_shape
-from prdarts_jax.errors import UserError
+from prdarts_jax.data.records import FileRecords, read_header, read_images
+from prdarts_jax.errors import UserError, warn
 
-# Other files in a class directory (Thumbs.db, notes) are not images and are passed over.
+# Other files in a class directory (Thumbs.db, notes) are not images and are passed over, with a line.
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"})
 # Part of the data's identity: another seed is another test set.
 SPLIT_SEED = 20201
@@ -43,23 +44,30 @@ class Folder:
 
     def decoded_bytes(self) -> int:
         """What the images would take in memory if every one had the size of the first."""
-        return len(self.files) * int(np.prod(read_shape(self.files[0])))
+        return len(self.files) * int(np.prod(read_header(self.files[0]).shape))
 
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) that all images share; C = 1 where all of them are grey, else 3 (transparency is dropped).
+        """(H, W, C) that all images share; C = 1 where all of them are grey, else 3.
+
+        Transparency and further frames are left out, with a line.
 
         Raises:
             UserError: an unreadable image, or images of different sizes.
         """
-        height, width, channels = read_shape(self.files[0])
-        for file in self.files[1:]:
-            *size, file_channels = read_shape(file)
+        height, width, channels = read_header(self.files[0]).shape
+        left_out: dict[str, list[str]] = {}
+        for file in self.files:
+            (*size, file_channels), names = read_header(file)
+            for name in names:
+                left_out.setdefault(name, []).append(file)
             if size != [height, width]:
                 raise UserError(
                     f"{file}: image size {size[1]}x{size[0]} differs from {width}x{height} of "
                     f"{self.files[0]}; allowed: one size for all images, or data.image_size in a training"
                 )
             channels = max(channels, file_channels)
+        for name, files in sorted(left_out.items()):
+            warn(f"folder:{self.root}: {name} of {len(files)} images is not read (the first: {files[0]})")
         return height, width, channels
 
     def load(self, cache_dir: Path | None = None) -> Arrays:
@@ -91,13 +99,14 @@ def find(directory: Path) -> Folder:
     """The files under `directory`: train/CLASS and test/CLASS, or CLASS with a fixed stratified 80/20 split.
 
     Classes are the sorted names of the directories. `val` counts as `test` where there is no `test`. A `train`
-    directory without either gives an empty test set.
+    directory without either gives an empty test set. Files that are no images are passed over with a line on stderr.
 
     Args:
         directory: the root.
 
     Raises:
-        UserError: a missing directory, an empty or unknown class.
+        UserError: a missing directory, an empty or unknown class, images that would be left out: beside or below the
+            class directories, or beside `train`.
     """
     where = f"folder:{directory}"
     if not directory.is_dir():
@@ -108,13 +117,18 @@ def find(directory: Path) -> Folder:
     has_train, has_test = train_dir.is_dir(), test_dir.is_dir()
     if has_test and not has_train:
         raise UserError(f"{where}: 'test' without 'train'; allowed: train/CLASS and test/CLASS, or CLASS")
-    classes = _class_files(where, train_dir if has_train else directory)
+    if has_train:
+        _refuse_others(where, directory, test_dir)
+    passed_over: list[Path] = []
+    classes = _class_files(where, train_dir if has_train else directory, passed_over)
     names = tuple(classes)
     if len(names) < 2:
         raise UserError(f"{where}: {len(names)} class {list(names)}; allowed: at least 2 class directories")
-    test_classes = _class_files(where, test_dir) if has_test else {}
+    test_classes = _class_files(where, test_dir, passed_over) if has_test else {}
     if strangers := [name for name in test_classes if name not in classes]:
         raise UserError(f"{where}: test class {strangers[0]!r} is not a training class; allowed: {' | '.join(names)}")
+    if passed_over:
+        warn(f"{where}: {len(passed_over)} files that are no images are passed over (the first: {passed_over[0]})")
     number = {name: k for k, name in enumerate(names)}
     train, test = (
         FileRecords(
@@ -133,12 +147,66 @@ def find(directory: Path) -> Folder:
     return Folder(directory, train, test, names)
 
 
-def _class_files(where: str, root: Path) -> dict[str, list[str]]:
+def _class_files(where: str, root: Path, passed_over: list[Path]) -> dict[str, list[str]]:
+    """The images of each class; what else lies there is added to `passed_over`."""
     classes = {}
-    for directory in sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith(".")):
-        files = [f for f in directory.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
-        if not files:
-            allowed = " ".join(sorted(SUFFIXES))
-            raise UserError(f"{where}: class directory {directory} has no images; allowed: at least one of {allowed}")
-        classes[directory.name] = [str(file) for file in sorted(files)]
+    for entry in sorted(root.iterdir()):
+        if not entry.is_dir():
+            if _is_image(entry):
+                raise UserError(f"{where}: image {entry} is in no class directory; allowed: {root}/CLASS/{entry.name}")
+            passed_over.append(entry)
+        elif not entry.name.startswith("."):
+            classes[entry.name] = _images_of(where, entry, passed_over)
+        elif image := _first_image(entry):
+            passed_over.append(image)
     return classes
+
+
+def _images_of(where: str, directory: Path, passed_over: list[Path]) -> list[str]:
+    """The images of one class."""
+    files: list[Path] = []
+    for entry in sorted(directory.iterdir()):
+        if not entry.is_dir():
+            (files if _is_image(entry) else passed_over).append(entry)
+        elif image := _first_image(entry):
+            if entry.name.startswith("."):
+                passed_over.append(image)
+                continue
+            raise UserError(
+                f"{where}: image {image} is in a subdirectory of the class directory {directory}; allowed: images "
+                f"directly in it (move them up, or name a directory whose subdirectories are the classes)"
+            )
+    if not files:
+        allowed = " ".join(sorted(SUFFIXES))
+        raise UserError(f"{where}: class directory {directory} has no images; allowed: at least one of {allowed}")
+    return [str(file) for file in files]
+
+
+def _refuse_others(where: str, directory: Path, test_dir: Path) -> None:
+    """Images beside `train` and the test directory would be left out: `valid` is not `val`."""
+    for entry in sorted(directory.iterdir()):
+        if entry.name in ("train", test_dir.name) or entry.name.startswith("."):
+            continue
+        image = _first_image(entry) if entry.is_dir() else entry if _is_image(entry) else None
+        if image is None:
+            continue
+        if entry.name == "val":  # ImageNet's three parts
+            warn(f"{where}: {entry} is not used: 'test' has the test images")
+            continue
+        raise UserError(
+            f"{where}: image {image} is neither in 'train' nor in {test_dir.name!r} and would not be used; "
+            "allowed: train/CLASS and test/CLASS or val/CLASS (rename its directory, or move it elsewhere)"
+        )
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def _first_image(directory: Path) -> Path | None:
+    """An image anywhere below a directory."""
+    for folder, _, names in os.walk(directory):
+        for name in sorted(names):
+            if _is_image(Path(name)):
+                return Path(folder, name)
+    return None

@@ -259,7 +259,7 @@ def _compute(step: int) -> Images:
 
 def _begin_worker(received: connection.Connection, turn: synchronize.Lock, ended: connection.Connection) -> None:
     """A worker leaves the signals of its group to the main process, and ends with it however it ends."""
-    for which in (signal.SIGINT, signal.SIGTERM):
+    for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(which, signal.SIG_IGN)
 
     def watch() -> None:

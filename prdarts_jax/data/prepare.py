@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prdarts_jax.config.places import expanded
 from prdarts_jax.data.tfds_source import quiet
 from prdarts_jax.errors import RunError, UserError, first_line, unknown
 
@@ -88,7 +89,7 @@ def prepare(name: str, archive: Path, data_dir: Path, *, check_digest: bool = Tr
     import tensorflow_datasets as tfds
 
     layout = _LAYOUTS[name]
-    archive, data_dir = Path(archive).expanduser(), Path(data_dir).expanduser()
+    archive, data_dir = expanded(archive, "--archive"), expanded(data_dir, "--data-dir")
     with quiet():
         # The registered class gives the exact version, features and description; only its reading needs TensorFlow.
         base = tfds.builder_cls(name)

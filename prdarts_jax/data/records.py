@@ -6,9 +6,10 @@ The errors name the image. Pillow is imported when the first image is read.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _MODES = {1: "L", 3: "RGB"}  # Pillow's, by the channels of a set
 _GREY_MODES = frozenset({"1", "L", "LA"})
+_ALPHA_MODES = frozenset({"LA", "PA", "RGBA"})
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange height and width
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
 
 
@@ -52,7 +55,7 @@ class FileRecords:
 
     def read(self, index: int, channels: int = 3) -> tuple[Image, int]:
         """See `Records`."""
-        return read_image(self.files[index], self.files[index], channels), int(self.labels[index])
+        return read_image(self.files[index], self.files[index], channels, upright=True), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """The path of the file."""
@@ -102,24 +105,73 @@ class Selection:
         return self.records.name(int(self.indices[index]))
 
 
-def read_shape(file: str) -> tuple[int, int, int]:
-    """(H, W, C) of an image file, C = 1 where it is grey and 3 otherwise, without decoding its pixels.
+class Header(NamedTuple):
+    """What the head of an image file says."""
+
+    shape: tuple[int, int, int]  # (H, W, C) as it is shown, C = 1 where it is grey and 3 otherwise
+    left_out: frozenset[str]  # what of it is not read, in words
+
+
+def read_header(file: str) -> Header:
+    """The head of an image file; pixels are decoded for some palettes alone.
 
     Raises:
       UserError: not a readable image, or not 8 bits a channel.
     """
     with _opened(file, file) as image:
-        return image.height, image.width, 1 if image.mode in _GREY_MODES else 3
+        width, height = image.size
+        # Pillow turns a TIFF by itself.
+        if image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _LYING:
+            width, height = height, width
+        left_out = {
+            "the transparency": image.mode in _ALPHA_MODES or "transparency" in image.info,
+            "all frames but the first": getattr(image, "is_animated", False),
+        }
+        shape = (height, width, 1 if _is_grey(image) else 3)
+    return Header(shape, frozenset(name for name, true in left_out.items() if true))
 
 
-def read_image(file: str | IO[bytes], where: str, channels: int) -> Image:
+def _is_grey(image: Image) -> bool:
+    """Whether an image shows greys alone: by its pixel format, or by the colours of its palette that it uses."""
+    if image.mode not in ("P", "PA"):
+        return image.mode in _GREY_MODES
+    palette = np.array(image.getpalette("RGB") or (), np.uint8).reshape(-1, 3)
+    grey = (palette == palette[:, :1]).all(axis=1)
+    if grey.all():
+        return True
+    used = np.unique(np.asarray(image).reshape(image.height, image.width, -1)[..., 0])
+    return bool(grey[used[used < len(grey)]].all())
+
+
+def read_image(file: str | IO[bytes], where: str, channels: int, *, upright: bool = False) -> Image:
     """A decoded image with one channel (Pillow's mode L) or three (RGB).
 
+    Args:
+      file: the image.
+      where: what errors call it.
+      channels: 1 | 3.
+      upright: whether it is turned as its EXIF orientation says, as cameras expect it to be shown.
+
     Raises:
-      UserError: an unreadable image, named by `where`, or one of more than 8 bits a channel.
+      UserError: an unreadable image, or one of more than 8 bits a channel.
     """
+    from PIL import ImageOps
+
     with _opened(file, where) as image:
-        return image.convert(_MODES[channels])
+        return (ImageOps.exif_transpose(image) if upright else image).convert(_MODES[channels])
+
+
+def _deeper(image: Image) -> str:
+    """The stored format of an image of more than 8 bits a channel, which Pillow would cut without a word; else ''."""
+    for codec, _, _, args in getattr(image, "tile", ()):
+        values = args if isinstance(args, tuple) else (args,)
+        words = [value for value in values if isinstance(value, str)]
+        if deep := [word for word in words if re.search(r";(12|16|32)", word)]:
+            return repr(deep[0])
+        largest = max((value for value in values if isinstance(value, int)), default=0)
+        if codec.startswith("ppm") and largest > 255:
+            return f"PPM with values up to {largest}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -128,9 +180,11 @@ def _opened(file: str | IO[bytes], where: str) -> Iterator[Image]:
 
     try:
         with Image.open(file) as image:
-            if image.mode not in _GREY_MODES | _COLOUR_MODES:
+            stored = _deeper(image) if image.mode in _GREY_MODES | _COLOUR_MODES else repr(image.mode)
+            if stored:
                 raise UserError(
-                    f"{where}: pixel format {image.mode!r} is not 8 bits a channel; allowed: 8-bit grey or colour"
+                    f"{where}: pixel format {stored} is not 8 bits a channel; allowed: 8-bit grey or colour "
+                    "(convert it, then the rounding is yours)"
                 )
             yield image
     except UserError:  # a ValueError itself

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from prdarts_jax.config.places import expanded
 from prdarts_jax.data import folder_source, tfds_source
 from prdarts_jax.data.arrays import (
     Arrays,
@@ -22,7 +23,7 @@ from prdarts_jax.data.arrays import (
     statistics,
     stratified_split,
 )
-from prdarts_jax.errors import UserError, first_line
+from prdarts_jax.errors import UserError, first_line, warn
 
 ALLOWED = "digits | tfds:NAME | npz:FILE | folder:DIR"
 
@@ -108,7 +109,7 @@ def load(source: str, data_dir: str | None = None, *, cache_dir: Path | None = N
     if source == "digits":
         return _dataset("digits", source, _load_digits())
     if kind == "npz" and rest:
-        path = Path(rest).expanduser()
+        path = expanded(rest, "data.source")
         return _dataset(path.stem, source, _load_npz(path))
     return load_stored(source, find(source, data_dir), cache_dir)
 
@@ -119,7 +120,7 @@ def find(source: str, data_dir: str | None = None) -> Stored:
     if kind == "tfds" and rest:
         return tfds_source.find(rest, data_dir)
     if kind == "folder" and rest:
-        return folder_source.find(Path(rest).expanduser())
+        return folder_source.find(expanded(rest, "data.source"))
     hint = f"; did you mean 'tfds:{source}'?" if source in NORMALIZATION else ""
     raise UserError(f"data.source: {source!r} is not a source{hint}; allowed: {ALLOWED}")
 
@@ -239,6 +240,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             if isinstance(archive, np.ndarray):
                 raise ValueError("a single array")
             wanted = ("images", "labels", "test_images", "test_labels")
+            if others := sorted(set(archive.files).difference(wanted)):
+                warn(f"npz:{path}: not read: {', '.join(others)}; read are {', '.join(wanted)}")
             return {name: archive[name] if name in wanted else np.empty(0) for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prdarts_jax.config.places import expanded
 from prdarts_jax.data.arrays import Arrays
 from prdarts_jax.data.batches import Images
 from prdarts_jax.data.cache import cached, file_identity
@@ -285,8 +286,8 @@ def find(name: str, data_dir: str | None = None) -> Prepared:
         raise UserError(f"data.source: 'tfds:{name}' is not a set's name; allowed: tfds:NAME[/CONFIG][:VERSION]")
     import tensorflow_datasets as tfds
 
-    directory = data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
-    builder = _builder(name, Path(directory).expanduser())
+    directory = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    builder = _builder(name, expanded(directory, "run.data_dir"))
     features, splits = builder.info.features, builder.info.splits
     keys = builder.info.supervised_keys or ("image", "label")
     fitting = (

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from prdarts_jax.errors import RunError, UserError, brief
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what asks a run to save and stop
 _PARENT = "PRDARTS_WATCHED_BY"  # in the environment of a watched process: the process id of its parent
 
 
@@ -91,9 +92,13 @@ def is_watched() -> bool:
 
 @contextlib.contextmanager
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """A block in which SIGTERM and SIGINT call `handler`. Python allows that in the main thread alone."""
+    """A block in which SIGTERM, SIGINT and SIGHUP call `handler`. Python allows that in the main thread alone.
+
+    SIGHUP, the end of a terminal, stays ignored where it is: nohup has asked for that.
+    """
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    numbers = [number for number in STOPS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in numbers} if main else {}
     try:
         yield
     finally:
@@ -111,7 +116,7 @@ def _end_with_parent() -> None:
 
 
 def _watch(words: Sequence[str]) -> int:
-    """Starts a process, passes SIGTERM and Ctrl-C on to it, and says what became of it."""
+    """Starts a process, passes SIGTERM, SIGHUP and Ctrl-C on to it, and says what became of it."""
     environment = {
         **os.environ,
         _PARENT: str(os.getpid()),
@@ -133,6 +138,6 @@ def _watch(words: Sequence[str]) -> int:
         return status
     if -status == signal.SIGABRT:
         raise RunError(f"{_LOST} (JAX's runtime ended this process)")
-    if -status in (signal.SIGTERM, signal.SIGINT):
+    if -status in STOPS:
         return 128 - status
     raise RunError(f"the process was ended by signal {-status}; the last checkpoint is kept")

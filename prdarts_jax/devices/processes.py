@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prdarts_jax.config import schema
+from prdarts_jax.devices import sharding
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.ops import kernels
 
@@ -81,6 +82,7 @@ def prepared(prepare: Callable[[], T]) -> T:
     What connects is an exchange of the host and one over all devices; afterwards they wait for each other as long as
     it takes, to load data or to compile.
     """
+    sharding.visible()  # the first use of JAX's backend in a run: what is wrong with it is said here
     if jax.process_count() == 1:
         return prepare()
     share(None)
@@ -134,9 +136,6 @@ def same(config: Any, computed: Mapping[str, Any], document: Mapping[str, Any]) 
             raise UserError(f"process {process} was started differently ({shown}); give all the same command")
 
 
-_NUMERICS = ("jax_enable_x64", "jax_default_matmul_precision")
-
-
 def _program(document: Mapping[str, Any]) -> dict[str, Any]:
     """What decides which program is compiled, beside the config. Kernels of another processor take the same place."""
     platform = document["platform"]
@@ -144,7 +143,7 @@ def _program(document: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "backend": platform["backend"],
         f"CPU kernels, of all or ({kernels.SWITCH}=off) of none": "native" if native else "XLA",
-        **{name: str(getattr(jax.config, name)) for name in _NUMERICS},
+        **document["jax"],
     }
 
 

@@ -21,6 +21,31 @@ AXIS = "data"
 REPLICATED = PartitionSpec()
 
 
+def visible() -> list[jax.Device]:
+    """The devices that JAX sees, of all processes.
+
+    Raises:
+      UserError: none can be used: the platform that is asked for is not here, or its driver or plugin fails.
+
+    >>> visible() == jax.devices()
+    True
+    """
+    try:
+        found = jax.devices()
+        if found[0].platform != "cpu":  # a driver that is too old for this jaxlib fails at the first program
+            jax.block_until_ready(jax.jit(lambda x: x + 1)(np.float32(0)))
+    except (RuntimeError, AssertionError) as error:  # the second one, without a word, for CUDA without a GPU
+        asked = getattr(jax.config, "jax_platforms", None)
+        said = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0][:300].rstrip(".")
+        said = said or f"JAX sees no {asked} device"
+        where = f"JAX_PLATFORMS: {asked!r}" if asked else "devices: JAX"
+        raise UserError(
+            f"{where} cannot be used here: {said}; allowed: a platform whose devices and driver are here "
+            "(JAX_PLATFORMS=cpu always is)"
+        ) from error
+    return found
+
+
 def choose_devices(spec: str) -> list[jax.Device]:
     """The devices of a run: all visible ones, or the first N of them; of several processes, as many of each.
 
@@ -30,15 +55,15 @@ def choose_devices(spec: str) -> list[jax.Device]:
     >>> len(choose_devices("1"))
     1
     """
-    visible, processes = jax.devices(), jax.process_count()
+    here, processes = visible(), jax.process_count()
     if spec == "all":
-        return visible
+        return here
     count = int(spec)
-    if count > len(visible):
-        raise UserError(f"run.devices: {spec} is more than there are; allowed: 1..{len(visible)} | all")
+    if count > len(here):
+        raise UserError(f"run.devices: {spec} is more than there are; allowed: 1..{len(here)} | all")
     if processes == 1:
-        return visible[:count]
-    of_each = [[d for d in visible if d.process_index == process] for process in range(processes)]
+        return here[:count]
+    of_each = [[d for d in here if d.process_index == process] for process in range(processes)]
     if count % processes or count // processes > min(map(len, of_each)):
         have = "+".join(str(len(own)) for own in of_each)
         raise UserError(

@@ -7,11 +7,13 @@ such a state_dict; the genotype has to be known, since the names do not tell the
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +26,10 @@ from prdarts_jax.network.plan import STEMS, NetworkPlan
 from prdarts_jax.ops.batch_norm import BN_EPS
 from prdarts_jax.space.genotype import CELL_INPUTS, Genotype
 
-_WRAPPERS = ("net", "state_dict")  # keys under which the programs save a state_dict beside the epoch and the optimizer
-_PARALLEL = "module."  # nn.DataParallel puts it before every name
+# Keys under which programs save a state_dict beside the epoch and the optimizer.
+_WRAPPERS = ("net", "state_dict", "model_state_dict", "model", "network", "base-model")
+# What stands before every name: of nn.DataParallel, of torch.compile, of a module that holds the network (Lightning).
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 _SHOWN = 3  # keys in an error line
 
 # The layer -> our entry -> the submodule; layers without weights are not in it.
@@ -85,8 +89,9 @@ class Converted(NamedTuple):
 def load_state_dict(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a PyTorch checkpoint, under the names of the network.
 
-    Nothing is unpickled but tensors and plain containers (`weights_only`). The state_dict may be the whole file or be
-    under "net" or "state_dict", and its names may have the prefix "module." of nn.DataParallel.
+    Nothing is unpickled but tensors, plain containers and values that run no code: numbers and arrays of NumPy, paths,
+    and the argparse.Namespace that programs save beside the weights (`weights_only`). The state_dict may be the whole
+    file or lie under a usual key, and its names may have the prefixes of nn.DataParallel, torch.compile and Lightning.
 
     Args:
       path: what torch.save wrote.
@@ -110,31 +115,63 @@ def load_state_dict(path: Path) -> dict[str, np.ndarray]:
     except ImportError:
         raise UserError("FILE: a PyTorch checkpoint is read with torch, which is absent (pip install torch)") from None
     try:
-        with warnings.catch_warnings():  # torch's remarks on old pickles would come before our line
+        with warnings.catch_warnings(), _harmless(torch):  # torch's remarks on old pickles would come before our line
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch raise whatever they like on a file that is none of theirs
-        problem = f"cannot be read ({type(error).__name__}); allowed: a file of torch.save"
-        if "global" in str(error).lower():  # what torch says of a class or function that it will not look up
-            problem = (
-                "holds other objects than tensors, which are not unpickled; "
-                "allowed: tensors and plain containers (save the state_dict alone)"
-            )
-        raise UserError(f"FILE: {str(path)!r} {problem}") from None
-    if isinstance(loaded, Mapping):
+        raise UserError(f"FILE: {str(path)!r} {_problem(error)}") from None
+    while isinstance(loaded, Mapping):
         inner = [loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)]
-        loaded = inner[0] if inner else loaded
+        if not inner:
+            break
+        loaded = inner[0]
+    under = f"bare or under {' | '.join(_WRAPPERS)}"
     if not isinstance(loaded, Mapping) or not loaded:
-        raise UserError(f"FILE: {str(path)!r} holds no state_dict; allowed: one, bare or under {' | '.join(_WRAPPERS)}")
+        raise UserError(f"FILE: {str(path)!r} holds no state_dict; allowed: one, {under}")
     strangers = [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if strangers:
         raise UserError(
-            f"FILE: {str(path)!r} holds {_listed(strangers)}, which are no tensors; "
-            f"allowed: a state_dict, bare or under {' | '.join(_WRAPPERS)}"
+            f"FILE: {str(path)!r} holds {_listed(strangers)}, which are no tensors; allowed: a state_dict, {under}"
         )
-    prefix = _PARALLEL if all(str(key).startswith(_PARALLEL) for key in loaded) else ""
+    prefix = _prefix([str(key) for key in loaded])
     tensors = {str(key).removeprefix(prefix): tensor.detach() for key, tensor in loaded.items()}
     return {key: (t.float() if t.is_floating_point() else t).numpy() for key, t in tensors.items()}
+
+
+def _harmless(torch: Any) -> contextlib.AbstractContextManager[Any]:
+    """A block in which torch unpickles values that hold data alone: making one runs no code of the file."""
+    multiarray = importlib.import_module("numpy._core.multiarray")
+    functions = {name: getattr(multiarray, name) for name in ("scalar", "_reconstruct")}
+    allowed: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, PosixPath]
+    allowed += {type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
+    # NumPy 1 and 2 call the module of the same functions differently, and so do versions of Python that of paths.
+    allowed += [(f, f"numpy.{core}.multiarray.{name}") for name, f in functions.items() for core in ("core", "_core")]
+    allowed += [(PosixPath, f"pathlib{module}.PosixPath") for module in ("", "._local")]
+    return torch.serialization.safe_globals(allowed)
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a file that torch does not load, and how to save it again."""
+    text = str(error)
+    if "TorchScript" in text:
+        again = "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+        return f"is a TorchScript program, which is not run; allowed: its weights (in PyTorch: {again})"
+    if "global" in text.lower():  # what torch says of a class or function that it will not look up
+        names = re.findall(r"GLOBAL ([\w.]+)", text)
+        again = "x = torch.load(FILE, weights_only=False); torch.save(x['state_dict'], NEW)"
+        return (
+            f"holds other objects than tensors ({names[0] if names else 'of a class'}), which are not unpickled: that "
+            "would run their code; allowed: the state_dict alone (if you trust the file, in PyTorch: "
+            f"{again}; of a whole network x.state_dict())"
+        )
+    return f"cannot be read ({type(error).__name__}); allowed: a file of torch.save"
+
+
+def _prefix(keys: list[str]) -> str:
+    """What stands before the names of the network, of the known prefixes."""
+    pattern = f"((?:{'|'.join(map(re.escape, _PREFIXES))})*)classifier.weight"
+    found = [match[1] for key in keys if (match := re.fullmatch(pattern, key))]
+    return min(found, key=len, default="")
 
 
 def convert(state_dict: Mapping[str, np.ndarray], genotype: Genotype, *, stem: str | None = None) -> Converted:

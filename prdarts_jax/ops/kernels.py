@@ -2,8 +2,8 @@
 
 XLA:CPU has no fast depthwise convolution, computes a kernel gradient without vectors, and a separable convolution with
 its batch statistics in a dozen passes over memory. `cpu/kernels.cc` does each in one or two. They are compiled on first
-use, for the processor at hand, and kept in the user's cache folder. Without a C++ compiler, or with the environment
-variable PRDARTS_CPU_KERNELS=off, everything is computed by XLA: the same values to rounding, more slowly.
+use, for the processor at hand, and kept in the user's cache folder if there is one. Without a C++ compiler, or with the
+environment variable PRDARTS_CPU_KERNELS=off, everything is computed by XLA: the same values to rounding, more slowly.
 
 The kernels take float32 arrays. Their results do not depend on the number of threads.
 """
@@ -29,6 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from prdarts_jax.config.places import cache_folder
+
 SWITCH = "PRDARTS_CPU_KERNELS"
 _SOURCES = Path(__file__).parent / "cpu"
 _KERNELS = (
@@ -52,6 +54,7 @@ _FLAGS = ("-std=c++17", "-fPIC", "-pthread")
 _OPTIMISED = {"kernels.cc": "-O3", "bindings.cc": "-O1", "loops.cc": "-O3"}
 _DILATIONS = {1: (1,), 3: (1, 2), 5: (1, 2), 7: (1,)}  # of each kernel size
 _SECONDS = 300  # of a compiler that hangs
+_HOW: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": _SECONDS, "check": True}
 
 
 class Kernels(NamedTuple):
@@ -78,14 +81,10 @@ def _compiler() -> str | None:
 def _digest(compiler: str) -> str:
     """Of everything that the compiled file depends on."""
     asked = [compiler, "--version"]
-    version = subprocess.run(asked, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
+    version = subprocess.run(asked, **_HOW).stdout
     parts = [_processor(), version, jax.__version__, *_FLAGS, *_OPTIMISED.values()]
     texts = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cc")]
     return hashlib.sha256("\0".join([*parts, *texts]).encode()).hexdigest()[:16]
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prdarts_jax" / "kernels"
 
 
 def _compile(compiler: str, target: Path) -> None:
@@ -95,7 +94,7 @@ def _compile(compiler: str, target: Path) -> None:
 
     def run(*words: str) -> None:
         command = [compiler, *_FLAGS, native, *include, *words]
-        subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
+        subprocess.run(command, **_HOW)
 
     with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor() as threads:
         objects = {name: str(Path(folder) / f"{name}.o") for name in _OPTIMISED}
@@ -116,13 +115,17 @@ def _library() -> tuple[ctypes.CDLL, str]:
     if compiler is None:
         raise OSError("no C++ compiler")
     digest = _digest(compiler)
-    target = _folder() / f"{digest}.so"
-    if target.exists():
-        with contextlib.suppress(OSError):  # a damaged file is compiled again
-            return ctypes.CDLL(str(target)), digest
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _compile(compiler, target)
-    return ctypes.CDLL(str(target)), digest
+    folder, name = cache_folder("kernels"), f"{digest}.so"
+    if folder is not None:
+        with contextlib.suppress(OSError):  # there is none yet, or a damaged one
+            return ctypes.CDLL(str(folder / name)), digest
+        with contextlib.suppress(OSError):  # this user may not write there
+            folder.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, folder / name)
+            return ctypes.CDLL(str(folder / name)), digest
+    with tempfile.TemporaryDirectory() as folder_of_now:  # what is loaded stays when its file is gone
+        _compile(compiler, Path(folder_of_now) / name)
+        return ctypes.CDLL(str(Path(folder_of_now) / name)), digest
 
 
 @cache

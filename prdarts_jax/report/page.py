@@ -7,26 +7,31 @@ What stands where is said by page.html.jinja, how it looks by page.css.
 from __future__ import annotations
 
 import functools
+import html
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import jinja2
 import numpy as np
-from matplotlib.figure import Figure
 
-from prdarts_jax.errors import UserError
+from prdarts_jax.errors import UserError, brief, warn
 from prdarts_jax.report import plots
 from prdarts_jax.report.data import Run, grouped, number, population, read
 from prdarts_jax.report.sweep import average, figures_of, label, settings, spread
 from prdarts_jax.run.workdir import atomic_write_text
 from prdarts_jax.space.genotype import CELLS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    Drawing = Callable[[], Figure]  # a figure that is drawn where it stands
 
 # The figures that are compared and averaged; a run shows those it has. Accuracies are shares of 1.
 _HEADLINES = (
@@ -93,7 +98,7 @@ def report(workdirs: Sequence[str | Path], out: str | Path | None = None) -> Pat
         atomic_write_text(target, page)
         return target
     try:
-        target.write_text(page, encoding="utf-8")
+        target.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as e:
         raise UserError(f"out: cannot write {str(target)!r}: {e.strerror}") from None
     return target
@@ -102,11 +107,16 @@ def report(workdirs: Sequence[str | Path], out: str | Path | None = None) -> Pat
 def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str:
     """The page; runs are linked, from a page in the folder `linked`, or shown in full."""
     figure_numbers = itertools.count()
+    failures: list[str] = []
 
-    def svg(figure: Figure) -> str:
+    def svg(drawing: Drawing) -> str:
         """Inline SVG whose ids are its own: on one page, matplotlib's would repeat from figure to figure."""
         own_ids = rf"\g<1>f{next(figure_numbers)}-"
-        return re.sub(r'(\bid="|url\(#|href="#)', own_ids, plots.to_svg(figure))
+        try:
+            return re.sub(r'(\bid="|url\(#|href="#)', own_ids, plots.to_svg(drawing()))
+        except Exception as error:  # one picture is not the page
+            failures.append(f"{type(error).__name__}: {brief(error)}")
+            return f'<p class="note">This picture could not be drawn ({html.escape(failures[-1])}).</p>'
 
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader("prdarts_jax.report", "."),
@@ -119,7 +129,7 @@ def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str
     groups = grouped(runs, lambda run: run.group)
     by_setting = settings(runs, swept) if swept else []
     probabilities = [run.history(cell)[1].ravel() for run in runs for cell in CELLS]
-    return pages.get_template("page.html.jinja").render(
+    page = pages.get_template("page.html.jinja").render(
         title=f"{runs[0].path.name}: {runs[0].kind}" if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
         groups={_letter(i): group for i, group in enumerate(groups)},
@@ -131,11 +141,14 @@ def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str
         cells=CELLS,
         limits=plots.value_range(np.concatenate(probabilities)),  # one colour scale: runs can be compared
         average=average,
-        cell_diagram=plots.cell_diagram,
+        cell_diagram=functools.partial(functools.partial, plots.cell_diagram),
         heatmaps=_heatmaps,
         panels=_panels,
         test_error=_test_error,
     )
+    if failures:
+        warn(f"{len(failures)} pictures of the report could not be drawn: {failures[0]}")
+    return page
 
 
 def _letter(i: int) -> str:
@@ -168,18 +181,18 @@ def _test_error(runs: Sequence[Run]) -> tuple[str, list[str]] | None:
     return last, [f"{100 * (1 - accuracy):.2f} %" for accuracy in best]
 
 
-def _panels(runs: Sequence[Run]) -> Iterator[Figure]:
+def _panels(runs: Sequence[Run]) -> Iterator[Drawing]:
     """The curves of one run, or their mean and standard deviation over several."""
     for title, ylabel, patterns in _PANELS:
         curves = {name: [run.points(f) for run in runs] for name, f in _fields(patterns, runs[0].epochs).items()}
         if len(runs) == 1:
             lines = {name: points for name, (points,) in curves.items() if points}
             if lines:
-                yield plots.curves(lines, ylabel, title=title, log=title == _NORMS)
+                yield functools.partial(plots.curves, lines, ylabel, title=title, log=title == _NORMS)
         else:
             bands = {name: band for name, curve in curves.items() if (band := plots.mean_and_std(curve))}
             if bands:
-                yield plots.curves({}, ylabel, title=title, bands=bands)
+                yield functools.partial(plots.curves, {}, ylabel, title=title, bands=bands)
 
 
 def _fields(patterns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -188,14 +201,14 @@ def _fields(patterns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[
     return {f.removeprefix(p.rstrip("*")) or f: f for p in patterns for f in present if fnmatchcase(f, p)}
 
 
-def _heatmaps(run: Run, cell: str, limits: tuple[float, float]) -> Iterator[tuple[Figure, Figure]]:
+def _heatmaps(run: Run, cell: str, limits: tuple[float, float]) -> Iterator[tuple[Drawing, Drawing]]:
     """P of a cell over the epochs, and P minus the mean of each epoch; nothing if there is no P."""
     epochs, history = run.history(cell)
     if not epochs:
         return
     relative = history - np.nanmean(history, axis=(1, 2), keepdims=True)
     widest = float(np.nanmax(np.abs(relative), initial=0.0)) or 1.0
-    draw = functools.partial(plots.probability_heatmap, edges=run.edges, ops=run.ops, epochs=epochs)
+    draw = functools.partial(functools.partial, plots.probability_heatmap, edges=run.edges, ops=run.ops, epochs=epochs)
     yield (
         draw(history, limits=limits),
         draw(relative, limits=(-widest, widest), label="P - mean", colours="PuOr_r"),

@@ -1,6 +1,7 @@
 """Pictures of a search: cells, activation probabilities over epochs, curves.
 
-Figures are built on matplotlib's object API, never on pyplot, so that a caller's figures and backend stay as they are.
+Figures are built on matplotlib's object API, never on pyplot, so that a caller's figures, backend and style stay as
+they are, and are not asked for.
 The same input gives the same bytes (fixed SVG ids, no dates).
 """
 
@@ -15,19 +16,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.patches import FancyBboxPatch, PathPatch, Polygon
-from matplotlib.path import Path as Curve
-from matplotlib.textpath import TextPath
-from matplotlib.ticker import MaxNLocator
 
 from prdarts_jax.errors import UserError
+from prdarts_jax.report.backend import no_backend
 from prdarts_jax.report.cell_layout import Box, Layout, Line, lay_out, state_name
+from prdarts_jax.run.workdir import atomic_write_bytes, atomic_write_text
 from prdarts_jax.space.genotype import Genotype
+
+with no_backend():
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.patches import FancyBboxPatch, PathPatch, Polygon
+    from matplotlib.path import Path as Curve
+    from matplotlib.textpath import TextPath
+    from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette: told apart with any colour vision, and the op's name stands on every edge anyway.
 FAMILY_COLOURS = {
@@ -39,7 +44,10 @@ FAMILY_COLOURS = {
 }
 _CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b", "#9b4f96")
 _FAMILY = "DejaVu Sans"  # comes with matplotlib, so that labels have the same width everywhere
-_SVG: dict[Any, Any] = {"svg.hashsalt": "prdarts_jax", "svg.fonttype": "none"}
+# A matplotlibrc of the user may ask for fonts, or for a LaTeX, that are not there: what is drawn does not read it.
+_WINDOWS = ("backend", "backend_fallback", "interactive")
+_STYLE: dict[Any, Any] = {name: v for name, v in matplotlib.rcParamsDefault.items() if name not in _WINDOWS}
+_STYLE |= {"svg.hashsalt": "prdarts_jax", "svg.fonttype": "none"}
 
 _FONT = 9.0  # points
 _TITLE: dict[str, Any] = {"fontsize": _FONT + 1.5, "fontweight": "bold", "va": "top"}
@@ -57,6 +65,7 @@ def op_family(op: str) -> str:
     return "pool" if "pool" in op else "other"
 
 
+@matplotlib.rc_context(_STYLE)
 def cell_diagram(genotype: Genotype, cell: str = "normal", *, title: str | None = None) -> Figure:
     """Draw one cell as a graph that runs from left to right.
 
@@ -95,6 +104,7 @@ def cell_diagram(genotype: Genotype, cell: str = "normal", *, title: str | None 
     return figure
 
 
+@matplotlib.rc_context(_STYLE)
 def probability_heatmap(
     history: Any,
     edges: Sequence[Sequence[int]],
@@ -184,6 +194,7 @@ def value_range(values: Any) -> tuple[float, float]:
     return float(low), float(high if high > low else low + 0.1)
 
 
+@matplotlib.rc_context(_STYLE)
 def curves(
     series: Mapping[str, Sequence[tuple[float, float]]],
     ylabel: str,
@@ -246,6 +257,7 @@ def mean_and_std(runs: Iterable[Iterable[tuple[float, float]]]) -> list[tuple[fl
     return [(x, statistics.fmean(ys), statistics.stdev(ys) if len(ys) > 1 else 0.0) for x, ys in columns]
 
 
+@matplotlib.rc_context(_STYLE)
 def to_svg(figure: Figure) -> str:
     """The figure as an <svg> element for an HTML page: text stays text, no date, nothing fetched from elsewhere.
 
@@ -253,8 +265,7 @@ def to_svg(figure: Figure) -> str:
     True
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context(_SVG):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
     # Two images of equal content get equal ids, which a page must not have; nothing refers to them.
     svg = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\1", svg)
@@ -263,11 +274,13 @@ def to_svg(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
+@matplotlib.rc_context(_STYLE)
 def save(figure: Figure, path: str | Path) -> None:
     """Write the figure as .png (160 dots an inch) or .svg, the same bytes for the same figure.
 
     Raises:
       UserError: another suffix.
+      RunError: it could not be written; an older picture is left.
 
     >>> save(curves({}, "loss"), "curve.gif")
     Traceback (most recent call last):
@@ -276,9 +289,11 @@ def save(figure: Figure, path: str | Path) -> None:
     """
     target = Path(path)
     if target.suffix == ".svg":
-        target.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + to_svg(figure), encoding="utf-8")
+        atomic_write_text(target, '<?xml version="1.0" encoding="utf-8"?>\n' + to_svg(figure))
     elif target.suffix == ".png":
-        figure.savefig(target, format="png", dpi=160, metadata={"Software": None})
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+        atomic_write_bytes(target, buffer.getvalue())
     else:
         raise UserError(f"path: {str(path)!r} is no picture this library writes; allowed: .png | .svg")
 

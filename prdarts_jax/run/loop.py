@@ -22,6 +22,7 @@ from prdarts_jax.devices import processes, sharding
 from prdarts_jax.run import provenance
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.run.metrics import MetricsLog, check_finite
+from prdarts_jax.run.output import Steady
 from prdarts_jax.run.progress import Progress
 from prdarts_jax.run.signals import StopRequest
 
@@ -35,7 +36,7 @@ class Start(NamedTuple):
 
     run: RunConfig
     workdir: Path
-    notes: IO[str]  # where lines for people go
+    notes: IO[str] | None  # where lines for people go
     stop: StopRequest
     old: Mapping[str, Any] | None  # config.json of the run that is resumed
     document: Mapping[str, Any]  # config.json of now
@@ -97,7 +98,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
     mesh: Mesh  # the devices it is computed on
 
     def __init__(self, start: Start, *, epochs: int, epoch_steps: int, images_per_step: int) -> None:
-        self.start, self.workdir = start, start.workdir
+        self.start, self.workdir, self.notes = start, start.workdir, Steady(start.notes)
         self.epochs, self.epoch_steps, self.images_per_step = epochs, epoch_steps, images_per_step
         self.end = epochs  # the epoch before which the run ends; a subclass may move it
         self.began = time.monotonic() if start.began is None else start.began
@@ -200,7 +201,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         """A line for people, of which there is one in a run of several processes."""
         if processes.is_first():
             label = self.start.label
-            print(f"{label}: {text}" if label else text, file=self.start.notes, flush=True)
+            print(f"{label}: {text}" if label else text, file=self.notes, flush=True)
 
     def go(self) -> Result:
         """Runs to the end, a stop, or the time limit."""
@@ -230,10 +231,15 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         found = saved.restore_latest(self.target)
         if found is None:
             return self.first(), 0
-        changed = provenance.tolerance(self.start.old or {}, self.start.document)
-        how = f"to float tolerance only ({'; '.join(changed)})" if changed else "bit for bit"
+        old, new = self.start.old or {}, self.start.document
+        redrawn, changed = provenance.other_draws(old, new), provenance.tolerance(old, new)
+        how = f"that of an uninterrupted {self.noun} "
+        how += f"to float tolerance only ({'; '.join(changed)})" if changed else "bit for bit"
+        if redrawn:
+            said = "; ".join([*redrawn, *changed])
+            how = f"not that of an uninterrupted {self.noun}: other random numbers are drawn from here on ({said})"
         where = f"step {found.step} of {self.total_steps} (epoch {found.step // self.epoch_steps})"
-        self.say(f"resuming at {where}; the result is that of an uninterrupted {self.noun} {how}")
+        self.say(f"resuming at {where}; the result is {how}")
         self.recall(found.info)
         return found.state, found.step
 

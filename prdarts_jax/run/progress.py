@@ -10,6 +10,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from prdarts_jax.errors import UserError
+from prdarts_jax.run.output import Steady
 
 
 def _short(value: Any) -> str:
@@ -46,7 +47,7 @@ class Progress(contextlib.ExitStack):
         if enabled not in ("auto", "bar", "lines", "off"):
             raise UserError(f"progress: {enabled!r} is not a mode; allowed: auto | bar | lines | off")
         super().__init__()
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = Steady(sys.stderr if stream is None else stream)
         if enabled == "auto":
             enabled = "bar" if self._stream.isatty() else "lines"
         self._mode, self._label = enabled, f"{label}: " if label else ""

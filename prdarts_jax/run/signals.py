@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish that the loop reads where it can save."""
+"""SIGTERM, SIGHUP and Ctrl-C as a wish that the loop reads where it can save."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prdarts_jax.devices.launch import handling
 
 
 class StopRequest(contextlib.ExitStack):
-    """Within the context, SIGTERM and SIGINT only set a flag; a second Ctrl-C raises KeyboardInterrupt at once.
+    """Within the context, SIGTERM, SIGHUP and SIGINT only set a flag; a second Ctrl-C raises KeyboardInterrupt at once.
 
     Python allows handlers in the main thread alone; elsewhere the context does nothing.
 

@@ -10,13 +10,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from prdarts_jax.config import schema
-from prdarts_jax.errors import RunError, UserError, brief
+from prdarts_jax.config.places import expanded
+from prdarts_jax.errors import RunError, UserError, brief, warn
 
 T = TypeVar("T")
 
@@ -73,7 +74,8 @@ def atomic_write_text(path: Path, text: str) -> None:
     ...     (Path(folder) / "a.txt").read_text()
     'new'
     """
-    atomic_write_bytes(path, text.encode())
+    # A name of the file system that is no UTF-8 has surrogates in it; what is written for them JSON reads as they are.
+    atomic_write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -119,7 +121,7 @@ def check_writable(path: Path) -> None:
     ...
     prdarts_jax.errors.UserError: workdir: /dev/null/run cannot be made: /dev/null is not a folder; name another folder
     """
-    path = Path(path).expanduser().absolute()
+    path = expanded(path, "workdir").absolute()
     existing = path
     while not os.path.lexists(existing):
         existing = existing.parent
@@ -167,7 +169,7 @@ class WorkdirLock:
     """
 
     def __init__(self, workdir: Path) -> None:
-        self._workdir = Path(workdir).expanduser().absolute()
+        self._workdir = expanded(workdir, "workdir").absolute()
 
     def __enter__(self) -> Self:
         try:
@@ -323,11 +325,23 @@ def report_path(workdir: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-@contextlib.contextmanager
-def reporting(noun: str) -> Iterator[None]:
-    """A block that makes the report of a finished run; what fails in it is one line, and the next start makes it."""
-    try:
-        yield
-    except (OSError, RunError, UserError) as error:
-        made = f"the {noun} is finished, its report could not be written: {error}; start it again for the report"
-        raise RunError(made) from error
+def draw(noun: str, parts: Mapping[str, Callable[[], object]]) -> None:
+    """Makes the pictures and the report of a finished run, each if it can be made; what fails is one line.
+
+    Args:
+      noun: what the run is called.
+      parts: what messages call a part -> what makes it.
+
+    >>> draw("search", {"its report": lambda: 1 / 0})  # a line on stderr
+    """
+    failures = {}
+    for name, make in parts.items():
+        try:
+            make()
+        except Exception as error:
+            kind = "" if isinstance(error, OSError | RunError | UserError) else f"{type(error).__name__}: "
+            failures[name] = f"{kind}{brief(error)}"
+    if failures:
+        why = next(iter(failures.values()))
+        names = ", ".join(failures)
+        warn(f"the {noun} is finished, but not made: {names} ({why}); the same command makes what is missing")

@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from prdarts_jax.bilevel import half_of
 from prdarts_jax.config import userfile
+from prdarts_jax.config.places import expanded
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.batches import Images, epoch_order, padded_batches, stream_order
 from prdarts_jax.devices import processes, sharding
@@ -29,7 +30,7 @@ from prdarts_jax.run.loop import Done, EpochLoop, Numbers, Speed, Start, Work, d
 from prdarts_jax.run.metrics import EpochLog, MetricsLog, check_finite
 from prdarts_jax.run.progress import Progress
 from prdarts_jax.run.signals import StopRequest
-from prdarts_jax.run.workdir import atomic_write_text, claim, prepared_for, report_path, reporting
+from prdarts_jax.run.workdir import atomic_write_text, claim, draw, prepared_for, report_path
 from prdarts_jax.schedules import cosine
 from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching.inputs import SearchInputs
@@ -107,13 +108,13 @@ def search(
       out: where notes go (default: stdout).
 
     Returns:
-      SearchResult. SIGTERM, Ctrl-C and the time limit end it early with everything saved.
+      SearchResult. SIGTERM, SIGHUP, Ctrl-C and the time limit end it early with everything saved.
 
     Raises:
       UserError: a config, data set or workdir that is not possible; nothing is changed on disk.
       RunError: a metric is not finite, or the disk fails; the last good checkpoint is kept.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir, "workdir")
     config = search_inputs.with_method(config, strategy)
 
     inputs = prepared_for(
@@ -462,15 +463,23 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
 
 def _pictures(workdir: Path, genotype: Genotype, *, again: bool) -> Path | None:
     """Diagrams and report of a finished search; those that a killed process did not write, or (again) all of them."""
-    from prdarts_jax.report import page as report_page
-    from prdarts_jax.report import plots
+    again = again or report_path(workdir) is None
 
-    folder = workdir / "plots"
-    again = again or report_path(workdir) is None  # it is written last: without it a diagram may be half a file
-    with reporting("search"):
-        folder.mkdir(exist_ok=True)
-        for kind, suffix in itertools.product(("normal", "reduce"), ("svg", "png")):
-            path = folder / f"genotype_{kind}.{suffix}"
-            if again or not path.is_file():
-                plots.save(plots.cell_diagram(genotype, kind), path)
-        return report_page.report([workdir]) if again else report_path(workdir)
+    def diagram(kind: str, path: Path) -> None:
+        from prdarts_jax.report import plots
+
+        path.parent.mkdir(exist_ok=True)
+        plots.save(plots.cell_diagram(genotype, kind), path)
+
+    def report() -> None:
+        from prdarts_jax.report import page
+
+        page.report([workdir])
+
+    parts: dict[str, Callable[[], object]] = {}
+    for kind, suffix in itertools.product(("normal", "reduce"), ("svg", "png")):
+        path = workdir / "plots" / f"genotype_{kind}.{suffix}"
+        if again or not path.is_file():
+            parts[f"plots/{path.name}"] = functools.partial(diagram, kind, path)
+    draw("search", parts | ({"report.html": report} if again else {}))
+    return report_path(workdir)

@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 
 import jax
 
+from prdarts_jax.config.places import expanded
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import RunError, UserError, warn
@@ -29,8 +30,8 @@ from prdarts_jax.run.workdir import (
     atomic_write_json,
     check_workdir,
     check_writable,
+    draw,
     report_path,
-    reporting,
 )
 from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching import loop as search_loop
@@ -106,13 +107,14 @@ def search_population(
       out: where notes go (default: stdout).
 
     Returns:
-      PopulationResult. SIGTERM, Ctrl-C and the time limit end it early with everything saved.
+      PopulationResult. SIGTERM, SIGHUP, Ctrl-C and the time limit end it early with everything saved.
 
     Raises:
       UserError: a sweep, config, data set or workdir that is not possible; nothing is changed on disk.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir, "workdir")
     check_writable(workdir)
+    sharding.visible()
     if jax.process_count() > 1:
         raise UserError(f"sweep: {jax.process_count()} processes are not possible; allowed: one, with its devices")
     config = search_inputs.with_method(config, strategy)
@@ -270,8 +272,11 @@ class _Population:
             return result
         path = report_path(self.workdir)
         if path is None or changed or status != "already-finished":
-            from prdarts_jax.report import page as report_page
-
-            with reporting("population"):
-                path = report_page.report([self.workdir])
+            draw("population", {"report.html": self._report})
+            path = report_path(self.workdir)
         return result._replace(report=path)
+
+    def _report(self) -> None:
+        from prdarts_jax.report import page
+
+        page.report([self.workdir])

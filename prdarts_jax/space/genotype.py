@@ -1,23 +1,21 @@
 """A found architecture: what each cell computes, free of arrays and of frameworks.
 
-Reads and writes the JSON form of this library, reads the `Genotype(...)` text form of the DARTS scripts, and holds the
-cells others have published.
+Reads and writes the JSON form of this library, reads what other programs print (`genotype_text`), and holds the cells
+others have published.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.resources
-import itertools
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prdarts_jax.errors import UserError, unknown
+from prdarts_jax.space import genotype_text
 
 SCHEMA_VERSION = 1
 CELL_INPUTS = 2  # c_{k-2} and c_{k-1}: the intermediate nodes are numbered from here
@@ -26,10 +24,9 @@ CELLS = ("normal", "reduce")
 Pair = tuple[str, int]
 Cell = tuple[tuple[Pair, ...], ...]
 
-_FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
-_TEXT_CELL = "(op, input) pairs, two a node, or a list of pairs a node"
-_MOST_PARENTHESES = 500  # a cell needs one a pair; without an end, a long log would be parsed over and over
-_LONGEST_RANGE = 1000  # range(10**9) in a text file is a mistake, not a cell
+_FIELDS = genotype_text.FIELDS
+_LONGEST_RANGE = 1000  # range(10**9) is a mistake, not a cell
+_BOMS = (("utf-8-sig", b"\xef\xbb\xbf"), ("utf-16", b"\xff\xfe"), ("utf-16", b"\xfe\xff"))  # Windows writes them
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,8 @@ class Genotype:
     def from_json(cls, source: str | Mapping[str, Any]) -> Genotype:
         """Read the JSON form: {"schema_version": 1, "normal": [[[op, input], ...], ...], "normal_concat": [...], ...}.
 
+        JSON of another program, which has no schema_version, is read as `from_text` reads text.
+
         Args:
           source: JSON text, or the object already decoded.
 
@@ -87,7 +86,7 @@ class Genotype:
         """
         if isinstance(source, str):
             try:
-                data = json.loads(source)
+                data = json.loads(source.removeprefix("\ufeff"))
             except json.JSONDecodeError as e:
                 raise UserError(f"genotype: not JSON (line {e.lineno}, column {e.colno}: {e.msg})") from None
         else:
@@ -96,35 +95,32 @@ class Genotype:
             raise UserError(
                 f"genotype: a JSON {_kind(data)}; allowed: an object with schema_version, {', '.join(_FIELDS)}"
             )
-        version = data.get("schema_version")
+        if "schema_version" not in data:
+            return _from_fields(genotype_text.plain(data))
+        version = data["schema_version"]
         if version != SCHEMA_VERSION or isinstance(version, bool):
-            shown = "missing" if "schema_version" not in data else f"{version!r} is unknown"
-            raise UserError(f"genotype.schema_version: {shown}; allowed: {SCHEMA_VERSION}")
+            raise UserError(f"genotype.schema_version: {version!r} is unknown; allowed: {SCHEMA_VERSION}")
         return _from_fields({k: v for k, v in data.items() if k != "schema_version"})
 
     @classmethod
-    def from_text(cls, text: str) -> Genotype:
-        """Read the text form of the DARTS scripts: `Genotype(normal=[('sep_conv_3x3', 1), ...], reduce=..., ...)`.
+    def from_text(cls, text: str, name: str = "") -> Genotype:
+        """Read what a search of the DARTS family prints: `Genotype(normal=[('sep_conv_3x3', 1), ...], ...)`, or a dict.
 
-        A flat list has two pairs a node; a list of lists has one list a node; a concat may be a range(...). Other lines
-        around it (a log, a `NAME = `) are skipped. The text is parsed, never evaluated.
+        A flat list has two pairs a node; a list of lists has one list a node; a concat may be a range(...). Weights of
+        pairs, and other text around it (a log, a `NAME = `) are skipped. The text is parsed, never evaluated.
 
         Args:
-          text: any text that holds one Genotype(...), or several equal ones.
+          text: any text that holds one genotype, or several equal ones.
+          name: which of several, by the name it is assigned to or the number of its line.
 
         Raises:
-          UserError: no Genotype(...), several different ones, a form that is not plain literals, or an invalid cell.
+          UserError: no genotype, several different ones, a form that is not plain literals, or an invalid cell.
 
         >>> g = Genotype.from_text("X = Genotype([('conv', 0), ('none', 1)], [2], [[('none', 1)]], range(2, 3))")
         >>> g.normal, g.reduce, g.reduce_concat
         (((('conv', 0), ('none', 1)),), ((('none', 1),),), (2,))
         """
-        found = {_from_call(text, match) for match in re.finditer(r"\bGenotype\s*\(", text)}
-        if not found:
-            raise UserError(f"genotype: no Genotype(...) in the text; allowed: one, with {', '.join(_FIELDS)}")
-        if len(found) > 1:
-            raise UserError(f"genotype: {len(found)} different Genotype(...) in the text; keep the one that is meant")
-        return found.pop()
+        return _from_fields(genotype_text.read(text, name))
 
     @classmethod
     def named(cls, name: str) -> Genotype:
@@ -143,9 +139,10 @@ class Genotype:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Genotype:
-        """A genotype from the zoo, a JSON file, a text file with Genotype(...), or a workdir that holds genotype.json.
+        """A genotype from the zoo, a file of JSON or text, a workdir that holds genotype.json, or its text itself.
 
-        A zoo name wins over a file of the same name (write ./NAME for the file).
+        A zoo name wins over a file of the same name (write ./NAME for the file). FILE:NAME is the one of several in a
+        file that is called NAME, or begins in line NAME.
 
         Raises:
           UserError: none of these, or the file is not valid; the error names the file.
@@ -153,9 +150,14 @@ class Genotype:
         >>> Genotype.load("PDARTS") == Genotype.named("PDARTS")
         True
         """
-        if str(name_or_path) in _zoo():
-            return _zoo()[str(name_or_path)]
-        path = Path(name_or_path)
+        given = str(name_or_path)
+        if given in _zoo():
+            return _zoo()[given]
+        if genotype_text.looks_like(given):
+            return cls._of_text(given, "")
+        path, name = Path(name_or_path), ""
+        if not path.exists() and Path(given.rpartition(":")[0]).is_file():
+            path, name = Path(given.rpartition(":")[0]), given.rpartition(":")[2]
         if path.is_dir():
             if not (path / "genotype.json").is_file():
                 raise UserError(
@@ -163,20 +165,31 @@ class Genotype:
                 )
             path = path / "genotype.json"
         try:
-            text = path.read_text(encoding="utf-8")
+            text = _decoded(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             if len(path.parts) > 1 or path.suffix in (".json", ".txt", ".py"):
                 raise UserError(f"genotype: no file or workdir {str(path)!r}") from None
             raise UserError(
-                f"{unknown('genotype', str(name_or_path), _zoo())} | a JSON or text file | a workdir"
+                f"{unknown('genotype', given, _zoo())} | a JSON or text file | a workdir | its text"
             ) from None
         except (OSError, UnicodeDecodeError) as e:
             reason = getattr(e, "strerror", None) or "not UTF-8 text"
             raise UserError(f"genotype: cannot read {str(path)!r}: {reason}") from None
         try:
-            return cls.from_text(text) if re.search(r"\bGenotype\s*\(", text) else cls.from_json(text)
+            return cls._of_text(text, name)
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
+
+    @classmethod
+    def _of_text(cls, text: str, name: str) -> Genotype:
+        """JSON of this library strictly, any other text as it is printed."""
+        try:
+            data = None if name else json.loads(text)
+        except ValueError:
+            data = None
+        if isinstance(data, Mapping) and ("schema_version" in data or data.keys() & set(_FIELDS)):
+            return cls.from_json(data)
+        return cls.from_text(text, name)
 
     # Writing and counting
 
@@ -335,59 +348,7 @@ def _from_fields(data: Mapping[str, Any]) -> Genotype:
     return Genotype(**data)
 
 
-def _from_call(text: str, match: re.Match[str]) -> Genotype:
-    """The Genotype(...) that starts at the match; what follows its closing parenthesis is not looked at."""
-    call = _parsed_call(text[match.start() :])
-    if len(call.args) > len(_FIELDS) or any(k.arg is None for k in call.keywords):
-        raise UserError(f"genotype: Genotype(...) takes {', '.join(_FIELDS)}")
-    fields = dict(zip(_FIELDS, (_literal(a) for a in call.args), strict=False))
-    for keyword in call.keywords:
-        if keyword.arg in fields:
-            raise UserError(f"genotype.{keyword.arg}: given twice in Genotype(...)")
-        fields[str(keyword.arg)] = _literal(keyword.value)
-    return _from_fields({k: _per_node(k, v) if k in CELLS else v for k, v in fields.items()})
-
-
-def _parsed_call(text: str) -> ast.Call:
-    # The end of the call is the first closing parenthesis at which the text parses: log lines may follow it.
-    for end in (m.end() for m in itertools.islice(re.finditer(r"\)", text), _MOST_PARENTHESES)):
-        try:
-            tree = ast.parse(text[:end], mode="eval")
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue
-        if isinstance(tree.body, ast.Call):
-            return tree.body
-    raise UserError("genotype: Genotype(...) is not a complete Python call (a parenthesis or bracket is missing)")
-
-
-def _literal(node: ast.expr) -> Any:
-    """A literal of lists, tuples, strings and integers; range(...) and list(range(...)) stand for their numbers."""
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(e) for e in node.elts]
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        args = [_literal(a) for a in node.args]
-        if node.func.id == "range" and 1 <= len(args) <= 3 and all(type(a) is int for a in args) and args[2:] != [0]:
-            numbers = range(*args)
-            if len(numbers) <= _LONGEST_RANGE:
-                return list(numbers)
-        if node.func.id in ("list", "tuple") and len(args) == 1 and isinstance(args[0], list):
-            return args[0]
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        source = ast.unparse(node)
-        raise UserError(
-            f"genotype: {source!r} is not possible in Genotype(...); allowed: literals, range(...)"
-        ) from None
-
-
-def _per_node(field: str, value: Any) -> Any:
-    """A flat list of pairs as a list of two pairs a node; a nested list as it is."""
-    if not isinstance(value, list) or not value or not any(_is_pair(x) for x in value):
-        return value
-    if not all(_is_pair(x) for x in value):
-        bad = next(x for x in value if not _is_pair(x))
-        raise UserError(f"genotype.{field}: {bad!r} among pairs is none; allowed: {_TEXT_CELL}")
-    if len(value) % 2:
-        raise UserError(f"genotype.{field}: a flat list of {len(value)} pairs; allowed: {_TEXT_CELL}")
-    return [value[i : i + 2] for i in range(0, len(value), 2)]
+def _decoded(content: bytes) -> str:
+    """The text of a file, without its byte order mark."""
+    encoding = next((name for name, mark in _BOMS if content.startswith(mark)), "utf-8")
+    return content.decode(encoding)

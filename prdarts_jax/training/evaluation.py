@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from prdarts_jax import optimizers
 from prdarts_jax.config import schema, userfile
+from prdarts_jax.config.places import expanded
 from prdarts_jax.config.schema import require_names
 from prdarts_jax.config.train import TrainConfig, TrainDataConfig
 from prdarts_jax.data import prefetch
@@ -206,7 +207,7 @@ def evaluate(
       RunError: no checkpoint can be used, or the disk fails.
     """
     require_names("part", [part], PARTS)
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir, "workdir")
     mesh = sharding.make_mesh(sharding.choose_devices(devices))
     path = workdir / "network.safetensors"
     alone = path.is_file() and not (workdir / "config.json").is_file()
@@ -320,7 +321,7 @@ def restore(workdir: Path, mesh: Mesh | None = None, weight_tx: Any = None) -> R
       UserError: no training in the workdir, or no checkpoint yet.
       RunError: no checkpoint can be used.
     """
-    mesh = sharding.make_mesh(jax.devices()[:1]) if mesh is None else mesh
+    mesh = sharding.make_mesh(sharding.visible()[:1]) if mesh is None else mesh
     config, head = _read_config(workdir)
     # Neither is part of what the state looks like, and either may be impossible here.
     run = dataclasses.replace(config.run, devices="all")

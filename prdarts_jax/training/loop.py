@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from prdarts_jax import schedules
+from prdarts_jax.config.places import expanded
 from prdarts_jax.config.train import TrainConfig
 from prdarts_jax.data.prefetch import worker_count
 from prdarts_jax.data.sources import Dataset
@@ -33,9 +34,9 @@ from prdarts_jax.run.workdir import (
     check_workdir,
     check_writable,
     claim,
+    draw,
     prepared_for,
     report_path,
-    reporting,
 )
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.training import feed as train_feed
@@ -118,13 +119,13 @@ def train(
       out: where notes go (default: stdout).
 
     Returns:
-      TrainResult. SIGTERM, Ctrl-C and the time limit end it early with everything saved.
+      TrainResult. SIGTERM, SIGHUP, Ctrl-C and the time limit end it early with everything saved.
 
     Raises:
       UserError: a config, genotype, data set or workdir that is not possible; nothing is changed on disk.
       RunError: a metric is not finite, or the disk fails; the last good checkpoint is kept.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir, "workdir")
     inputs = _prepared(config, genotype, workdir, weight_tx, data)
     return _train(config, inputs, train_feed.make_programs(inputs), workdir, sources, out)
 
@@ -156,7 +157,7 @@ def train_seeds(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds: {list(seeds)} is not possible; allowed: different seeds, at least one")
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir, "workdir")
     inputs = _prepared(config, genotype, workdir, weight_tx, data)
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
     folders = [workdir / f"seed{seed}" for seed in seeds]
@@ -177,15 +178,9 @@ def train_seeds(
         found.append(_train(dataclasses.replace(each, run=run), inputs, programs, folder, sources, out))
         if found[-1].status in ("interrupted", "time-limit"):
             return SeedsResult(found[-1].status, tuple(found), signum=found[-1].signum)
-    page = processes.on_first(lambda: str(_common_report(folders, workdir)))
+    page = processes.on_first(lambda: str(_report(folders, workdir) or ""))
     status = "finished" if any(one.status == "finished" for one in found) else "already-finished"
-    return SeedsResult(status, tuple(found), over_seeds([one.metrics for one in found]), Path(page))
-
-
-def _common_report(folders: Sequence[Path], workdir: Path) -> Path:
-    from prdarts_jax.report import page as report_page
-
-    return report_page.report(folders, workdir / "report.html")
+    return SeedsResult(status, tuple(found), over_seeds([one.metrics for one in found]), Path(page) if page else None)
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -228,7 +223,7 @@ def _train(
         rows = metrics.read(workdir / "metrics.jsonl") if old is not None else []
         final = [row for row in rows if row["kind"] == "final"]
         if final:
-            return [old, metrics.values(final[-1]), str(report_path(workdir) or _report(workdir))]
+            return [old, metrics.values(final[-1]), str(report_path(workdir) or _report([workdir], workdir) or "")]
         if not (workdir / "genotype.json").is_file():
             atomic_write_text(workdir / "genotype.json", inputs.genotype.to_json(indent=1) + "\n")
         return [old, None, ""]
@@ -236,7 +231,7 @@ def _train(
     with contextlib.ExitStack() as lock, StopRequest() as stop:
         old, final, page = processes.on_first(begin)
         if final is not None:
-            return TrainResult("already-finished", workdir, final, Path(page))
+            return TrainResult("already-finished", workdir, final, Path(page) if page else None)
         start = Start(config.run, workdir, out if out is not None else sys.stdout, stop, old, document)
         with train_feed.feed(config, inputs, programs) as data:
             return _Training(config, inputs, programs, data, start).go()
@@ -359,12 +354,16 @@ class _Training(EpochLoop[TrainCarry, TrainResult]):
         last["time_train_s"] = sum(row.get("time_epoch_s", 0.0) for row in rows)
         log.write("final", self.epochs - 1, step, **last)
         log.close()
-        return TrainResult("finished", self.workdir, last, _report(self.workdir))
+        return TrainResult("finished", self.workdir, last, _report([self.workdir], self.workdir))
 
 
-def _report(workdir: Path) -> Path:
-    """The report of a finished training, which can be made at any time."""
-    from prdarts_jax.report import page as report_page
+def _report(folders: Sequence[Path], workdir: Path) -> Path | None:
+    """WORKDIR/report.html about finished trainings, which can be made at any time."""
 
-    with reporting("training"):
-        return report_page.report([workdir])
+    def report() -> None:
+        from prdarts_jax.report import page
+
+        page.report(folders, None if folders == [workdir] else workdir / "report.html")
+
+    draw("training", {"report.html": report})
+    return report_path(workdir)

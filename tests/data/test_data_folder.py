@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from data_cases import forbid_decoding, one_line, random_image
 
+from prdarts_jax.config.places import cache_folder
 from prdarts_jax.data import cache, sources
 
 
@@ -200,7 +201,7 @@ def test_failed_write_leaves_no_file(small_folder, cache_dir, monkeypatch, caplo
 
 def test_default_cache_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.default_cache_dir() == tmp_path / "prdarts_jax" / "data"
+    assert cache_folder("data") == tmp_path / "prdarts_jax" / "data"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.default_cache_dir() == tmp_path / ".cache" / "prdarts_jax" / "data"
+    assert cache_folder("data") == tmp_path / ".cache" / "prdarts_jax" / "data"

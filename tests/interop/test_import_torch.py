@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -233,16 +235,57 @@ def test_every_tensor_arrives(small: dict[str, torch.Tensor]) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize("wrapper", [None, "net", "state_dict"])
-def test_wrappers(wrapper: str | None, parallel: bool, small: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    saved: Any = {f"module.{name}": tensor for name, tensor in small.items()} if parallel else dict(small)
+WRAPPERS = (None, "net", "state_dict", "model_state_dict", "model", "network", "base-model")
+PREFIXES = ("", "module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.net.")
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"), [*((wrapper, "module.") for wrapper in WRAPPERS), *(("state_dict", p) for p in PREFIXES)]
+)
+def test_wrappers(wrapper: str | None, prefix: str, small: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    saved: Any = {f"{prefix}{name}": tensor for name, tensor in small.items()}
     if wrapper is not None:
-        saved = {"epoch": 600, "best_acc_top1": 97.5, "optimizer": {"state": {}, "param_groups": []}, wrapper: saved}
+        saved = {"epoch": torch.tensor(600), "best_acc_top1": 97.5, "optimizer": {"state": {}}, wrapper: saved}
     torch.save(saved, tmp_path / "a.pt")
     loaded = import_torch.load_state_dict(tmp_path / "a.pt")
     assert loaded.keys() == small.keys()
     assert all(np.array_equal(loaded[name], small[name].numpy()) for name in small)
+
+
+def test_weights_beside_the_network_of_a_lightning_module_are_named(
+    small: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    saved = {f"model.{name}": tensor for name, tensor in small.items()} | {"criterion.weight": torch.ones(7)}
+    torch.save({"state_dict": saved}, tmp_path / "a.pt")
+    loaded = import_torch.load_state_dict(tmp_path / "a.pt")
+    assert loaded.keys() == small.keys() | {"criterion.weight"}
+    with pytest.raises(UserError, match=r"it has besides criterion\.weight"):
+        import_torch.convert(loaded, Genotype.named("PRDARTS"))
+
+
+def test_values_beside_the_weights_that_run_no_code(small: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """What programs save beside them, with the names of NumPy 2 and NumPy 1 for the module of a scalar."""
+    args = argparse.Namespace(lr=0.025, save=tmp_path, accuracy=np.float64(97.5), epochs=np.int64(600), tuple=(1, "a"))
+    beside = {"args": args, "best": np.float32(97.5), "seen": np.bool_(True), "losses": np.arange(3.0)}
+    torch.save(beside | {"state_dict": small}, tmp_path / "a.pt")
+    assert import_torch.load_state_dict(tmp_path / "a.pt").keys() == small.keys()
+    with zipfile.ZipFile(tmp_path / "a.pt") as source, zipfile.ZipFile(tmp_path / "old.pt", "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert import_torch.load_state_dict(tmp_path / "old.pt").keys() == small.keys()
+
+
+def test_a_whole_network_and_a_program_say_how_to_save_them(tmp_path: Path) -> None:
+    network = nn.Linear(2, 2)
+    torch.save({"net": network}, tmp_path / "a.pt")
+    with pytest.raises(
+        UserError, match=r"\(torch.nn.modules.linear.Linear\), which are not unpickled.*x.state_dict\(\)"
+    ):
+        import_torch.load_state_dict(tmp_path / "a.pt")
+    torch.jit.trace(network, torch.ones(1, 2)).save(tmp_path / "b.pt")
+    with pytest.raises(UserError, match=r"is a TorchScript program.*torch.jit.load\(FILE\).state_dict\(\)") as caught:
+        import_torch.load_state_dict(tmp_path / "b.pt")
+    assert "\n" not in str(caught.value)
 
 
 def test_formats_of_numbers_and_of_files(small: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -270,7 +313,7 @@ def test_nothing_but_tensors_is_unpickled(small: dict[str, torch.Tensor], tmp_pa
     target = tmp_path / "executed"
     torch.save({"state_dict": small, "args": Intruder(target)}, tmp_path / "a.pt")
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Intruder(target)))
-    for name, said in (("a.pt", "holds other objects than tensors, which are not"), ("b.pt", "cannot be read")):
+    for name, said in (("a.pt", r"holds other objects than tensors \(.*\), which are not"), ("b.pt", "cannot be read")):
         with pytest.raises(UserError, match=said) as caught:
             import_torch.load_state_dict(tmp_path / name)
         assert "\n" not in str(caught.value) and not target.exists()
@@ -280,7 +323,7 @@ def test_files_that_hold_no_state_dict(small: dict[str, torch.Tensor], tmp_path:
     for saved, said in (
         ([torch.ones(2)], "holds no state_dict"),
         ({}, "holds no state_dict"),
-        ({"epoch": 3, "model": dict(small)}, "holds epoch, model, which are no tensors"),
+        ({"epoch": 3, "weights": dict(small)}, "holds epoch, weights, which are no tensors"),
     ):
         torch.save(saved, tmp_path / "a.pt")
         with pytest.raises(UserError, match=said):

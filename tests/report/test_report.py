@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from prdarts_jax.errors import UserError
+from prdarts_jax.report import plots
 from prdarts_jax.report.page import report
 from prdarts_jax.space.genotype import Genotype
 
@@ -143,6 +144,20 @@ def test_one_finished_search(tmp_path: Path) -> None:
     assert report([run]).read_text() == page.source  # the same input, the same page
 
 
+def test_a_picture_that_cannot_be_drawn_is_not_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no <font>\nfor this")
+
+    monkeypatch.setattr(plots, "cell_diagram", fails)
+    page = Page(report([workdir(tmp_path / "run", seed=3)]))
+    assert page.text.count("This picture could not be drawn (RuntimeError: no <font>).") == 2
+    assert "Accuracy" in page.text and "<svg" in page.source  # the rest is there
+    said = capsys.readouterr().err
+    assert said == "prdarts: 2 pictures of the report could not be drawn: RuntimeError: no <font>\n"
+
+
 def test_the_page_stands_alone(tmp_path: Path) -> None:
     page = Page(report([workdir(tmp_path / "a"), workdir(tmp_path / "b", seed=1)], tmp_path / "two.html"))
     ids = {value for name, value in page.attributes if name == "id"}
@@ -263,4 +278,4 @@ def test_errors_name_the_workdir_and_write_nothing(tmp_path: Path) -> None:
         assert error(good, bad).startswith(f"{bad / 'config.json'}: ") and message in error(good, bad)
     (bad / "config.json").write_text(config)
     (bad / "genotype.json").write_text("{}")
-    assert f"{bad / 'genotype.json'}: genotype.schema_version: missing" in error(good, bad)
+    assert f"{bad / 'genotype.json'}: genotype: the text lacks normal" in error(good, bad)

@@ -40,7 +40,7 @@ def start(mode: str) -> subprocess.Popen[str]:
     return child
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_one_signal_lets_the_loop_finish(signum: signal.Signals, status: int) -> None:
     with start("once") as child:
         os.kill(child.pid, signum)
@@ -56,6 +56,18 @@ def test_the_second_ctrl_c_ends_at_once() -> None:
         os.kill(child.pid, signal.SIGINT)
         _, err = child.communicate(timeout=20)
     assert child.returncode == -signal.SIGINT and "KeyboardInterrupt" in err
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_are_put_back() -> None:

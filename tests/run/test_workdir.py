@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.run.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable
+from prdarts_jax.run.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable, draw
 
 HOLDER = """
     import sys
@@ -33,6 +33,22 @@ def holder(workdir: Path) -> subprocess.Popen[str]:
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "held\n"
     return child
+
+
+def test_what_cannot_be_drawn_costs_a_finished_run_one_line(tmp_path, capsys):
+    def fails():
+        raise KeyError("font")
+
+    made = tmp_path / "made"
+    draw("training", {"plots/a.svg": fails, "report.html": made.touch, "plots/b.svg": fails})
+    assert made.exists()
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "prdarts: the training is finished, but not made: plots/a.svg, plots/b.svg (KeyError: 'font')"
+    )
+    assert said.count("\n") == 1
+    draw("training", {"report.html": made.touch})
+    assert capsys.readouterr().err == ""
 
 
 def test_text_and_json(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_the_seed_decides_every_bit(finished, tmp_path):
 # Signals
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_says_how_to_go_on(finished, npz, tmp_path, monkeypatch, capsys, signum, status):
     update, seen = search_loop.Progress.update, []
 

@@ -6,11 +6,12 @@ import ast
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from prdarts_jax.errors import UserError
-from prdarts_jax.space import genotype
+from prdarts_jax.space import genotype, genotype_text
 from prdarts_jax.space.genotype import Genotype, names
 
 DARTS_V2_TEXT = """
@@ -78,7 +79,7 @@ def test_text_is_never_evaluated(tmp_path: Path) -> None:
     [
         ("{", "genotype: not JSON (line 1, column 2"),
         ("[]", "genotype: a JSON list; allowed: an object with schema_version, normal"),
-        ({}, "genotype.schema_version: missing; allowed: 1"),
+        ({}, "genotype.normal: missing; allowed: all of normal, normal_concat, reduce, reduce_concat"),
         (fields(schema_version=2), "genotype.schema_version: 2 is unknown; allowed: 1"),
         (fields(schema_version=True), "genotype.schema_version: True is unknown; allowed: 1"),
         (fields(normal_concatt=[2]), "unknown value 'normal_concatt'; did you mean 'normal_concat'?"),
@@ -116,8 +117,11 @@ def test_json_errors(source: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Genotyp(normal=[])", "no Genotype(...) in the text"),
-        ("Genotype = namedtuple('Genotype', 'normal')", "no Genotype(...) in the text"),
+        ("Genotyp(normal=[])", "genotype: the text lacks normal_concat, reduce, reduce_concat; allowed: "),
+        (
+            "Genotype = namedtuple('Genotype', 'normal')",
+            "genotype: the text lacks normal_concat, reduce, reduce_concat",
+        ),
         ("Genotype(normal=[('a', 0)", "is not a complete Python call"),
         (
             "Genotype([('a', 0)], [2], [], [2])",
@@ -128,13 +132,14 @@ def test_json_errors(source: object, message: str) -> None:
         ("Genotype([], range(2, 999999999), [], [2])", "'range(2, 999999999)' is not possible in Genotype(...)"),
         ("Genotype([], range(2, 6, 0), [], [2])", "'range(2, 6, 0)' is not possible in Genotype(...)"),
         ("Genotype(**x)", "genotype: Genotype(...) takes normal, normal_concat"),
-        ("Genotype([], [2], [], [2], [3])", "genotype: Genotype(...) takes normal, normal_concat"),
+        ("Genotype([], [2], [], [2], [3])", "genotype.connectN: connections beside the pairs of a cell are not read"),
+        ("Genotype([], [2], [], [2], None, None, 3)", "genotype: Genotype(...) takes normal, normal_concat"),
         ("Genotype([], normal=[])", "genotype.normal: given twice"),
         ("Genotype(normals=[])", "did you mean 'normal'?"),
         ("Genotype(normal=[])", "genotype.normal_concat: missing"),
         (
             "Genotype([[('a', 0)]], [2], [[]], [2]) Genotype([[('b', 0)]], [2], [[]], [2])",
-            "2 different Genotype(...) in the text",
+            "genotype: 2 different ones in the text: 1, 1; allowed: one of them, as FILE:NAME or FILE:LINE",
         ),
     ],
 )
@@ -184,7 +189,9 @@ def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError) as e:
             Genotype.load(name)
         assert message in str(e.value)
-    with pytest.raises(UserError, match="PDARTS: genotype: not JSON"):
+    with pytest.raises(
+        UserError, match="PDARTS: genotype: the text lacks normal, normal_concat, reduce, reduce_concat; allowed: "
+    ):
         Genotype.load("./PDARTS")
 
 
@@ -239,8 +246,10 @@ def test_depth_and_skips_by_hand() -> None:
     assert (Genotype.named("DARTS_V1").skips("normal"), Genotype.named("DARTS_V1").skips("reduce")) == (3, 3)
 
 
-def test_the_module_itself_imports_the_standard_library_alone() -> None:
-    tree = ast.parse(Path(genotype.__file__).read_text())
+@pytest.mark.parametrize("module", [genotype, genotype_text])
+def test_the_module_itself_imports_the_standard_library_alone(module: ModuleType) -> None:
+    tree = ast.parse(Path(module.__file__).read_text())
     absolute = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     absolute |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert {m for m in absolute if m.partition(".")[0] not in sys.stdlib_module_names} == {"prdarts_jax.errors"}
+    own = {m for m in absolute if m.partition(".")[0] not in sys.stdlib_module_names}
+    assert own <= {"prdarts_jax.errors", "prdarts_jax.space"}

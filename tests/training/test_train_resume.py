@@ -18,7 +18,7 @@ from search_cases import assert_same, one_error, snapshot
 from train_cases import EPOCH_STEPS, GENOTYPE, TOTAL, digits, outcome, train, words
 
 from prdarts_jax import cli
-from prdarts_jax.errors import RunError, UserError
+from prdarts_jax.errors import UserError
 from prdarts_jax.report import page as report_page
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.space.genotype import Genotype
@@ -240,17 +240,27 @@ def test_a_foreign_config_is_never_cleared(tmp_path, content):
         assert snapshot(tmp_path) == before
 
 
-def test_a_report_that_could_not_be_written_is_made_by_the_next_start(tmp_path, monkeypatch):
+def test_a_report_that_could_not_be_written_is_made_by_the_next_start(tmp_path, monkeypatch, capsys):
+    """It costs the finished training a line, and not its status."""
+
     def full(folders, out=None):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(report_page, "report", full)
-        for _ in range(2):
-            with pytest.raises(RunError, match=r"the training is finished, its report could not be .*: .*No space"):
-                train(tmp_path / "w")
+        for status in ("finished", "already-finished"):
+            found = train(tmp_path / "w")
+            assert (found.status, found.report) == (status, None)
+            said = capsys.readouterr().err
+            assert "the training is finished, but not made: report.html" in said and "No space left" in said
+            assert said.count("\n") == 1
     made = []
-    monkeypatch.setattr(report_page, "report", lambda folders: made.append(folders) or folders[0] / "report.html")
+
+    def writes(folders, out=None):
+        made.append(folders)
+        (folders[0] / "report.html").touch()
+
+    monkeypatch.setattr(report_page, "report", writes)
     found = train(tmp_path / "w")
     assert (found.status, found.report) == ("already-finished", tmp_path / "w" / "report.html")
     assert made == [[tmp_path / "w"]]
