@@ -300,7 +300,8 @@ def mixed_level(scale: float = 1.0) -> Rule:
 def joint() -> Rule:
     """Single level: w and a descend one loss on one batch (the train batch), from one backward pass.
 
-    Both move at once: neither sees the other moved. The loss is that of the architecture, `Losses.full`.
+    Both move at once: neither sees the other moved. The loss is that of the architecture, `Losses.full`. Where
+    `arch_on` is 0 the architecture stays where it is.
     """
 
     def rule(losses: Losses, optimizers: Optimizers) -> Step:
@@ -311,10 +312,15 @@ def joint() -> Rule:
             after, weight_metrics = _move_weights(
                 optimizers, state, found, numbers, lambda w: losses.full(w, state.arch, *rest)
             )
-            after, arch_metrics = _move_arch(
-                optimizers, after, found, numbers, lambda a: losses.full(state.weights, a, *rest)
-            )
-            return _counted(after), weight_metrics | _terms(found) | arch_metrics
+
+            def arch(after: SearchState) -> tuple[SearchState, Metrics]:
+                after, moved = _move_arch(
+                    optimizers, after, found, numbers, lambda a: losses.full(state.weights, a, *rest)
+                )
+                return after, _terms(found) | moved
+
+            after, arch_metrics = _skippable("arch", arch, numbers.get("arch_on"))(after)
+            return _counted(after), weight_metrics | arch_metrics
 
         return step
 

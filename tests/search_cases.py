@@ -168,12 +168,26 @@ def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
     return remembered
 
 
+def _once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A program is made once a problem: by identity, since the memory of a strategy has no hash."""
+    known: dict[Any, Any] = {}
+
+    @functools.wraps(make)
+    def made(problem: Any, *rest: Any, **options: Any) -> Any:
+        key = (id(problem), rest, tuple(options.items()))
+        if key not in known:
+            known[key] = make(problem, *rest, **options), problem  # kept, so that its number is not given again
+        return known[key][0]
+
+    return made
+
+
 @functools.cache
 def _shared() -> dict[tuple[Any, str], Callable[..., Any]]:
     programs = ("make_dispatch", "make_evaluation", "_initial")
     return {
         (search_inputs, "prepare"): _remembering(search_inputs.prepare),
-        **{(search_program, name): functools.cache(getattr(search_program, name)) for name in programs},
+        **{(search_program, name): _once(getattr(search_program, name)) for name in programs},
     }
 
 

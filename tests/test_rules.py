@@ -183,6 +183,14 @@ def test_joint_is_both_gradients_of_one_loss_on_one_batch() -> None:
     assert float(metrics["train_loss"]) == pytest.approx(ce) and "val_loss" not in metrics
 
 
+def test_joint_leaves_an_architecture_that_is_off_alone() -> None:
+    numbers = {"arch_on": 0.0, "weight_learning_rate": ETA}
+    off, metrics = _after(bilevel.joint(), _losses(_penalty), numbers=numbers, arch=optax.adam(0.1))
+    on, _ = _after(bilevel.joint(), _losses(_penalty), numbers=numbers | {"arch_on": 1.0}, arch=optax.adam(0.1))
+    assert _bits(off.arch) == _bits({"a": A}) and _bits(off.weights) == _bits(on.weights)
+    assert _bits(on.arch) != _bits(off.arch) and float(metrics["steps/arch"]) == 0.0
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.7])
 def test_mixed_level_is_the_stated_sum(scale: float) -> None:
     state, _ = _after(bilevel.mixed_level(scale), _losses())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -157,26 +158,25 @@ class Wish(NamedTuple):
         return self.signum is not None or self.over_time
 
 
-def agreed(wish: Wish, *, ended: bool) -> Wish:
+def agreed(wish: Wish, *, events: Any) -> Wish:
     """The wish of any process as that of all. Called by every process after each dispatch; it costs one small gather.
 
     Args:
       wish: of this process.
-      ended: whether the strategy has ended the search, which all must decide alike.
+      events: what the strategy has decided so far, as JSON types; all must decide alike.
 
     Raises:
       RunError: they did not.
 
-    >>> agreed(Wish(None, True), ended=False)
+    >>> agreed(Wish(None, True), events=[])
     Wish(signum=None, over_time=True)
     """
     if jax.process_count() == 1:
         return wish
-    flags = multihost_utils.process_allgather(np.array([wish.signum or 0, wish.over_time, ended], np.int32))
+    decided = zlib.crc32(json.dumps(events, sort_keys=True).encode()) & 0x7FFFFFFF
+    flags = multihost_utils.process_allgather(np.array([wish.signum or 0, wish.over_time, decided], np.int32))
     if len(set(flags[:, 2].tolist())) > 1:
-        raise RunError(
-            "the strategy ends the search on some processes only: at_epoch must not depend on clock or machine"
-        )
+        raise RunError("processes differ in the strategy's events: at_epoch must not depend on clock or machine")
     return Wish(int(flags[:, 0].max()) or None, bool(flags[:, 1].max()))
 
 

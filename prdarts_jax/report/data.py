@@ -35,6 +35,7 @@ class Run:
     finished: bool
     probabilities: Sequence[Mapping[str, Any]]  # rows {"epoch", "normal": [E, O], "reduce": [E, O]}
     processes: int = 1  # over which the devices are spread
+    events: Sequence[Mapping[str, Any]] = ()  # of the strategy: new stages, steps back
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -163,6 +164,7 @@ def read(workdir: str | Path) -> Run:
         finished=finished,
         probabilities=_lines(path / "probabilities.jsonl"),
         processes=(head.get("platform") or {}).get("processes", 1),
+        events=_lines(path / "events.jsonl"),
     )
 
 

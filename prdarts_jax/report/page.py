@@ -125,7 +125,14 @@ def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    pages.filters |= {"label": label, "plain": _plain, "shown": _shown, "spread": spread, "svg": svg}
+    pages.filters |= {
+        "changes": _changes,
+        "label": label,
+        "plain": _plain,
+        "shown": _shown,
+        "spread": spread,
+        "svg": svg,
+    }
     groups = grouped(runs, lambda run: run.group)
     by_setting = settings(runs, swept) if swept else []
     probabilities = [run.history(cell)[1].ravel() for run in runs for cell in CELLS]
@@ -220,6 +227,20 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value)
+
+
+def _changes(event: Mapping[str, Any]) -> str:
+    """What an event of a strategy changes, in words; of lists of operations an edge the numbers alone.
+
+    >>> _changes({"event": "restage", "epochs": 5, "space": {"cells": 11, "edge_ops": [[["none"], ["a", "b"]]]}})
+    '5 epochs, cells = 11, 1 to 2 operations an edge'
+    """
+    words = [f"{event['epochs']} epochs"] if "epochs" in event else []
+    fields = {**event.get("space", {}), **event.get("options", {}), **event.get("hyperparameters", {})}
+    lists = fields.pop("edge_ops", [])
+    words += [f"{name} = {_plain(value)}" for name, value in fields.items()]
+    numbers = [len(names) for cell in lists for names in cell]
+    return ", ".join(words + ([f"{min(numbers)} to {max(numbers)} operations an edge"] if numbers else []))
 
 
 def _plain(value: Any) -> str:

@@ -284,7 +284,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                     bar.update(step - before)
                 over_time = run.time_limit > 0 and time.monotonic() - self.began > 60 * run.time_limit
                 ended = self.decided()
-                wish = processes.agreed(processes.Wish(stop.signum, over_time), ended=ended)
+                wish = processes.agreed(processes.Wish(stop.signum, over_time), events=self.info())
                 stop.signum, leaving = wish.signum, bool(wish)
                 due = epoch_done and (self.is_due(run.checkpoint_every, epoch) or self.horizon > 0)
                 late = run.checkpoint_minutes > 0 and time.monotonic() - last_save > 60 * run.checkpoint_minutes

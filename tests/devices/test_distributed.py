@@ -168,7 +168,7 @@ def test_one_process_asks_nobody(monkeypatch):
     for name in ("process_allgather", "broadcast_one_to_all"):
         monkeypatch.setattr(processes.multihost_utils, name, never)
     wish = processes.Wish(15, False)
-    assert processes.agreed(wish, ended=True) is wish and bool(wish)
+    assert processes.agreed(wish, events=["stop"]) is wish and bool(wish)
     assert not processes.Wish(None, False)
     assert processes.share("a") == ["a"] and processes.on_first(lambda: {"a": 1}) == {"a": 1}
     assert np.array_equal(processes.fetch({"x": jax.numpy.arange(3)})["x"], [0, 1, 2])

@@ -290,3 +290,14 @@ def test_kept_weights_are_those_of_the_same_edge_and_operation() -> None:
                             expected = source["edges"][group.name][op][name][there]
                         np.testing.assert_array_equal(leaf[row], expected)
     np.testing.assert_array_equal(kept["stem"]["conv"], old["stem"]["conv"])
+
+
+def test_the_report_shows_the_stages(
+    finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a search with stages, and of one that went back."""
+    workdirs = [_finished(finished, name) for name in ("staged", "going back")]
+    monkeypatch.undo()
+    for workdir, said in zip(workdirs, ("cells = 4", "weights.weight_decay = 0.125"), strict=True):
+        page = report_page.report([workdir], tmp_path / "report.html").read_text()
+        assert "Stages and steps back" in page and said in page
