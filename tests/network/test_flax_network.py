@@ -53,7 +53,9 @@ def test_primitive(name: str, stride: int) -> None:
 
 @pytest.mark.parametrize("kind", CELL_TYPES)
 @pytest.mark.parametrize(
-    "space", [Space(nodes=1), Space(nodes=2, ops=("skip_connect", "dil_conv_3x3"))], ids=["all-ops", "two-nodes"]
+    "space",
+    [pytest.param(Space(nodes=1), marks=pytest.mark.slow), Space(nodes=2, ops=("skip_connect", "dil_conv_3x3"))],
+    ids=["all-ops", "two-nodes"],
 )
 def test_cell(space: Space, kind: str) -> None:
     """All operations on all edges of a cell, through the scan and its rule."""
