@@ -132,7 +132,7 @@ class Step(NamedTuple):
 
 @cache
 def step_of(stem: str, *, scan_cells: bool = True, recompute: bool = False) -> Step:
-    """Compiled once, for all the tests that look at it; of the larger stem, which adds no kind of cell, no gradients."""
+    """Compiled once for all the tests that look at it; of the larger stem, which adds no kind of cell, no gradients."""
     net = DerivedNetwork(MIXED, channels=4, cells=8, stem=stem)
     assert [end - first for first, end in net.plan().runs] == [2, 1, 2, 1, 2]
     images = pictures(8, 18, 18, 3) if stem == "cifar" else pictures(3, 72, 72, 3)
