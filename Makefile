@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 ARGS ?=
-# Processes of `make test`; each takes whole files. XLA compiles most of the small programs of the tests on one thread.
+# Processes of `make test`; each takes neighbouring files, which share programs, and at the end of what another has left.
+# XLA compiles most of the small programs of the tests on one thread.
 # JOBS=0: in one process (for --pdb).
 JOBS ?= 2
 # Versions of what the pinned packages need in turn. `make setup CONSTRAINTS=` lets pip choose them.
@@ -30,7 +31,7 @@ search: $(STAMP)
 	$(BIN)/prdarts search --preset digits $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow $(ARGS)

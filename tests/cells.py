@@ -11,7 +11,6 @@ import numpy as np
 import oracles
 
 from prdarts_jax.gates import Gates
-from prdarts_jax.ops.layers import draw
 from prdarts_jax.space.cell import declare_edges, mixed_nodes
 from prdarts_jax.space.cell_reference import mixed_nodes_reference
 from prdarts_jax.space.spec import Space
@@ -33,9 +32,7 @@ SPACES = {
 def cell_data(space: Space, kind: str, size: tuple[int, int], dtype: Any = np.float64) -> tuple[Any, ...]:
     """Weights, the inputs, gates [E,O] of both signs, a cotangent of the nodes."""
     rng = np.random.default_rng(0)
-    weights = jax.tree.map(
-        lambda a: jnp.asarray(a, dtype), draw(jax.random.key(0), declare_edges(space, kind, CHANNELS))
-    )
+    weights = jax.tree.map(lambda a: jnp.asarray(a, dtype), oracles.drawn(declare_edges(space, kind, CHANNELS)))
     out = tuple(-(-n // 2) for n in size) if kind == "reduce" else size
     shapes = [(2, *size, CHANNELS)] * 2 + [(space.num_edges, space.num_ops), (space.nodes, 2, *out, CHANNELS)]
     return weights, *(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)

@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 )
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prdarts_jax" / "tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
     os.environ.setdefault("PRDARTS_CPU_KERNELS", "off")  # or every command would say on stderr that there are none
@@ -29,6 +29,19 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A quarter of the compile time, and that is most of the time of the quick tests, whose programs run a few times on tiny
+# arrays. The long tests compile as users do.
+_QUICK_FLAGS = (
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything is compiled; the processes that tests start compile in the same way."""
+    if "not slow" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] += _QUICK_FLAGS
+
 
 _LOCAL = {"localhost", "127.0.0.1", "::1", ""}
 

@@ -635,28 +635,28 @@ _STEP_SLIPS = (
         _TRAIN,
         "jax.random.fold_in(jax.random.fold_in(key, state.step), purpose)",
         "jax.random.fold_in(key, purpose)",
-        ("tests/training/test_train.py::test_every_step_draws_with_keys_of_its_own",),
+        ("tests/training/test_train_step.py::test_every_step_draws_with_keys_of_its_own",),
     ),
     Mutation(
         "training: one key for augmentation and drop-path",
         _TRAIN,
         "keys[_DROP_PATH], numbers)",
         "keys[_AUGMENT], numbers)",
-        ("tests/training/test_train.py::test_every_step_draws_with_keys_of_its_own",),
+        ("tests/training/test_train_step.py::test_every_step_draws_with_keys_of_its_own",),
     ),
     Mutation(
         "training: weight of the auxiliary head left out",
         _TRAIN,
         "loss + problem.auxiliary_weight * metrics",
         "loss + metrics",
-        ("tests/training/test_train.py::test_the_loss_is_both_heads_with_smoothed_targets",),
+        ("tests/training/test_train_step.py::test_the_loss_is_both_heads_with_smoothed_targets",),
     ),
     Mutation(
         "training: shares of the average exchanged",
         _TRAIN,
         "decay * a + (1.0 - decay) * b",
         "decay * b + (1.0 - decay) * a",
-        ("tests/training/test_train.py::test_the_average_is_the_sum_of_its_closed_form",),
+        ("tests/training/test_train_step.py::test_the_average_is_the_sum_of_its_closed_form",),
     ),
 )
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from prdarts_jax.ops import kernels
+from prdarts_jax.ops.layers import Weight
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
 
@@ -46,6 +47,18 @@ def quick_jit(f: Callable[..., Any]) -> Callable[..., Any]:
 def normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal, float64."""
     return np.random.default_rng(seed).normal(size=shape)
+
+
+def drawn(declared: Any, seed: int = 0) -> Any:
+    """float32 numpy arrays for a tree of `Weight` declarations; `draw` would be a small program for each of them."""
+    rng = np.random.default_rng(seed)
+
+    def one(weight: Weight) -> np.ndarray:
+        if not weight.fan_in:
+            return np.full(weight.shape, weight.constant, np.float32)
+        return (rng.uniform(-1.0, 1.0, weight.shape) / np.sqrt(weight.fan_in)).astype(np.float32)
+
+    return jax.tree.map(one, declared, is_leaf=lambda node: isinstance(node, Weight))
 
 
 def float64(tree: Any) -> Any:

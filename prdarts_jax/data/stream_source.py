@@ -12,7 +12,7 @@ import numpy as np
 
 from prdarts_jax.data.arrays import statistics
 from prdarts_jax.data.folder_source import Folder
-from prdarts_jax.data.records import ArrayRecords, Selection
+from prdarts_jax.data.records import ArrayRecords, Selection, read_images
 from prdarts_jax.data.sources import IMAGENET, Dataset, Stored, find, load, load_stored, published
 from prdarts_jax.errors import UserError
 
@@ -151,24 +151,15 @@ def from_files(source: str, stored: Stored, image_size: int = 0) -> StreamedData
     height, width, channels = (image_size, image_size, 3) if image_size else stored.shape()
     image = (height, width, 1 if channels == 1 else 3)
     figures = published(source) or (IMAGENET if image_size else None)
-    mean, std = figures or _measured("folder" if isinstance(stored, Folder) else stored.name, train, image[2])
+    mean, std = figures or _measured("folder" if isinstance(stored, Folder) else stored.name, train, image)
     # Compared on resume: the form of this text may not change.
     identity = json.dumps(["files", list(stored.class_names), *stored.identity()])
     digest = hashlib.sha256(identity.encode()).hexdigest()
     return StreamedDataset(stored.name, train, test, image, stored.class_names, mean, std, digest)
 
 
-def _measured(where: str, train: Records, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _measured(where: str, train: Records, image: tuple[int, int, int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of a fixed sample of the training images, which have one size."""
     order = np.random.RandomState(_STATISTICS_SEED).permutation(len(train))
     # All of them, in their order, if they are few: then the figures are those of the set on the device.
-    chosen = sorted(order[:STATISTICS_IMAGES].tolist())
-    pixels = [np.asarray(train.read(index, channels)[0]) for index in chosen]
-    for index, image in zip(chosen, pixels, strict=True):
-        if image.shape != pixels[0].shape:
-            raise UserError(
-                f"{train.name(index)}: image {list(image.shape[:2])}, the first is {list(pixels[0].shape[:2])}; "
-                "allowed: one size for all images, or data.image_size in a training"
-            )
-    images = np.stack(pixels)
-    return statistics(where, images.reshape(*images.shape[:3], -1))
+    return statistics(where, read_images(train, image, np.sort(order[:STATISTICS_IMAGES])).images)

@@ -6,7 +6,6 @@ size. The flat file (`safetensors`) has one tensor a variable, and a description
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax import export as jax_export
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from prdarts_jax.data.augment import normalize
 from prdarts_jax.errors import RunError, UserError, unknown
@@ -153,7 +154,6 @@ def stablehlo(
 
     Raises:
       UserError: an unknown platform, figures that do not fit the image.
-      RunError: the package flatbuffers, which jax.export writes with, is absent.
 
     >>> net = DerivedNetwork(Genotype([[("skip_connect", 0)]], [2], [[("max_pool_3x3", 0)]], [2]), channels=2, cells=3)
     >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
@@ -167,7 +167,6 @@ def stablehlo(
             raise unknown("platforms", platform, PLATFORMS)
     if not platforms:
         raise UserError(f"platforms: none; allowed: at least one of {' | '.join(PLATFORMS)}")
-    _require("flatbuffers", "StableHLO programs are written")
     evaluated = net.clone(auxiliary=False, axis_name=None, own_kernels=False)
     inside = {
         collection: {name: tree for name, tree in variables[collection].items() if name != "auxiliary"}
@@ -240,7 +239,7 @@ def safetensors(variables: Mapping[str, Any], path: Path, metadata: Mapping[str,
       metadata: JSON values, such as those of `describe`.
 
     Raises:
-      RunError: the package safetensors is absent, or the file cannot be written; nothing is left half-written.
+      RunError: the file cannot be written; nothing is left half-written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -248,11 +247,10 @@ def safetensors(variables: Mapping[str, Any], path: Path, metadata: Mapping[str,
     ...     load_safetensors(Path(folder) / "a.safetensors")
     ({'params': {'w': array([1., 1.], dtype=float32)}}, {'classes': 10})
     """
-    numpy_format = _require("safetensors.numpy", "safetensors files are written")
     flat = traverse_util.flatten_dict(dict(variables), sep=_SEPARATOR)
     # The format stores the bytes of the buffer: a transposed view would come back as another array.
     tensors = {name: np.asarray(leaf, order="C") for name, leaf in flat.items()}
-    atomic_write_bytes(path, numpy_format.save(tensors, metadata={_KEY: json.dumps(dict(metadata))}))
+    atomic_write_bytes(path, save(tensors, metadata={_KEY: json.dumps(dict(metadata))}))
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -260,22 +258,20 @@ def load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
       UserError: no such file, or no safetensors file of this library.
-      RunError: the package safetensors is absent.
 
     >>> load_safetensors(Path("absent.safetensors"))
     Traceback (most recent call last):
     ...
     prdarts_jax.errors.UserError: safetensors: no file 'absent.safetensors'
     """
-    package = _require("safetensors", "safetensors files are read")
     path = Path(path)
     if not path.is_file():
         raise UserError(f"safetensors: no file {str(path)!r}")
     try:
-        with package.safe_open(path, framework="numpy") as file:
+        with safe_open(path, framework="numpy") as file:
             document = (file.metadata() or {}).get(_KEY)
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (package.SafetensorError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(
             f"safetensors: {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from None
@@ -309,7 +305,6 @@ def save_network(
     """
     workdir = Path(workdir)
     check_variables(net, variables, description["image"][2], "variables")
-    _require("safetensors.numpy", "safetensors files are written")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -382,15 +377,3 @@ def check_variables(net: DerivedNetwork, variables: Mapping[str, Any], channels:
         shape = np.shape(arrays[name])
         if shape != expected[name].shape:
             raise UserError(f"{where}: {name} has shape {list(shape)}; allowed: {list(expected[name].shape)}")
-
-
-# --- files and packages -----------------------------------------------------------------------------------------------
-
-
-def _require(package: str, what: str) -> Any:
-    """Only these functions need the package, so that the rest of the library works without it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        name = package.partition(".")[0]
-        raise RunError(f"{what} with the package {name}, which is not installed (pip install {name})") from None

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import bench_growth, bench_scaling, cases, comparisons, race, report, rows, worker
-from prdarts_jax.ops.layers import draw
 from prdarts_jax.space.cell import declare_edges, mixed_nodes
 from prdarts_jax.space.spec import Space
 
@@ -178,7 +178,7 @@ def test_growth_is_drawn_from_its_rows(tmp_path: Path) -> None:
 def test_synchronisations_of_a_cell_are_counted_for_its_real_terms(kind: str) -> None:
     """By hand: 5 edges of 2 terms; a term is one of four choices (BN once, 0 or 1 times by stride, none, void)."""
     space = Space(nodes=2, ops=("skip_connect", "dil_conv_3x3", "none"))
-    weights = draw(jax.random.key(0), declare_edges(space, kind, 4))
+    weights = oracles.drawn(declare_edges(space, kind, 4))
     x, values, executed = jnp.zeros((2, 8, 8, 4)), jnp.ones((5, 2)), jnp.zeros((5, 2), jnp.int32)
     cell = partial(mixed_nodes, space=space, kind=kind, axis_name="data")
     traced = jax.make_jaxpr(cell, axis_env=[("data", 2)])(weights, values, executed, x, x)

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_cases import one_line, random_image
+from data_cases import one_line, random_image, write_tfds
 from PIL import Image
-from test_data_tfds import write_tfds
 
 from prdarts_jax.config.train import TrainDataConfig
 from prdarts_jax.data import prefetch, sources, stream_source

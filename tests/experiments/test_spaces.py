@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 
 from prdarts_jax import presets, strategies
 from prdarts_jax.config import userfile
 from prdarts_jax.gates import Gates
-from prdarts_jax.ops.layers import draw
 from prdarts_jax.space import Space
 from prdarts_jax.space.cell import declare_edges, mixed_nodes
 
@@ -55,7 +55,7 @@ def test_only_the_operations_of_the_file_are_sampled_and_derived(name: str) -> N
 
 def test_noise_is_standard_normal_differs_between_inputs_and_repeats_in_the_backward_pass() -> None:
     space = space_of("s4")
-    weights = draw(jax.random.key(0), declare_edges(space, "normal", 4))
+    weights = oracles.drawn(declare_edges(space, "normal", 4))
     executed = jnp.full((14, 1), space.ops.index("noise"), jnp.int32)
     x = jax.random.normal(jax.random.key(1), (8, 8, 8, 4))
 

@@ -14,7 +14,6 @@ import pytest
 
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.layer_set import fast_layers
-from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.primitives import PRIMITIVES
 from prdarts_jax.space import supernet
 from prdarts_jax.space.cell import declare_edges, mixed_nodes
@@ -43,7 +42,7 @@ def _assert_same(ours: Callable[..., jax.Array], theirs: Callable[..., jax.Array
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_primitive(name: str, stride: int) -> None:
     with jax.enable_x64(True):
-        params = oracles.float64(draw(jax.random.key(1), PRIMITIVES[name].weights(4, stride)))
+        params = oracles.float64(oracles.drawn(PRIMITIVES[name].weights(4, stride)))
         _assert_same(
             lambda p, x: PRIMITIVES[name].apply(p, x, stride, fast_layers()),
             lambda p, x: flax_oracles.primitive(name, p, x, stride),
@@ -54,7 +53,9 @@ def test_primitive(name: str, stride: int) -> None:
 
 @pytest.mark.parametrize("kind", CELL_TYPES)
 @pytest.mark.parametrize(
-    "space", [Space(nodes=1), Space(nodes=2, ops=("skip_connect", "dil_conv_3x3"))], ids=["all-ops", "two-nodes"]
+    "space",
+    [pytest.param(Space(nodes=1), marks=pytest.mark.slow), Space(nodes=2, ops=("skip_connect", "dil_conv_3x3"))],
+    ids=["all-ops", "two-nodes"],
 )
 def test_cell(space: Space, kind: str) -> None:
     """All operations on all edges of a cell, through the scan and its rule."""
@@ -63,7 +64,7 @@ def test_cell(space: Space, kind: str) -> None:
         _assert_same(
             lambda w, g, s0, s1: mixed_nodes(w, g, executed, s0, s1, space=space, kind=kind),
             lambda w, g, s0, s1: flax_oracles.cell(space, kind, w, g, s0, s1),
-            oracles.float64(draw(jax.random.key(2), declare_edges(space, kind, 4))),
+            oracles.float64(oracles.drawn(declare_edges(space, kind, 4))),
             oracles.normal(3, (space.num_edges, space.num_ops)),
             oracles.normal(4, (2, 7, 6, 4)),
             oracles.normal(5, (2, 7, 6, 4)),
@@ -81,7 +82,7 @@ def test_search_network() -> None:
         _assert_same(
             lambda w, g, x: supernet.apply(w, Gates(g, executed), x, space=space)[0],
             lambda w, g, x: flax_oracles.supernet(space, w, g, x),
-            oracles.float64(draw(jax.random.key(3), supernet.declare(space))),
+            oracles.float64(oracles.drawn(supernet.declare(space))),
             {kind: oracles.normal(6 + i, (space.num_edges, space.num_ops)) for i, kind in enumerate(CELL_TYPES)},
             oracles.normal(8, (3, 9, 7, 3)),
         )

@@ -12,7 +12,6 @@ import pytest
 
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.layer_set import LayerSet, fast_layers, reference_layers
-from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.primitives import PRIMITIVES
 from prdarts_jax.space import supernet
 from prdarts_jax.space.cell import declare_edges, mixed_nodes
@@ -40,7 +39,7 @@ def test_primitive(name: str, stride: int, leaves: LayerSet) -> None:
     torch = oracles.require_torch()
     primitive, channels = PRIMITIVES[name], 4
     with jax.enable_x64(True):
-        params = oracles.float64(draw(jax.random.key(1), primitive.weights(channels, stride)))
+        params = oracles.float64(oracles.drawn(primitive.weights(channels, stride)))
         images = [oracles.normal(i, (3, *size, channels)) for i, size in enumerate(SIZES[stride])]
         cotangents = [oracles.normal(9, (3, -(-h // stride), -(-w // stride), channels)) for h, w in SIZES[stride]]
 
@@ -102,7 +101,7 @@ def test_cell(space: Space, kind: str) -> None:
     """
     torch = oracles.require_torch()
     with jax.enable_x64(True):
-        weights = oracles.float64(draw(jax.random.key(2), declare_edges(space, kind, 4)))
+        weights = oracles.float64(oracles.drawn(declare_edges(space, kind, 4)))
         gates = _random_gates(space, 3)[kind]
         s0, s1 = oracles.normal(5, (2, 7, 6, 4)), oracles.normal(6, (2, 7, 6, 4))
         executed = oracles.all_executed(space, kind)
@@ -139,7 +138,7 @@ def test_supernet(head_norm: bool) -> None:
     space = Space(nodes=1, cells=4, channels=4, classes=5, in_channels=2, ops=ops, head_norm=head_norm)
     assert [c.kind[0] for c in space.layout] == list("nrrn")
     with jax.enable_x64(True):
-        weights = oracles.float64(draw(jax.random.key(3), supernet.declare(space)))
+        weights = oracles.float64(oracles.drawn(supernet.declare(space)))
         gates, images = _random_gates(space, 4), oracles.normal(8, (4, 11, 9, 2))
         labels = np.array([0, 3, 4, 1])
         executed = {kind: oracles.all_executed(space, kind) for kind in CELL_TYPES}

@@ -15,7 +15,6 @@ from prdarts_jax.config.search import OPS
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.layer_set import LayerSet
-from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
 from prdarts_jax.ops.separable import Unit
 from prdarts_jax.space.cell import declare_edges, mixed_nodes
@@ -181,12 +180,12 @@ def test_more_channels_than_a_vector_and_more_images_than_parts(kind: str) -> No
     space = Space(nodes=1, ops=ops_, primitives=(("narrow", narrow), *PRIMITIVES.items()))
     shape, out = (33, 17, 18, 20), (33, 9, 9, 20) if kind == "reduce" else (33, 17, 18, 20)
     rng = np.random.default_rng(0)
-    weights = draw(jax.random.key(0), declare_edges(space, kind, 20))
+    weights = oracles.drawn(declare_edges(space, kind, 20))
     arrays = [rng.normal(size=s) for s in (shape, shape, (space.num_edges, space.num_ops), (1, *out))]
     executed = jnp.tile(jnp.arange(space.num_ops, dtype=jnp.int32), (space.num_edges, 1))
     ours = sparse(space, kind)(weights, *(jnp.asarray(a, jnp.float32) for a in arrays), executed)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), weights)
+        wide = jax.tree.map(lambda a: a.astype(np.float64), weights)
         theirs = dense_reference(space, kind)(wide, *map(jnp.asarray, arrays), executed)
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         scale = max(float(np.abs(b).max(initial=0)), 1e-3)

@@ -25,7 +25,7 @@ OPS = ("skip_connect", "dil_conv_3x3", "max_pool_3x3", "none")
 # Edges 02 12 03 13 23 04 14 24 34 have one or two operations each, and those of a cell and stride few altogether: the
 # first decides the size of the unrolled reference, the second that of the scans.
 _DIL, _POOL, _NONE, _SKIP = ("dil_conv_3x3",), ("max_pool_3x3",), ("none",), ("skip_connect",)
-_NORMAL = (_DIL + _POOL, _POOL, _NONE, _DIL, _DIL, _POOL, _NONE, _DIL + _NONE, _POOL)
+_NORMAL = (_DIL + _POOL, _NONE, _NONE, _POOL, _DIL, _NONE, _NONE, _POOL + _NONE, _NONE)
 _REDUCE = (_SKIP + _DIL, _SKIP, _NONE, _DIL, _POOL, _NONE, _SKIP, _POOL, _POOL + _NONE)
 # Three cells at the stem are equal, whose output is that of a cell of three nodes, and the last two of the network.
 DEEP = Space(nodes=3, cells=10, channels=2, classes=3, in_channels=1, ops=OPS, edge_ops=(_NORMAL, _REDUCE))

@@ -141,7 +141,7 @@ def test_restricted_edges_have_no_weights_to_spare() -> None:
 
 
 def _weights(space: Space) -> Any:
-    return jax.tree.map(lambda a: jnp.asarray(a, np.float64), supernet.init(jax.random.key(0), space))
+    return jax.tree.map(lambda a: jnp.asarray(a, np.float64), oracles.drawn(supernet.declare(space)))
 
 
 def _loss(apply: Any, space: Space, images: jax.Array) -> Any:
@@ -249,7 +249,7 @@ def test_exact_second_order_in_the_gates(images: np.ndarray) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_logits_are_float32_whatever_the_compute_dtype(images: np.ndarray, dtype: Any) -> None:
-    weights = supernet.init(jax.random.key(0), TINY)
+    weights = oracles.drawn(supernet.declare(TINY))
     executed = {kind: jnp.zeros((2, 1), jnp.int32) for kind in CELL_TYPES}
     gates = Gates({kind: jnp.ones((2, 4)) for kind in CELL_TYPES}, executed)
     x = jnp.asarray(images, dtype)

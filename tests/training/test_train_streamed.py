@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 import train_cases
+from data_cases import write_tfds
 from PIL import Image
 from search_cases import assert_same, one_error
-from test_data_tfds import write_tfds
 from train_cases import TOTAL, digits, outcome, train
 
 from prdarts_jax import cli
