@@ -42,6 +42,7 @@ class Start(NamedTuple):
     document: Mapping[str, Any]  # config.json of now
     label: str = ""  # its name among the runs of one process
     compiled: bool = False  # whether a run of this process has compiled its program
+    side_by_side: bool = False  # whether one program computes this run and others at once
     began: float | None = None  # time.monotonic() from which the time limit counts; None: when the run is made
 
 

@@ -367,6 +367,8 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         start, before = step // self.epoch_steps, self.problem
         left = self.config.epochs - start
         epochs = left if event.epochs is None else event.epochs
+        if self.start.side_by_side:
+            raise UserError("run.devices: searches side by side have one stage each; allowed: 1, one after the other")
         if epochs < 1:
             raise UserError(f"{METHOD}: Restage for {epochs} epochs is not possible; allowed: >= 1")
         fields = changed_fields(event.space, self.inputs.problem.space)

@@ -244,6 +244,7 @@ class _Population:
         run = dataclasses.replace(member.config.run, progress=self.run.progress)
         start = Start(run, self.workdir / member.name, self.notes, self.stop, None, document)
         start = start._replace(label=member.name, compiled=self.compiled, began=self.began)
+        start = start._replace(side_by_side=len(self.devices) > 1)
         inputs = inputs._replace(mesh=sharding.make_mesh([device]))
         return self._go_on(member.name, search_loop.dispatches(member.config, inputs, start, self.shared), None)
 

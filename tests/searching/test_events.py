@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,10 +22,12 @@ from prdarts_jax.errors import UserError
 from prdarts_jax.report import page as report_page
 from prdarts_jax.report import plots
 from prdarts_jax.run.checkpoint import Checkpointer
+from prdarts_jax.run.loop import Work
 from prdarts_jax.run.metrics import comparable, read
 from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching import program as search_program
 from prdarts_jax.searching import stages
+from prdarts_jax.searching.population import search_population
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import CELL_TYPES, Space
 from prdarts_jax.strategies.darts import darts
@@ -150,6 +153,32 @@ def test_stopped_after_every_dispatch_it_ends_as_uninterrupted(
         statuses.append(search(tmp_path / "w", given={"strategy": TOYS[name]}, **flags).status)
         assert len(statuses) < 15
     assert len(statuses) > 5
+    found = _outcome(tmp_path / "w")
+    for part in expected:
+        assert found[part] == expected[part], part
+
+
+def test_killed_in_every_stage(finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is saved when it dies, in the fourth dispatch of each start: in the second stage, and in the third."""
+    expected, done, starts = _outcome(_finished(finished, "staged")), Work.done, []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(work: Any) -> Any:
+        starts[-1] += 1
+        if starts[-1] == 4:
+            raise Killed
+        return done(work)
+
+    monkeypatch.setattr(Work, "done", dying)
+    status = ""
+    while status != "finished":
+        starts.append(0)
+        with contextlib.suppress(Killed):
+            status = search(tmp_path / "w", given={"strategy": _staged}).status
+        assert len(starts) < 6
+    assert starts == [4, 4, 3], "an epoch has three dispatches"
     found = _outcome(tmp_path / "w")
     for part in expected:
         assert found[part] == expected[part], part
@@ -301,3 +330,18 @@ def test_the_report_shows_the_stages(
     for workdir, said in zip(workdirs, ("cells = 4", "weights.weight_decay = 0.125"), strict=True):
         page = report_page.report([workdir], tmp_path / "report.html").read_text()
         assert "Stages and steps back" in page and said in page
+
+
+@pytest.mark.multidevice
+def test_searches_side_by_side_go_back_and_have_one_stage(finished: dict[str, Path], tmp_path: Path) -> None:
+    """A member that goes back ends as it does alone; one that would begin a stage fails in one line."""
+    config = search_cases.config(run__devices="2")
+    given = {"data": search_cases.digits()}
+    result = search_population(config, tmp_path / "back", {"seed": [0, 1]}, strategy=_going_back, **given)
+    assert result.status == "finished"
+    alone = [comparable(row) for row in rows(_finished(finished, "going back"), "epoch")]
+    member = [comparable(row) for row in rows(tmp_path / "back" / "seed=0", "epoch")]
+    for a, b in zip(alone, member, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+    result = search_population(config, tmp_path / "stages", {"seed": [0, 1]}, strategy=_staged, **given)
+    assert result.status == "failed" and "searches side by side have one stage" in result.failures["seed=0"]
