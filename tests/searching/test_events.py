@@ -192,6 +192,14 @@ def test_a_rule_and_an_event_change_the_memory(finished: dict[str, Path]) -> Non
     assert first["penalty/counted"] == 0.0
 
 
+def test_kept_weights_reach_the_stage(finished: dict[str, Path]) -> None:
+    """The second stage goes on with the weights it is given, the third begins anew: its loss starts high."""
+    steps = rows(_finished(finished, "staged"), "step")
+    norms = [row["train_loss"] for row in steps]
+    last, second, third = norms[EPOCH_STEPS - 1], norms[EPOCH_STEPS], norms[2 * EPOCH_STEPS]
+    assert second < third and abs(second - last) < abs(third - last)
+
+
 def test_the_log_shows_the_stages(finished: dict[str, Path]) -> None:
     workdir = _finished(finished, "staged")
     assert [row.get("stage") for row in rows(workdir, "epoch")] == [None, 1, 2]
