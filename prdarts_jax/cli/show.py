@@ -95,22 +95,26 @@ def zoo(args: argparse.Namespace) -> int:
     if args.name is not None:
         one = genotype.Genotype.load(args.name)
         written = _pictures(one, expanded(args.pictures, "--pictures")) if args.pictures else []
-        for line in [one.to_json()] if args.json else itertools.chain(_cells(one), _cost_lines(one), written):
+        lines = itertools.chain(_cells(one), _cost_lines(one, args.name), written)
+        for line in [one.to_json()] if args.json else lines:
             print(line)
         return 0
     if args.pictures:
         raise UserError("--pictures: of which genotype? allowed: NAME and --pictures DIR")
-    costs = {name: _costs(genotype.Genotype.named(name)) for name in genotype.names()}
+    costs = {name: _costs(genotype.Genotype.named(name), name) for name in genotype.names()}
     rows = [{"name": name, **cost} for name, cost in costs.items()]
     print(json.dumps(rows, indent=1) if args.json else "\n".join(_zoo_table(costs)))
     return 0
 
 
-def _costs(one: Genotype) -> dict[str, dict[str, int]]:
-    """Parameters, these with the auxiliary head, and multiply-adds of a genotype, by data set."""
-    from prdarts_jax.network import counts
+def _costs(one: Genotype, name: str) -> dict[str, dict[str, int]]:
+    """Parameters, these with the auxiliary head, and multiply-adds of a genotype, by data set.
 
-    return {data: counts.profile(one, data)._asdict() for data in counts.SCALES}
+    The auxiliary head is that of the program of a published genotype.
+    """
+    from prdarts_jax.network.counts import SCALES, has_second_norm, profile
+
+    return {d: profile(one, d, auxiliary_second_norm=has_second_norm(name, d))._asdict() for d in SCALES}
 
 
 def _cells(one: Genotype) -> Iterator[str]:
@@ -127,7 +131,7 @@ def _cells(one: Genotype) -> Iterator[str]:
         yield f"  output = concat({', '.join(str(node) for node in concat if exists[node])})"
 
 
-def _cost_lines(one: Genotype) -> Iterator[str]:
+def _cost_lines(one: Genotype, name: str) -> Iterator[str]:
     from prdarts_jax.ops.primitives import PRIMITIVES
 
     try:
@@ -135,7 +139,7 @@ def _cost_lines(one: Genotype) -> Iterator[str]:
     except UserError as error:
         yield f"costs: unknown ({error})"
         return
-    for data, cost in _costs(one).items():
+    for data, cost in _costs(one, name).items():
         params, with_aux, macs = (f"{count / 1e6:.2f} M" for count in cost.values())
         yield f"{data}: {params} parameters ({with_aux} with the auxiliary head), {macs} multiply-adds"
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 
 from prdarts_jax.config.schema import SEED, SHARE, Limit, batch_for, check, finite, require
 from prdarts_jax.config.search import CLIP_NORM, DTYPES, ImagesConfig, RunConfig
-from prdarts_jax.schedules import KINK
+from prdarts_jax.schedules import KINK, SCHEDULES
 
 STEMS = ("cifar", "imagenet")
-SCHEDULES = ("cosine", "linear")
 STREAMS = ("auto", "always", "never")
 SCALE_BATCH = 128  # the batch whose learning rate `weights.scale_lr` scales from
 
@@ -25,6 +24,7 @@ class NetworkConfig:
     cells: int = 20  # reductions at cells//3 and 2*cells//3
     stem: str = "cifar"  # cifar (3x3 convolution) | imagenet (three convolutions of stride 2)
     auxiliary: bool = True  # a second classifier after the second reduction cell, in training alone
+    auxiliary_second_norm: bool = True  # BN after its second convolution; DARTS' ImageNet program has none
     primitives: str = ""  # FILE.py with PRIMITIVES = {name: Primitive(...)} of the user
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class SgdConfig:
     """SGD for the weights: clip by global norm -> coupled weight decay -> momentum -> learning rate."""
 
     learning_rate: float = 0.025  # at epoch 0, without warm-up
-    schedule: str = "cosine"  # cosine (to 0) | linear (with a kink five epochs before the end); by epoch
+    schedule: str = "cosine"  # cosine (to 0) | linear (kinked five epochs before the end) | step (times 0.97 an epoch)
     warmup_epochs: int = 0  # epochs e < W with the schedule's rate times (e + 1)/W
     scale_lr: bool = False  # learning rate times batch_size / 128
     momentum: float = 0.9  # decay of the velocity

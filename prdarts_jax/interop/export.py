@@ -31,7 +31,8 @@ SCHEMA_VERSION = 1
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 NETWORK_FILE = "network.safetensors"  # in a workdir: the network itself, when there is no run behind it
 _KEY = "prdarts_jax"  # safetensors metadata: strings only, so one JSON document under one key
-_FIELDS = ("channels", "cells", "classes", "stem", "auxiliary")  # of DerivedNetwork, that a description repeats
+# Of DerivedNetwork, that a description repeats.
+_FIELDS = ("channels", "cells", "classes", "stem", "auxiliary", "auxiliary_second_norm")
 _SEPARATOR = "/"
 
 
@@ -63,8 +64,9 @@ def describe(
       class_names: one a class; empty: unknown.
 
     Returns:
-      {"schema_version", "genotype", "channels", "cells", "classes", "stem", "auxiliary", "image", "mean", "std",
-      "class_names", "own_operations"}: the last are the names whose operations are not those of this library.
+      {"schema_version", "genotype", "channels", "cells", "classes", "stem", "auxiliary", "auxiliary_second_norm",
+      "image", "mean", "std", "class_names", "own_operations"}: the last are the names whose operations are not those of
+      this library.
 
     Raises:
       UserError: lengths that do not fit each other.
@@ -112,6 +114,7 @@ def rebuild(description: Mapping[str, Any], primitives: Mapping[str, Primitive] 
     version = description.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(f"schema_version: {version!r} of the network is unknown; allowed: {SCHEMA_VERSION}")
+    description = {"auxiliary_second_norm": True, **description}  # files of version 0.1.0 do not say it
     for field in ("genotype", *_FIELDS, "image", "mean", "std"):
         if field not in description:
             raise UserError(f"{field}: missing in the description of the network; allowed: what `describe` gives")

@@ -23,7 +23,6 @@ from prdarts_jax.errors import UserError, unknown
 from prdarts_jax.network.layers import TreePath
 from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.network.plan import STEMS, NetworkPlan
-from prdarts_jax.ops.batch_norm import BN_EPS
 from prdarts_jax.space.genotype import CELL_INPUTS, Genotype
 
 # Keys under which programs save a state_dict beside the epoch and the optimizer.
@@ -73,7 +72,7 @@ _LAYOUTS = {  # (our rank, theirs) -> their axes in our order; the others are of
     (2, 4): (1, 0),  # a 1x1 convolution, [O,I,1,1] -> [I,O]
     (2, 2): (1, 0),  # a linear layer
 }
-_AUXILIARY_NORM = "auxiliary_head.features.6"  # which some programs leave out
+_SECOND_NORM = "auxiliary_head.features.6."  # of the auxiliary head; some programs leave it out
 _STEM_WEIGHT = {"cifar": "stem.0.weight", "imagenet": "stem0.0.weight"}  # the first convolution
 
 
@@ -81,7 +80,7 @@ class Converted(NamedTuple):
     """A network of a PyTorch program, as ours."""
 
     variables: dict[str, Any]  # {"params", "batch_stats"}, float32 NumPy arrays
-    network: dict[str, Any]  # keyword arguments of DerivedNetwork: channels, cells, classes, stem, auxiliary
+    network: dict[str, Any]  # keyword arguments of DerivedNetwork: its sizes, stem and auxiliary head
     channels: int  # of the images
     notes: tuple[str, ...]  # what is not as in the file
 
@@ -180,8 +179,8 @@ def convert(state_dict: Mapping[str, np.ndarray], genotype: Genotype, *, stem: s
     Convolutions OIHW become HWIO, depthwise ones [k,k,C], 1x1 ones [C_in,C_out]; linear layers [C_in,C_out]. Width,
     depth and classes are read off the shapes. Every key is used and every variable filled, or it is an error.
 
-    The ImageNet program of DARTS, and others built on it, leave out the second batch normalisation of the auxiliary
-    head. Ours is then the identity in evaluation; in training it would normalise (`notes` says so).
+    The ImageNet programs of DARTS, and others built on it, leave out the second batch normalisation of the auxiliary
+    head; so does the network of a checkpoint without it.
 
     Args:
       state_dict: name -> array, as `load_state_dict` gives it.
@@ -201,25 +200,16 @@ def convert(state_dict: Mapping[str, np.ndarray], genotype: Genotype, *, stem: s
     """  # noqa: E501 (the message is one line)
     network, in_channels = _size(state_dict, stem)
     plan = DerivedNetwork(genotype, **network).plan(in_channels)
-    tensors, notes = dict(state_dict), []
-    if plan.auxiliary is not None and network["stem"] == "imagenet" and f"{_AUXILIARY_NORM}.weight" not in tensors:
-        # y = x: the scale sqrt(var + eps) undoes the division.
-        values = {"weight": np.sqrt(1 + BN_EPS), "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
-        shape = plan.auxiliary.variables["params", "bn2", "scale"].shape
-        tensors |= {f"{_AUXILIARY_NORM}.{name}": np.full(shape, value, np.float32) for name, value in values.items()}
-        notes.append(
-            "the auxiliary head has no second batch normalisation: ours is the identity in evaluation, and would "
-            "normalise if training went on"
-        )
+    notes: list[str] = []
     modules = _modules(plan, genotype)
-    sources = _sources(plan, modules, tensors)
-    norms = {key.removesuffix("running_mean") for key in tensors if key.endswith(".running_mean")}
+    sources = _sources(plan, modules, state_dict)
+    norms = {key.removesuffix("running_mean") for key in state_dict if key.endswith(".running_mean")}
     idle = {f"{norm}num_batches_tracked" for norm in norms}  # of use with momentum=None only; old checkpoints have none
     void = tuple(f"{module}." for path, module in modules.items() if path not in plan.layers)
-    unused = [key for key in tensors if key not in idle and key.startswith(void)]
+    unused = [key for key in state_dict if key not in idle and key.startswith(void)]
     if unused:
         notes.append(f"left out: {_listed(unused)}, of edges that leave a node without operations")
-    keys = tensors.keys() - idle - set(unused)
+    keys = state_dict.keys() - idle - set(unused)
     differences = {"it lacks": sources.keys() - keys, "it has besides": keys - sources.keys()}
     parts = [f"{what} {_listed(sorted(names, key=_natural))}" for what, names in differences.items() if names]
     if parts:
@@ -227,7 +217,7 @@ def convert(state_dict: Mapping[str, np.ndarray], genotype: Genotype, *, stem: s
             f"state_dict: these are not the weights of the genotype's network: {'; '.join(parts)}; "
             "allowed: the genotype that was trained"
         )
-    arrays = {name: _array(key, tensors[key], name, shape) for key, (name, shape) in sources.items()}
+    arrays = {name: _array(key, state_dict[key], name, shape) for key, (name, shape) in sources.items()}
     return Converted(traverse_util.unflatten_dict(arrays), network, in_channels, tuple(notes))
 
 
@@ -244,12 +234,14 @@ def _size(state_dict: Mapping[str, np.ndarray], stem: str | None) -> tuple[dict[
     stem = stem or named
     first, last = (_shape_of(state_dict, key) for key in (_STEM_WEIGHT[stem], "classifier.weight"))
     numbers = [int(match[1]) for key in state_dict if (match := re.match(r"cells\.(\d+)\.", key))]
+    head = [key for key in state_dict if key.startswith("auxiliary_head.")]
     network = {
         "channels": first[0] // 3 if stem == "cifar" else _shape_of(state_dict, "stem1.1.weight")[0],
         "cells": max(numbers, default=-1) + 1,
         "classes": last[0],
         "stem": stem,
-        "auxiliary": any(key.startswith("auxiliary_head.") for key in state_dict),
+        "auxiliary": bool(head),
+        "auxiliary_second_norm": not head or any(key.startswith(_SECOND_NORM) for key in head),
     }
     return network, first[1]
 

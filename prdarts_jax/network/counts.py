@@ -14,7 +14,7 @@ from prdarts_jax.errors import unknown
 from prdarts_jax.network.layers import Layer, operation
 from prdarts_jax.network.plan import CellPlan, NetworkPlan, make_plan, wire
 from prdarts_jax.ops.primitives import PRIMITIVES
-from prdarts_jax.space.genotype import CELL_INPUTS, Genotype
+from prdarts_jax.space.genotype import CELL_INPUTS, Genotype, names, program
 from prdarts_jax.space.spec import Space
 
 
@@ -33,6 +33,8 @@ SCALES = {
     "cifar100": Scale(36, 20, 100, "cifar", 32),
     "imagenet": Scale(48, 14, 1000, "imagenet", 224),
 }
+# Methods whose ImageNet program has no BN after the second convolution of the auxiliary head.
+_ONE_NORM = frozenset({"DARTS", "PC-DARTS", "Fair DARTS", "MdeNAS"})
 
 
 class Profile(NamedTuple):
@@ -43,8 +45,22 @@ class Profile(NamedTuple):
     macs: int  # multiply-adds of convolutions and linear layers, one image, without the auxiliary head
 
 
+def has_second_norm(name: str, dataset: str) -> bool:
+    """Whether the auxiliary head of a published cell's program has a second BN; True for any other name.
+
+    >>> [has_second_norm(name, "imagenet") for name in ("DARTS_V2", "PRDARTS")], has_second_norm("DARTS_V2", "cifar10")
+    ([False, True], True)
+    """
+    return dataset != "imagenet" or name not in names() or program(name) not in _ONE_NORM
+
+
 def profile(
-    genotype: Genotype, dataset: str = "cifar10", *, channels: int | None = None, cells: int | None = None
+    genotype: Genotype,
+    dataset: str = "cifar10",
+    *,
+    channels: int | None = None,
+    cells: int | None = None,
+    auxiliary_second_norm: bool = True,
 ) -> Profile:
     """Parameters and multiply-adds of a genotype's network at the scale of a data set.
 
@@ -53,6 +69,8 @@ def profile(
       dataset: "cifar10" | "cifar100" (C = 36, 20 cells, 32 pixels) | "imagenet" (C = 48, 14 cells, 224 pixels).
       channels: another C.
       cells: another depth.
+      auxiliary_second_norm: whether a BN (1,536 weights) follows the second convolution of the auxiliary head;
+        `has_second_norm` knows it of the published cells.
 
     Raises:
       UserError: unknown data set, an operation without a definition, a value out of range.
@@ -72,6 +90,7 @@ def profile(
         auxiliary=True,
         in_channels=3,
         primitives=PRIMITIVES,
+        auxiliary_second_norm=auxiliary_second_norm,
     )
     counts = {path: _layer_params(layer) for path, layer in plan.layers.items()}
     total = sum(counts.values())

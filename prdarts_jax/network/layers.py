@@ -159,8 +159,8 @@ def _dense(kernel: int, channels_in: int, channels: int) -> Weight:
 
 
 @cache
-def auxiliary_head(channels_in: int, classes: int, stem: str) -> Layer:
-    """ReLU, 5x5 average pool, 1x1 to 128, BN, ReLU, 2x2 (valid) to 768, BN, ReLU, linear."""
+def auxiliary_head(channels_in: int, classes: int, stem: str, second_norm: bool = True) -> Layer:
+    """ReLU, 5x5 average pool, 1x1 to 128, BN, ReLU, 2x2 (valid) to 768, BN (`second_norm`), ReLU, linear."""
     first, second = 128, 768
     weights = {
         "pointwise": Weight((channels_in, first), channels_in),
@@ -173,7 +173,8 @@ def auxiliary_head(channels_in: int, classes: int, stem: str) -> Layer:
         zero = np.zeros((), x.dtype)  # concrete: JAX then knows the window sum, which has a gradient
         x = lax.reduce_window(jax.nn.relu(x), zero, lax.add, window, strides, "VALID") / (AUX_POOL * AUX_POOL)
         x = jax.nn.relu(layers.norm("bn1", pointwise(x, params["pointwise"])))
-        x = jax.nn.relu(layers.norm("bn2", conv(x, params["conv"])))
+        x = conv(x, params["conv"])
+        x = jax.nn.relu(layers.norm("bn2", x) if second_norm else x)
         return _linear(params, x.reshape(x.shape[0], -1))
 
     return Layer(channels_in, weights, apply)

@@ -209,6 +209,8 @@ class DerivedNetwork(nn.Module):
         again: less memory, and measured not slower on CPU. Not over `axis_name`, where the all-reduces of the
         statistics would run again.
       primitives: (name, Primitive) pairs the genotype's operations refer to.
+      auxiliary_second_norm: whether a BN follows the second convolution of the auxiliary head; the ImageNet programs
+        of DARTS, PC-DARTS and Fair DARTS have none.
 
     Source: Liu et al., "DARTS: Differentiable Architecture Search" (ICLR 2019): its evaluation networks.
 
@@ -232,6 +234,7 @@ class DerivedNetwork(nn.Module):
     scan_cells: bool = True
     recompute: bool = False
     primitives: tuple[tuple[str, Primitive], ...] = tuple(PRIMITIVES.items())
+    auxiliary_second_norm: bool = True
 
     def plan(self, in_channels: int = 3) -> NetworkPlan:
         """The static plan of the network, for images of so many channels."""
@@ -244,6 +247,7 @@ class DerivedNetwork(nn.Module):
             auxiliary=self.auxiliary,
             in_channels=in_channels,
             primitives=dict(self.primitives),
+            auxiliary_second_norm=self.auxiliary_second_norm,
         )
 
     @nn.compact

@@ -110,6 +110,7 @@ def make_plan(
     auxiliary: bool,
     in_channels: int,
     primitives: Mapping[str, Primitive],
+    auxiliary_second_norm: bool = True,
 ) -> NetworkPlan:
     """The plan of a genotype at a depth and width.
 
@@ -126,6 +127,7 @@ def make_plan(
       auxiliary: whether there is an auxiliary head after the second reduction cell.
       in_channels: of the images.
       primitives: the operations by name.
+      auxiliary_second_norm: whether a BN follows the second convolution of the auxiliary head.
 
     Raises:
       UserError: a value out of range, an operation that is not in `primitives`, a cell without output.
@@ -152,10 +154,11 @@ def make_plan(
         kind = "reduce" if reduces else "normal"
         plans.append(_cell(genotype, kind, inputs, previous_reduced, channels, primitives))
         before_last, last, previous_reduced = last, plans[-1].channels_out, reduces
+    head = auxiliary_head(plans[second_reduction].channels_out, classes, stem, auxiliary_second_norm)
     return NetworkPlan(
         stem=tuple(stems.items()),
         cells=tuple(plans),
-        auxiliary=auxiliary_head(plans[second_reduction].channels_out, classes, stem) if auxiliary else None,
+        auxiliary=head if auxiliary else None,
         auxiliary_after=second_reduction,
         classifier=classifier(last, classes),
     )

@@ -289,10 +289,28 @@ def names() -> list[str]:
     return list(_zoo())
 
 
+def program(name: str) -> str:
+    """The method whose program has the evaluation network of a published genotype.
+
+    A cell that others took over is of the method that lists it in its program; BayesNAS' cells are counted in DARTS'
+    network, since its own differs in more than the cells.
+
+    >>> program("DARTS_V2"), program("FairDARTS_a"), program("PNASNet")
+    ('DARTS', 'Fair DARTS', 'GDAS')
+    """
+    return next(row["program"] for row in _rows() if row["name"] == name)
+
+
+@functools.lru_cache(maxsize=1)
+def _rows() -> list[dict[str, Any]]:
+    text = importlib.resources.files("prdarts_jax.space").joinpath("zoo.json").read_text(encoding="utf-8")
+    rows: list[dict[str, Any]] = json.loads(text)["genotypes"]
+    return rows
+
+
 @functools.lru_cache(maxsize=1)
 def _zoo() -> Mapping[str, Genotype]:
-    text = importlib.resources.files("prdarts_jax.space").joinpath("zoo.json").read_text(encoding="utf-8")
-    return {row["name"]: Genotype(*(row[f] for f in _FIELDS)) for row in json.loads(text)["genotypes"]}
+    return {row["name"]: Genotype(*(row[f] for f in _FIELDS)) for row in _rows()}
 
 
 def _checked_cell(field: str, nodes: Any) -> Cell:

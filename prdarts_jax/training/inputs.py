@@ -172,6 +172,7 @@ def make_problem(
         dtype=config.dtype,
         recompute=jax.default_backend() == "cpu",  # elsewhere not measured
         primitives=tuple({**PRIMITIVES, **(operations or {})}.items()),
+        auxiliary_second_norm=config.network.auxiliary_second_norm,
     )
     return TrainProblem(
         network=network,

@@ -168,6 +168,16 @@ def test_shapes_are_those_of_init(name: str, stem: str, pixels: int) -> None:
     assert {k: v.shape for k, v in export.shapes(net, 1).items()} == {k: v.shape for k, v in expected.items()}
 
 
+def test_a_description_says_which_auxiliary_head_there_is() -> None:
+    net = DerivedNetwork(TINY, channels=4, cells=3, auxiliary=True, auxiliary_second_norm=False)
+    description = export.describe(net, IMAGE, mean=MEAN, std=STD)
+    rebuilt = export.rebuild(description)
+    assert rebuilt == net and "params/auxiliary/bn1/scale" in export.shapes(rebuilt, 3)
+    assert not any(name.startswith("params/auxiliary/bn2") for name in export.shapes(rebuilt, 3))
+    del description["auxiliary_second_norm"]  # as in files of version 0.1.0, whose heads all have the second norm
+    assert export.rebuild(description) == net.clone(auxiliary_second_norm=True)
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

@@ -206,9 +206,9 @@ def test_outputs_are_those_of_the_program(case: str, tmp_path: Path) -> None:
     model = program(genotype, stem, second_norm=second_norm)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     converted = import_torch.convert(import_torch.load_state_dict(tmp_path / "weights.pt"), genotype)
-    sizes = {"channels": CHANNELS, "cells": CELLS, "classes": CLASSES, "stem": stem, "auxiliary": True}
-    assert converted.network == sizes and converted.channels == 3
-    assert [note[:18] for note in converted.notes] == ([] if second_norm else ["the auxiliary head"])
+    sizes = {"channels": CHANNELS, "cells": CELLS, "classes": CLASSES, "stem": stem}
+    assert converted.network == {**sizes, "auxiliary": True, "auxiliary_second_norm": second_norm}
+    assert converted.channels == 3 and converted.notes == ()
     net = DerivedNetwork(genotype, **converted.network)
     export.check_variables(net, converted.variables, 3, "converted")
 
@@ -389,10 +389,14 @@ def test_a_wrapped_conv_7x1_1x7_is_the_same() -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_a_cifar_head_without_its_second_norm_is_refused() -> None:
-    weights = arrays(program(SEVEN, second_norm=False).state_dict())
-    with pytest.raises(UserError, match=r"lacks auxiliary_head\.features\.6"):
+def test_half_a_second_norm_of_the_auxiliary_head_is_refused() -> None:
+    weights = arrays(program(SEVEN).state_dict())
+    del weights["auxiliary_head.features.6.running_var"]
+    with pytest.raises(UserError, match=r"it lacks auxiliary_head\.features\.6\.running_var;"):
         import_torch.convert(weights, SEVEN)
+    weights = arrays(program(SEVEN, auxiliary=False).state_dict())
+    network = import_torch.convert(weights, SEVEN).network
+    assert (network["auxiliary"], network["auxiliary_second_norm"]) == (False, True)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

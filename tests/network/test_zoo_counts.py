@@ -12,7 +12,7 @@ import pytest
 
 from prdarts_jax import cli
 from prdarts_jax.errors import UserError
-from prdarts_jax.network.counts import SCALES, Profile, jaxpr_macs
+from prdarts_jax.network.counts import SCALES, Profile, has_second_norm, jaxpr_macs
 from prdarts_jax.network.module import DerivedNetwork, profile
 from prdarts_jax.space.genotype import Genotype, names
 
@@ -22,7 +22,13 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden_genotypes.json").read_t
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, Profile]]:
     """What `prdarts zoo --json` prints is made of: every published cell at every scale."""
-    return {name: {data: profile(Genotype.named(name), data) for data in SCALES} for name in names()}
+    return {
+        name: {
+            data: profile(Genotype.named(name), data, auxiliary_second_norm=has_second_norm(name, data))
+            for data in SCALES
+        }
+        for name in names()
+    }
 
 
 def golden_keys() -> list[tuple[str, str, int]]:
@@ -51,15 +57,33 @@ def test_cifar100_differs_from_cifar10_by_its_linear_layers(rows) -> None:
         assert hundred.params_with_aux - ten.params_with_aux == 90 * (features + 1 + 769)
 
 
+# The published cells whose program has both batch normalisations in its ImageNet auxiliary head.
+TWO_NORMS = {"PNASNet", "SNAS_mild", "SNAS_moderate", "SNAS_aggressive", "PDARTS", "GDAS_V1", "PRDARTS"}
+
+
+def test_the_auxiliary_head_is_counted_as_in_the_program_of_each_family(rows) -> None:
+    """Closed form, C channels coming in: 128 C + 256, 4 * 128 * 768, for a second norm 2 * 768, and 769 a class."""
+    for name, counts in rows.items():
+        for data, scale in SCALES.items():
+            nodes = len({n for n in Genotype.named(name).reduce_concat if Genotype.named(name).reduce[n - 2]})
+            channels = 4 * scale.channels * nodes
+            second = 1536 if data != "imagenet" or name in TWO_NORMS else 0
+            head = 128 * channels + 2 * 128 + 4 * 128 * 768 + second + 769 * scale.classes
+            assert counts[data].params_with_aux - counts[data].params == head, (name, data)
+    assert len(rows) - len(TWO_NORMS) == 18
+
+
 @pytest.mark.parametrize("name", ["PRDARTS", "AmoebaNet_A", "FairDARTS_g"])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_parameters_are_those_init_makes(name: str, stem: str) -> None:
     genotype = Genotype.named(name)
     scale = SCALES[{"cifar": "cifar10", "imagenet": "imagenet"}[stem]]
-    counts = profile(genotype, "cifar10" if stem == "cifar" else "imagenet", channels=6, cells=5)
+    second_norm = name == "PRDARTS"
+    data = "cifar10" if stem == "cifar" else "imagenet"
+    counts = profile(genotype, data, channels=6, cells=5, auxiliary_second_norm=second_norm)
     images = jax.ShapeDtypeStruct((1, scale.pixels, scale.pixels, 3), jnp.float32)
     for auxiliary, expected in ((False, counts.params), (True, counts.params_with_aux)):
-        net = DerivedNetwork(genotype, 6, 5, scale.classes, stem, auxiliary)
+        net = DerivedNetwork(genotype, 6, 5, scale.classes, stem, auxiliary, auxiliary_second_norm=second_norm)
         made = jax.eval_shape(net.init, jax.random.key(0), images)
         assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(made["params"])) == expected
 
