@@ -948,6 +948,20 @@ _RESULT_SLIPS = (
         ("tests/config/test_train_config.py::test_cosine_is_that_of_optax_and_ends_near_zero",),
     ),
     Mutation(
+        "schedule: a step down before the first epoch",
+        _SCHEDULES,
+        "high * STEP_FACTOR**epoch",
+        "high * STEP_FACTOR ** (epoch + 1)",
+        ("tests/config/test_train_config.py::test_step_is_0_97_an_epoch",),
+    ),
+    Mutation(
+        "network: a second BN in every auxiliary head",
+        "prdarts_jax/network/layers.py",
+        'layers.norm("bn2", x) if second_norm else x',
+        'layers.norm("bn2", x)',
+        ("tests/config/test_train_config.py::test_the_auxiliary_head_is_that_of_the_recipe",),
+    ),
+    Mutation(
         "schedule: a warm-up from 0",
         _SCHEDULES,
         "min(1.0, (epoch + 1) / warmup_epochs)",

@@ -9,6 +9,9 @@ from typing import Any, Generic, TypeVar
 from prdarts_jax.config import schema
 
 Config = TypeVar("Config")
+# Where a value comes from that nobody chose: stated or meant in the paper; not there, or otherwise, but in its authors'
+# program; the convention the paper says it follows; none of these.
+PAPER, RELEASED, DARTS, OURS = "paper", "released program", "DARTS", "ours"
 TRANSFORMS = "method.transforms"  # of a search: what `--with` appends to
 OPTIONS = "method.options."  # of a search: in front of the name of an option of its strategy
 
@@ -18,7 +21,7 @@ class Preset:
     """Data and scale by dotted config path, and a method with options; what is not named keeps its earlier value.
 
     `method_settings` are fields outside `method.*` that are part of the preset's method, and go with it when another
-    strategy takes its place.
+    strategy takes its place. `provenance` says by path where a value comes from that a training has from the preset.
     """
 
     summary: str
@@ -26,6 +29,7 @@ class Preset:
     method: str = "prdarts"
     options: Mapping[str, Any] = field(default_factory=dict)
     method_settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def table(resolved: Resolved[Any]) -> list[tuple[str, Any, str]]:
 
     >>> from prdarts_jax.presets.train import resolve
     >>> table(resolve("digits"))[0]
-    ('network.channels', 8, 'preset digits')
+    ('network.channels', 8, 'preset digits (ours)')
     """
     paths: list[str] = []
     for path, _, _ in schema.fields(type(resolved.config)):

@@ -15,7 +15,7 @@ from typing import Any
 from prdarts_jax.config import schema
 from prdarts_jax.config.search import OPS, SearchConfig
 from prdarts_jax.errors import UserError, unknown
-from prdarts_jax.presets.merge import OPTIONS, Preset, Resolved, combine
+from prdarts_jax.presets.merge import DARTS, OPTIONS, OURS, PAPER, RELEASED, Preset, Resolved, combine
 from prdarts_jax.strategies import composition, registry
 
 PRESETS: Mapping[str, Preset] = {
@@ -62,55 +62,51 @@ PRESETS: Mapping[str, Preset] = {
     ),
 }
 
-# Where a value of PR-DARTS that nobody chose comes from. `paper`: stated or meant there. `released program`: the paper
-# is silent and its authors' program has it. `DARTS`: the convention the paper says it follows. Not named here: ours.
-_PAPER = "paper"
-_RELEASED = "released program"
-_DARTS = "DARTS"
+# Of the values of PR-DARTS; not named here: ours.
 PROVENANCE: Mapping[str, str] = {
-    "space.cells": _PAPER,
-    "space.channels": _DARTS,
-    "space.nodes": _DARTS,
-    "space.ops": _DARTS,
-    "space.head_norm": _RELEASED,
-    "space.pool_norm": _PAPER,
-    "method.strategy": _PAPER,
-    "method.options.tau_max": _PAPER,
-    "method.options.tau_min": _PAPER,
-    "method.options.a": _PAPER,
-    "method.options.b": _PAPER,
-    "method.options.op_subsample": _RELEASED,
-    "method.options.executed_ops": _PAPER,
-    "method.options.straight_through": _PAPER,
-    "method.options.gate_dropout": _PAPER,
-    "method.options.lambda1": _PAPER,
-    "method.options.lambda2": _PAPER,
-    "method.options.lambda3": _PAPER,
-    "method.options.path_reduction": _PAPER,
-    "method.options.executed_mask": _PAPER,
-    "method.options.pool_group": _PAPER,
-    "method.options.hinge": _PAPER,
-    "method.options.derive_score": _PAPER,
-    "method.options.distinct_inputs": _DARTS,
-    "method.options.init_scale": _DARTS,
-    "weights.learning_rate": _RELEASED,
-    "weights.learning_rate_min": _RELEASED,
-    "weights.momentum": _RELEASED,
-    "weights.nesterov": _RELEASED,
-    "weights.weight_decay": _RELEASED,
-    "weights.clip_norm": _RELEASED,
-    "arch.learning_rate": _RELEASED,
-    "arch.beta1": _RELEASED,
-    "arch.beta2": _RELEASED,
-    "arch.eps": _RELEASED,
-    "arch.weight_decay": _RELEASED,
-    "arch.clip_norm": _RELEASED,
-    "data.source": _PAPER,
-    "data.crop_padding": _DARTS,
-    "data.flip": _DARTS,
-    "data.cutout": _DARTS,
-    "epochs": _PAPER,
-    "batch_size": _PAPER,
+    "space.cells": PAPER,
+    "space.channels": PAPER,
+    "space.nodes": PAPER,
+    "space.ops": DARTS,
+    "space.head_norm": RELEASED,
+    "space.pool_norm": DARTS,
+    "method.strategy": PAPER,
+    "method.options.tau_max": PAPER,
+    "method.options.tau_min": PAPER,
+    "method.options.a": PAPER,
+    "method.options.b": PAPER,
+    "method.options.op_subsample": RELEASED,
+    "method.options.executed_ops": PAPER,
+    "method.options.straight_through": PAPER,
+    "method.options.gate_dropout": PAPER,
+    "method.options.lambda1": PAPER,
+    "method.options.lambda2": PAPER,
+    "method.options.lambda3": PAPER,
+    "method.options.path_reduction": PAPER,
+    "method.options.executed_mask": PAPER,
+    "method.options.pool_group": PAPER,
+    "method.options.hinge": PAPER,
+    "method.options.derive_score": PAPER,
+    "method.options.distinct_inputs": DARTS,
+    "method.options.init_scale": DARTS,
+    "weights.learning_rate": RELEASED,
+    "weights.learning_rate_min": RELEASED,
+    "weights.momentum": RELEASED,
+    "weights.nesterov": RELEASED,
+    "weights.weight_decay": RELEASED,
+    "weights.clip_norm": RELEASED,
+    "arch.learning_rate": RELEASED,
+    "arch.beta1": RELEASED,
+    "arch.beta2": RELEASED,
+    "arch.eps": RELEASED,
+    "arch.weight_decay": RELEASED,
+    "arch.clip_norm": RELEASED,
+    "data.source": PAPER,
+    "data.crop_padding": DARTS,
+    "data.flip": DARTS,
+    "data.cutout": DARTS,
+    "epochs": PAPER,
+    "batch_size": PAPER,
 }
 
 
@@ -161,7 +157,7 @@ def resolve(
     if method == "prdarts":
         for path, source in sources.items():
             if source in ("default", "strategy prdarts"):
-                sources[path] = f"{source} ({PROVENANCE.get(path, 'ours')})"
+                sources[path] = f"{source} ({PROVENANCE.get(path, OURS)})"
     # One replacement at the end: two values that are possible only together may come from different places.
     return Resolved(schema.replace(SearchConfig(), values), sources)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 
 import jax
 import optax
@@ -31,6 +32,7 @@ CIFAR = {
     "network.cells": 20,
     "network.stem": "cifar",
     "network.auxiliary": True,
+    "network.auxiliary_second_norm": True,
     "auxiliary_weight": 0.4,
     "epochs": 600,
     "batch_size": 128,
@@ -73,6 +75,7 @@ RECIPES = {
     "released-cifar100": CIFAR | {"data.source": "tfds:cifar100", "drop_path": 0.4, "network.auxiliary": False},
     "imagenet": IMAGENET,
     "released-imagenet": IMAGENET | {"batch_size": 256, "label_smoothing": 0.2},
+    "darts-imagenet": IMAGENET | {"weights.schedule": "step", "network.auxiliary_second_norm": False},
 }
 
 
@@ -98,9 +101,31 @@ def test_flags_win_and_every_value_has_its_source():
     assert (made.config.epochs, made.config.network.cells, made.config.network.channels) == (9, 5, 48)
     rows = {path: (value, source) for path, value, source in train_presets.table(made)}
     assert rows["epochs"] == (9, "flag")
-    assert rows["network.channels"] == (48, "preset imagenet")
-    assert rows["weights.momentum"] == (0.9, "default")
+    assert rows["network.channels"] == (48, "preset imagenet (paper)")
+    assert rows["weights.schedule"] == ("linear", "preset imagenet (released program)")
+    assert rows["weights.momentum"] == (0.9, "default (released program)")
     assert set(rows) == {path for path, _, _ in schema.fields(TrainConfig)}
+
+
+def test_values_that_nobody_chose_say_where_they_come_from():
+    words = {"paper", "released program", "DARTS", "ours"}
+    assert set(train_presets.PROVENANCE) == {path for path in IMAGENET if path not in ("ema", "weights.scale_lr")} | {
+        "data.test_resize"
+    }
+    for name, preset in train_presets.PRESETS.items():
+        sources = train_presets.resolve(name, {"seed": "1"}).sources
+        assert sources.pop("seed") == "flag"
+        for path, source in sources.items():
+            place, word = re.fullmatch(r"(.*) \((.*)\)", source).groups()
+            assert place == (f"preset {name}" if path in preset.settings else "default") and word in words
+    # What differs between two recipes is of the program that gave its name to one of them.
+    for name, word in (("released-cifar10", "released program"), ("darts-imagenet", "DARTS")):
+        base = RECIPES["cifar10" if name.endswith("10") else "imagenet"]
+        sources = train_presets.resolve(name).sources
+        assert {sources[path] for path in base if base[path] != RECIPES[name][path]} == {f"preset {name} ({word})"}
+    assert not any("paper" in source for source in train_presets.resolve("darts-imagenet").sources.values())
+    digits = train_presets.resolve("digits").sources
+    assert (digits["epochs"], digits["network.stem"]) == ("preset digits (ours)", "default (DARTS)")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +170,16 @@ def test_odd_widths_make_a_network(stem, channels):
     assert logits.shape == (2, 2)
 
 
+@pytest.mark.parametrize("name", ["imagenet", "darts-imagenet"])
+def test_the_auxiliary_head_is_that_of_the_recipe(name):
+    skips = ((("skip_connect", 0), ("skip_connect", 1)),)
+    made = train_presets.resolve(name, {"network.channels": 4, "network.cells": 3}).config
+    problem = train_inputs.make_problem(made, Genotype(skips, (2,), skips, (2,)), 5, ((0.5,), (0.25,)))
+    shapes = jax.eval_shape(problem.network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), "float32"))
+    assert ("bn2" in shapes["params"]["auxiliary"]) == (name == "imagenet")
+    assert "bn1" in shapes["params"]["auxiliary"]
+
+
 def test_no_clipping_is_written_inf():
     assert schema.replace(TrainConfig(), {"weights.clip_norm": "inf"}).weights.clip_norm == math.inf
 
@@ -168,7 +203,31 @@ def test_linear_has_its_kink_five_epochs_before_the_end():
     assert all(a > b or math.isclose(a, b) for a, b in itertools.pairwise(rates))
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_step_is_0_97_an_epoch():
+    rates = [schedules.step(epoch, 0.1) for epoch in range(250)]
+    assert rates[0] == 0.1 and rates[1] == pytest.approx(0.097)
+    assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([0.97] * 249)
+    assert rates[249] == pytest.approx(0.1 * math.exp(249 * math.log(0.97)))
+
+
+@pytest.mark.reference
+def test_schedules_are_those_of_torch():
+    """The rate that torch's scheduler has in every epoch of DARTS' ImageNet and CIFAR recipes."""
+    torch = pytest.importorskip("torch")
+    for kind, high, epochs, scheduler, argument in (
+        ("step", 0.1, 250, torch.optim.lr_scheduler.StepLR, {"step_size": 1, "gamma": 0.97}),
+        ("cosine", 0.025, 60, torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 60}),
+    ):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=high)
+        theirs = scheduler(optimizer, **argument)
+        for epoch in range(epochs):
+            rate = optimizer.param_groups[0]["lr"]
+            assert schedules.learning_rate(kind, epoch, epochs, high) == pytest.approx(rate, rel=1e-9)
+            optimizer.step()
+            theirs.step()
+
+
+@pytest.mark.parametrize("kind", schedules.SCHEDULES)
 def test_warm_up_multiplies_the_schedule(kind):
     plain = [schedules.learning_rate(kind, epoch, 20, 0.5) for epoch in range(20)]
     warm = [schedules.learning_rate(kind, epoch, 20, 0.5, 4) for epoch in range(20)]

@@ -177,8 +177,11 @@ def test_the_defaults_of_prdarts_say_where_they_come_from():
     assert sources["dtype"] == "default (ours)"
     assert set(presets.PROVENANCE.values()) == {"paper", "released program", "DARTS"}
     assert set(presets.PROVENANCE) <= set(sources)
-    # What the released program does otherwise is the paper's by default, but for the inputs of a node (DARTS' wording).
-    assert {presets.PROVENANCE[path] for path in set(RELEASED) - {"method.options.distinct_inputs"}} == {"paper"}
+    # What the released program does otherwise is the paper's by default, but for what the paper leaves to DARTS.
+    conventions = {"method.options.distinct_inputs", "space.pool_norm"}
+    assert {presets.PROVENANCE[path] for path in conventions} == {"DARTS"}
+    assert {presets.PROVENANCE[path] for path in set(RELEASED) - conventions} == {"paper"}
+    assert {presets.PROVENANCE[path] for path in ("space.channels", "space.nodes", "space.cells")} == {"paper"}
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_impossible_input(npz, tmp_path, monkeypatch, capsys, flags, said):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("preset", ["cifar10", "cifar100", "imagenet", "released-imagenet", "cifar10-small"])
+@pytest.mark.parametrize("preset", ["cifar10", "cifar100", "imagenet", "darts-imagenet", "cifar10-small"])
 def test_a_missing_data_set_is_not_fetched(tmp_path, monkeypatch, capsys, preset):
     monkeypatch.chdir(tmp_path)
     command = ["train", "--genotype", "PRDARTS", "--preset", preset, "--data-dir", str(tmp_path)]

@@ -131,7 +131,10 @@ def _colours(count):
         yield pixels.astype(np.uint8), i % 3
 
 
-@pytest.mark.parametrize("preset", ["imagenet", pytest.param("released-imagenet", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("released-imagenet", "darts-imagenet")]
+
+
+@pytest.mark.parametrize("preset", ["imagenet", *SLOW])
 def test_imagenet_from_end_to_end(preset, tmp_path, capsys):
     if preset == "imagenet":
         for split, count in (("train", 24), ("val", 7)):
@@ -156,6 +159,7 @@ def test_imagenet_from_end_to_end(preset, tmp_path, capsys):
     assert document["streamed"] is True and document["image"] == [SIDE, SIDE, 3]
     values, expected = document["config"], train_presets.resolve(preset).config
     assert values["network"]["auxiliary"] and values["label_smoothing"] == expected.label_smoothing > 0
+    assert values["network"]["auxiliary_second_norm"] == (preset != "darts-imagenet")
 
     # Stopped in the middle of the first epoch, and gone on with by a worker: the same bits.
     again = [*flags, f"--workdir={tmp_path / 'again'}"]
