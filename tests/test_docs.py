@@ -9,6 +9,7 @@ import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from prdarts_jax.cli import commands
 from prdarts_jax.cli.flags import shown
 from prdarts_jax.config import schema, userfile
 from prdarts_jax.config.search import OPS, SearchConfig
+from prdarts_jax.network.counts import has_second_norm
+from prdarts_jax.presets import train as train_presets
 from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching import loop as search_loop
-from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.space.genotype import Genotype, names, program
 from prdarts_jax.strategies import registry
 
 ROOT = Path(__file__).parents[1]
@@ -256,6 +259,27 @@ def test_fidelity_has_every_default_with_its_source() -> None:
     assert rows == {
         path: [*(cell(config, path) for config in configs), source] for path, source in presets.PROVENANCE.items()
     }
+
+
+def test_fidelity_has_every_default_of_a_training_with_its_source() -> None:
+    rows = {row[0]: row[1:5] for row in _table("docs/fidelity.md", "field of a training")}
+    made = [train_presets.resolve(name) for name in ("cifar10", "imagenet", "darts-imagenet")]
+
+    def sources(path: str) -> str:
+        found = [each.sources[path].partition("(")[2].rstrip(")") for each in made[:2]]
+        return "; ".join(dict.fromkeys(found))
+
+    assert rows == {
+        path: [*(shown(schema.get(each.config, path)) for each in made), sources(path)]
+        for path in train_presets.PROVENANCE
+    }
+
+
+def test_fidelity_has_the_program_of_every_published_cell() -> None:
+    table = _table("docs/fidelity.md", "program")
+    for name in names():
+        (row,) = [row for row in table if any(fnmatch(name, pattern) for pattern in re.findall(r"[\w*]+", row[2]))]
+        assert (row[0], row[1] == "yes") == (program(name), has_second_norm(name, "imagenet")), name
 
 
 def test_notation_has_the_order_of_edges_and_operations() -> None:

@@ -69,6 +69,16 @@ def test_terms_equal_loops(space: Space, kind: str, masked: bool) -> None:
         assert not (counted & CONV)[8].any() and expected["sum"] == 0  # an edge of the path without a convolution
 
 
+@pytest.mark.parametrize(("h", "factor"), [(7, 1.5), (6, 15 / 14)])
+def test_the_mean_over_edges_against_the_literal_zeta(h: int, factor: float) -> None:
+    """zeta sum over the edges and, of all but the skip connection, over 1/(O-1) of the operations."""
+    p, _ = _random(2)
+    zeta = 2 / (h * (h - 1))
+    literal = zeta * p[:, SKIP].sum(), zeta * p[:, ~SKIP].sum() / 7
+    found = regularizers.skip_term(jnp.asarray(p), FULL), regularizers.nonskip_term(jnp.asarray(p), FULL)
+    assert [float(a) / b for a, b in zip(found, literal, strict=True)] == pytest.approx([factor] * 2, rel=1e-5)
+
+
 def test_path_is_the_chain_from_the_previous_cell() -> None:
     assert [FULL.edges[e] for e in FULL.path_edges] == [(1, 2), (2, 3), (3, 4), (4, 5)]
     p = jnp.zeros((14, 8)).at[np.asarray(FULL.path_edges), 4:].set(1.0)

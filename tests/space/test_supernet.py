@@ -92,6 +92,7 @@ def test_edges_are_node_major() -> None:
     assert "".join(f"({j},{n})" for j, n in Space().edges) == text
     stride2, stride1 = Space().edge_groups("reduce")
     assert stride2.stride == 2 and [Space().edges[e][0] for e in stride2.edges] == [0, 1] * 4
+    assert stride1.stride == 1 and all(Space().edges[e][0] >= 2 for e in stride1.edges)
     assert sorted(stride2.edges + stride1.edges) == list(range(14))
 
 
