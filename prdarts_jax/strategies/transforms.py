@@ -117,7 +117,7 @@ def edge_weights(strategy: Strategy, *, init_scale: float = 1e-3) -> Strategy:
     return inner._replace(init=init, sample=sample, scores=scores)
 
 
-def stop_at_skips(strategy: Strategy, *, skips: int = 2, from_epoch: int = 0) -> Strategy:
+def stop_at_skips(strategy: Strategy, *, skips: int = 2, from_epoch: int | None = None, share: float = 0.0) -> Strategy:
     """The search ends when the derived normal cell has so many skip connections.
 
     The criterion of DARTS+ (Liang et al. 2019) as others report it; the paper itself was not at hand.
@@ -125,7 +125,8 @@ def stop_at_skips(strategy: Strategy, *, skips: int = 2, from_epoch: int = 0) ->
     Args:
       strategy: any.
       skips: how many end the search.
-      from_epoch: the first epoch of a stage after which the cell is looked at.
+      from_epoch: the first epoch of a stage after which the cell is looked at; None: the share.
+      share: of the epochs of the stage.
 
     Raises:
       UserError: a value that is not possible.
@@ -138,11 +139,14 @@ def stop_at_skips(strategy: Strategy, *, skips: int = 2, from_epoch: int = 0) ->
     prdarts_jax.errors.UserError: method.transforms.stop_at_skips.skips: 0 is not possible; allowed: >= 1
     """
     require(skips >= 1, "method.transforms.stop_at_skips.skips", skips, ">= 1")
-    require(from_epoch >= 0, "method.transforms.stop_at_skips.from_epoch", from_epoch, ">= 0")
+    field = "method.transforms.stop_at_skips"
+    require(from_epoch is None or from_epoch >= 0, f"{field}.from_epoch", from_epoch, ">= 0")
+    require(0 <= share < 1, f"{field}.share", share, "in [0, 1)")
 
     def at_epoch(view: View) -> Event | None:
         event, found = strategy.at_epoch(view), view.genotype.skips("normal")
-        if isinstance(event, Stop) or view.epoch < from_epoch or found < skips:
+        first = round(share * view.epochs) if from_epoch is None else from_epoch
+        if isinstance(event, Stop) or view.epoch < first or found < skips:
             return event
         return Stop(view.genotype, f"the normal cell has {found} skip connections (stop_at_skips: {skips})")
 
