@@ -84,4 +84,104 @@ ROWS = (
         passes="2; 5 with order=2",
         not_claimed="the exact second order (exact=True) is ours: the published one is the finite difference",
     ),
+    Row(
+        name="milenas",
+        factory=f"{_ROOM}.milenas:milenas",
+        summary="DARTS whose architecture descends the train and the validation loss",
+        reference=(
+            "He, Ye, Shen, Zhang: MiLeNAS: Efficient Neural Architecture Search via Mixed-Level Reformulation, "
+            "CVPR 2020"
+        ),
+        settings=_DARTS,
+        source="the program its authors released (chaoyanghe/MiLeNAS)",
+        competes=_OF_AN_EDGE,
+        executed="all",
+        passes="3",
+        not_claimed="the second-order variant and the early stop of the released program are not there",
+    ),
+    Row(
+        name="darts+",
+        factory=f"{_ROOM}.darts_plus:darts_plus",
+        summary="DARTS that ends when its normal cell has two skip connections",
+        reference=(
+            "Liang, Zhang, Sun, He, Huang, Zhuang, Li: DARTS+: Improved Differentiable Architecture Search with Early "
+            "Stopping, arXiv 1909.06035"
+        ),
+        settings=_DARTS,
+        source="DARTS; the paper was not at hand",
+        competes=_OF_AN_EDGE,
+        executed="all",
+        passes="2; 5 with order=2",
+        made_of=("stop_at_skips",),
+        not_claimed=(
+            "that the criterion is the published one, which was not read; the other criterion that is told of it, a "
+            "stable ranking of the operations, is not there"
+        ),
+    ),
+    Row(
+        name="pc-darts",
+        factory=f"{_ROOM}.pc_darts:pc_darts",
+        summary="DARTS on a quarter of the channels, with weights of the edges and a rest of the architecture at first",
+        reference=(
+            "Xu, Xie, Zhang, Chen, Qi, Tian, Xiong: PC-DARTS: Partial Channel Connections for Memory-Efficient "
+            "Architecture Search, ICLR 2020"
+        ),
+        settings={
+            **_DARTS,
+            "batch_size": 256,
+            "space.partial": 4,
+            "weights.learning_rate": 0.1,
+            "weights.learning_rate_min": 0.0,
+            "arch.learning_rate": 6e-4,
+        },
+        source="the program its authors released (yuhuixu1993/PC-DARTS)",
+        competes="the operations of an edge; the edges into a node",
+        executed="all, on 1/4 of the channels",
+        passes="2; 5 with order=2",
+        made_of=("frozen", "edge_weights"),
+        not_claimed="the search on ImageNet (three strided stem convolutions, K = 2) is not there",
+    ),
+    Row(
+        name="p-darts",
+        factory=f"{_ROOM}.p_darts:p_darts",
+        summary="DARTS in three stages of growing depth and shrinking sets of operations",
+        reference=(
+            "Chen, Xie, Wu, Tian: Progressive Differentiable Architecture Search: Bridging the Depth Gap between "
+            "Search and Evaluation, ICCV 2019"
+        ),
+        settings={
+            **_DARTS,
+            "epochs": 75,
+            "batch_size": 96,
+            "space.cells": 5,
+            "weights.learning_rate_min": 0.0,
+            "arch.learning_rate": 6e-4,
+            "arch.clip_norm": 5.0,
+        },
+        source="the program its authors released (chenxin061/pdarts) and the command of its README",
+        competes=_OF_AN_EDGE,
+        executed="8, 5, 3 in the three stages",
+        passes="2, in networks of 5, 11, 17 cells",
+        made_of=("frozen", "at_most_skips"),
+        not_claimed="wider networks in later stages (add_width of the released program) are not there",
+    ),
+    Row(
+        name="robust-darts",
+        factory=f"{_ROOM}.robust_darts:robust_darts",
+        summary="DARTS that stops, or is regularised more, where its validation loss becomes sharp",
+        reference=(
+            "Zela, Elsken, Saikia, Marrakchi, Brox, Hutter: Understanding and Robustifying Differentiable Architecture "
+            "Search, ICLR 2020"
+        ),
+        settings=_DARTS,
+        source="the program its authors released (automl/RobustDARTS)",
+        competes=_OF_AN_EDGE,
+        executed="all",
+        passes="5; 2 with order=1; 20 gradients more every other epoch",
+        made_of=("hessian_stop",),
+        not_claimed=(
+            "the choice among four searches of different regularisation (R-DARTS) is the user's, and no search raises "
+            "the probability of cutout in a ramp"
+        ),
+    ),
 )
