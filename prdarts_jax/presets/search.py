@@ -99,6 +99,7 @@ PROVENANCE: Mapping[str, str] = {
     "weights.nesterov": _RELEASED,
     "weights.weight_decay": _RELEASED,
     "weights.clip_norm": _RELEASED,
+    "arch.optimizer": _RELEASED,
     "arch.learning_rate": _RELEASED,
     "arch.beta1": _RELEASED,
     "arch.beta2": _RELEASED,
