@@ -91,7 +91,8 @@ def with_memory(strategy: Strategy, own: Memory) -> Strategy:
     def rule(losses: Losses, optimizers: Optimizers) -> Step:
         def step(state: SearchState, batches: Any, key: jax.Array, numbers: Numbers) -> Any:
             base, own = state.memory
-            inner = losses._replace(**{name: _at_memory(getattr(losses, name), own) for name in _LOSSES})
+            parts: dict[str, Any] = {name: _at_memory(getattr(losses, name), own) for name in _LOSSES}
+            inner = losses._replace(**parts)
             state, metrics = strategy.rule(inner, optimizers)(
                 dataclasses.replace(state, memory=base), batches, key, numbers
             )
