@@ -122,8 +122,12 @@ class TorchSearch:
         self.weight_opt = torch.optim.SGD(
             self.leaves(self.weights), w.learning_rate, w.momentum, weight_decay=w.weight_decay, nesterov=w.nesterov
         )
-        betas = (a.beta1, a.beta2)
-        self.arch_opt = torch.optim.Adam(self.leaves(self.arch), a.learning_rate, betas, a.eps, a.weight_decay)
+        leaves, betas = self.leaves(self.arch), (a.beta1, a.beta2)
+        self.arch_opt = (
+            torch.optim.SGD(leaves, a.learning_rate, a.momentum, weight_decay=a.weight_decay)
+            if a.optimizer == "sgd"
+            else torch.optim.Adam(leaves, a.learning_rate, betas, a.eps, a.weight_decay)
+        )
 
     @staticmethod
     def leaves(tree: Any) -> list[Any]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prdarts_jax.config.search import OPS
+
 _ROOM = "prdarts_jax.strategies"
 
 
@@ -48,6 +50,7 @@ _DARTS: Mapping[str, Any] = {
     "arch.weight_decay": 1e-3,
 }
 _OF_AN_EDGE = "the operations of an edge"
+_WITHOUT_NONE = tuple(name for name in OPS if name != "none")
 
 ROWS = (
     Row(
@@ -182,6 +185,135 @@ ROWS = (
         not_claimed=(
             "the choice among four searches of different regularisation (R-DARTS) is the user's, and no search raises "
             "the probability of cutout in a ramp"
+        ),
+    ),
+    Row(
+        name="snas",
+        factory=f"{_ROOM}.snas:snas",
+        summary="a relaxed one-hot an edge, both groups on one batch, with the cost of what was drawn",
+        reference="Xie, Zheng, Liu, Lin: SNAS: Stochastic Neural Architecture Search, ICLR 2019",
+        settings={
+            **_DARTS,
+            "epochs": 150,
+            "data.split": "shared",
+            "arch.optimizer": "sgd",
+            "arch.weight_decay": 0.0,
+            "arch.clip_norm": 10.0,
+        },
+        source="the program its authors released (SNAS-Series/SNAS-Series), on one GPU",
+        competes=_OF_AN_EDGE,
+        executed="all",
+        passes="1",
+        not_claimed=(
+            "the search of 20 cells on several GPUs, whose architecture moves by Adam, and the resource terms by "
+            "policy gradient and without a logarithm are not there"
+        ),
+        arrays=("tau_max", "tau_min", "resource"),
+    ),
+    Row(
+        name="gdas",
+        factory=f"{_ROOM}.gdas:gdas",
+        summary="one sampled operation an edge, with the gradient of its relaxed probability",
+        reference="Dong, Yang: Searching for a Robust Neural Architecture in Four GPU Hours, CVPR 2019",
+        settings={
+            **_DARTS,
+            "epochs": 250,
+            "batch_size": 256,
+            "space.cells": 6,
+            "space.head_norm": True,
+            "space.pool_norm": False,
+            "weights.nesterov": True,
+            "weights.weight_decay": 5e-4,
+        },
+        source="the program its authors released (D-X-Y/AutoDL-Projects), NASNet space",
+        competes=_OF_AN_EDGE,
+        executed="1; all in the step of the architecture with grad=all",
+        passes="2",
+        not_claimed="the search of the normal cell alone, beside a fixed reduction cell, is not there",
+        arrays=("tau_max", "tau_min"),
+    ),
+    Row(
+        name="fair-darts",
+        factory=f"{_ROOM}.fair_darts:fair_darts",
+        summary="operations that do not compete, driven to 0 or 1, and kept above a threshold",
+        reference=(
+            "Chu, Zhou, Zhang, Li: Fair DARTS: Eliminating Unfair Advantages in Differentiable Architecture Search, "
+            "ECCV 2020"
+        ),
+        settings={
+            **_DARTS,
+            "batch_size": 128,
+            "space.ops": _WITHOUT_NONE,
+            "weights.learning_rate": 0.005,
+            "arch.learning_rate": 3e-3,
+            "arch.beta1": 0.9,
+        },
+        source="the program its authors released (xiaomi-automl/FairDARTS)",
+        competes="nothing",
+        executed="all",
+        passes="2",
+        not_claimed="the single-level variant of the released program is not there",
+        arrays=("w01",),
+    ),
+    Row(
+        name="proxyless",
+        factory=f"{_ROOM}.proxyless:proxyless",
+        summary="one drawn operation an edge for the weights, a gradient of all gates, or of two, for the architecture",
+        reference=(
+            "Cai, Zhu, Han: ProxylessNAS: Direct Neural Architecture Search on Target Task and Hardware, ICLR 2019"
+        ),
+        settings={
+            **_DARTS,
+            "epochs": 160,
+            "batch_size": 256,
+            "weights.learning_rate_min": 0.0,
+            "weights.nesterov": True,
+            "weights.weight_decay": 4e-5,
+            "weights.clip_norm": float("inf"),
+            "arch.learning_rate": 1e-3,
+            "arch.beta1": 0.0,
+            "arch.weight_decay": 0.0,
+        },
+        source="the program its authors released (mit-han-lab/proxylessnas), whose space is another",
+        competes=_OF_AN_EDGE,
+        executed="1; all, or 2 with mode=two, in the step of the architecture",
+        passes="1.2",
+        made_of=("frozen",),
+        not_claimed=(
+            "its own space, a chain of blocks, the latency of a device, label smoothing and reinforcement learning are "
+            "not there: this is its path binarisation in the cells of DARTS"
+        ),
+    ),
+    Row(
+        name="bayesnas",
+        factory=f"{_ROOM}.bayesnas:bayesnas",
+        summary="after BayesNAS: scalar switches under a group lasso with learnt weights, pruned by their variance",
+        reference="Zhou, Yang, Wang, Pan: BayesNAS: A Bayesian Approach for Neural Architecture Search, ICML 2019",
+        settings={
+            **_DARTS,
+            "epochs": 2,
+            "batch_size": 18,
+            "data.split": "shared",
+            "data.cutout": 16,
+            "space.channels": 36,
+            "space.ops": _WITHOUT_NONE,
+            "weights.learning_rate": 0.1,
+            "weights.learning_rate_min": 0.1,
+            "weights.weight_decay": 1e-4,
+            "weights.clip_norm": float("inf"),
+            "arch.optimizer": "sgd",
+            "arch.learning_rate": 0.1,
+            "arch.momentum": 0.9,
+            "arch.weight_decay": 0.0,
+        },
+        source="the program its authors released (BayesNAS/BayesNAS), whose space is another",
+        competes="nothing; a group lasso prunes operations and edges",
+        executed="all",
+        passes="1",
+        made_of=("frozen",),
+        not_claimed=(
+            "parity with the published figures cannot be claimed: the authors prune by hand and say that their program "
+            "does not reproduce them, and the estimate of the Hessian and the space are others here"
         ),
     ),
 )

@@ -107,7 +107,9 @@ def edge_weights(strategy: Strategy, *, init_scale: float = 1e-3) -> Strategy:
     def sample(key: jax.Array, arch: Arch, memory: Memory, numbers: Numbers, role: str) -> Gates:
         gates, own = inner.sample(key, arch, memory, numbers, role), shares(arch)
         before = gates.edges
-        edges = own if before is None else {kind: own[kind] * before[kind] for kind in CELL_TYPES}
+        if before is None:
+            return dataclasses.replace(gates, edges=own)
+        edges = {kind: jnp.broadcast_to(own[kind], before[kind].shape) * before[kind] for kind in CELL_TYPES}
         return dataclasses.replace(gates, edges=edges)
 
     def scores(arch: Arch) -> Tables:
@@ -268,7 +270,7 @@ def _moved(gates: Gates, delta: Mapping[str, jax.Array]) -> Gates:
     """Gates + delta where they are executed, at least 0, with the sum of each edge as before."""
     ops = {}
     for kind, before in gates.ops.items():
-        mask = gating.executed_mask(gates.executed[kind], before.shape[-1])
+        mask = jnp.broadcast_to(gating.executed_mask(gates.executed[kind], before.shape[-1]), before.shape)
         after = jnp.where(mask, jnp.maximum(before + delta[kind], 0.0), 0.0)
         total = jnp.sum(after, axis=-1, keepdims=True)
         ops[kind] = after * (jnp.sum(before, axis=-1, keepdims=True) / jnp.maximum(total, 1e-12))

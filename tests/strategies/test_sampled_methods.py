@@ -1,28 +1,21 @@
-"""SNAS, GDAS, Fair DARTS, ProxylessNAS and the method after BayesNAS, each against a loop of its own in torch or numpy.
-
-The noise of a loop is drawn by the function that the method draws it with, from the key of the step.
-"""
+"""SNAS, GDAS, Fair DARTS, ProxylessNAS and the method after BayesNAS: what they draw, their terms, their cells."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
+import optax
 import pytest
 
-from prdarts_jax.bilevel import Batches, SearchState
-from prdarts_jax.config.search import ArchConfig, WeightsConfig
+from prdarts_jax.bilevel import Batches, Loss, Losses, Optimizers, SearchState
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates, executed_mask
 from prdarts_jax.network.counts import pair_costs, profile, search_costs
-from prdarts_jax.optimizers import arch_transform, weight_transform
-from prdarts_jax.searching import step as search_step
 from prdarts_jax.space.derive import derive_edges
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
@@ -30,7 +23,7 @@ from prdarts_jax.strategies.bayesnas import bayesnas
 from prdarts_jax.strategies.composition import transformed
 from prdarts_jax.strategies.fair_darts import fair_darts
 from prdarts_jax.strategies.gdas import gdas
-from prdarts_jax.strategies.proxyless import pair_noise, proxyless, with_mass_of
+from prdarts_jax.strategies.proxyless import proxyless, with_mass_of
 from prdarts_jax.strategies.sampling import gumbel_noise
 from prdarts_jax.strategies.snas import snas
 from prdarts_jax.strategy import Continue, Stop, Strategy, View
@@ -38,304 +31,7 @@ from prdarts_jax.strategy import Continue, Stop, Strategy, View
 OPS = ("none", "skip_connect", "avg_pool_3x3", "dil_conv_3x3")
 _LISTS = (OPS, OPS[1::2]), (OPS[::2] + OPS[3:], OPS)  # not all of them on every edge
 SPACE = Space(nodes=1, cells=3, channels=4, classes=3, ops=OPS, edge_ops=_LISTS, head_norm=False)
-KINDS = ["reduce" if i in SPACE.reductions else "normal" for i in range(3)]
-STEPS, IMAGE, BATCH = 3, 6, 4
-WEIGHTS = WeightsConfig(learning_rate=0.05, momentum=0.9, nesterov=False, weight_decay=3e-3, clip_norm=math.inf)
 EDGES = ((0, 2), (1, 2), (0, 3), (1, 3), (2, 3), (0, 4), (1, 4), (2, 4), (3, 4), (0, 5), (1, 5), (2, 5), (3, 5), (4, 5))
-
-
-# --- three steps in torch ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _double() -> Iterator[None]:
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-def _batches(seed: int) -> Batches:
-    rng = np.random.default_rng(seed)
-
-    def batch() -> Batch:
-        images, labels = rng.normal(size=(BATCH, IMAGE, IMAGE, 3)), rng.integers(0, 3, BATCH)
-        return Batch(jnp.asarray(images), jnp.asarray(labels, jnp.int32))
-
-    return Batches(batch(), batch())
-
-
-def _ours(strategy: Strategy, arch_config: ArchConfig, numbers: dict[str, float]) -> tuple[SearchState, SearchState]:
-    """The state before the first step, whose architecture is random, and after the third."""
-    parts = {"space": SPACE, "strategy": strategy}
-    parts |= {"weight_tx": weight_transform(WEIGHTS), "arch_tx": arch_transform(arch_config)}
-    state = oracles.quick_jit(lambda key: search_step.init_state(key, **parts))(jax.random.key(0))
-    rng = np.random.default_rng(7)
-    wide = {name: jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), getattr(state, name)) for name in state_parts}
-    wide["arch"] = jax.tree.map(lambda a: a + jnp.asarray(0.7 * rng.normal(size=a.shape)), wide["arch"])
-    wide |= {"weight_opt": parts["weight_tx"].init(wide["weights"]), "arch_opt": parts["arch_tx"].init(wide["arch"])}
-    before = state.replace(**wide)
-    step = oracles.quick_jit(search_step.make_search_step(**parts))
-    after = before
-    for i in range(STEPS):
-        after, _ = step(after, _batches(i), jax.random.key(100 + i), numbers)
-    return before, after
-
-
-state_parts = ("weights", "arch", "memory")
-
-
-class _Cells:
-    """Gates of a network's cells, in the order in which it asks for them."""
-
-    def __init__(self, of_cell: list[Any]) -> None:
-        self._next = iter(of_cell)
-
-    def __getitem__(self, kind: str) -> Any:
-        return next(self._next)
-
-
-class _Torch:
-    """Weights, architecture and their optimizers in torch, from a state of ours."""
-
-    def __init__(self, state: SearchState, arch_optimizer: Callable[[list[Any]], Any]) -> None:
-        self.torch = oracles.require_torch()
-        self.weights, self.arch = oracles.torch_leaves(state.weights), oracles.torch_leaves(state.arch)
-        options = {"momentum": WEIGHTS.momentum, "weight_decay": WEIGHTS.weight_decay}
-        self.weight_opt = self.torch.optim.SGD(jax.tree.leaves(self.weights), WEIGHTS.learning_rate, **options)
-        self.arch_opt = arch_optimizer(jax.tree.leaves(self.arch))
-        self.allowed = {kind: self.torch.tensor(SPACE.allowed[kind]) for kind in CELL_TYPES}
-
-    def ce(self, gates: Any, batch: Batch) -> Any:
-        images = self.torch.tensor(np.asarray(batch.images))
-        logits = oracles.torch_supernet(SPACE, self.weights, gates, images)
-        return self.torch.nn.functional.cross_entropy(logits, self.torch.tensor(np.asarray(batch.labels)).long())
-
-    def masked(self, kind: str) -> Any:
-        return self.arch[kind].masked_fill(~self.allowed[kind], -math.inf)
-
-    def move(self, loss: Any, *optimizers: Any) -> None:
-        self.weight_opt.zero_grad()
-        self.arch_opt.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-
-    def check(self, after: SearchState) -> None:
-        for name in ("weights", "arch"):
-            ours, theirs = jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(self, name))
-            for a, b in zip(ours, theirs, strict=True):
-                np.testing.assert_allclose(np.asarray(a), b.detach().numpy(), atol=1e-9, rtol=1e-9, err_msg=name)
-
-
-def _noise(key: Any, torch: Any, draw: Callable[..., Any] = gumbel_noise) -> dict[str, Any]:
-    return {kind: torch.tensor(np.asarray(g, np.float64)) for kind, g in draw(key, SPACE).items()}
-
-
-def _snas_costs() -> list[dict[str, np.ndarray]]:
-    """Size, flops and access of each cell, [E,O], by the formulas of the published program, on images of 8 pixels."""
-    tables, side, c = [], 8, SPACE.channels
-    for kind in KINDS:
-        stride = 2 if kind == "reduce" else 1
-        side, c = -(-side // stride), c * stride
-        y, conv = side**2, 9 * c + c * c
-        skip = (0, 0, 2 * c * y) if stride == 1 else (c * c, c * c * y, 3 * c * y + c * c)
-        columns = [
-            (0, 0, 0),
-            skip,
-            (0, 9 * y * c, (2 if stride == 1 else 5) * y * c),
-            (conv, conv * y, y * ((3 if stride == 1 else 6) * c + c) + conv),
-        ]
-        tables.append({name: np.array([[column[i] for column in columns]] * 2, float) for i, name in enumerate("sfa")})
-    return tables
-
-
-@pytest.mark.slow
-@pytest.mark.reference
-def test_three_steps_of_snas(_double: None) -> None:
-    strategy = snas(space=SPACE, resource=0.01, image=8)
-    config = ArchConfig(optimizer="sgd", learning_rate=0.3, weight_decay=0.0)
-    numbers = {"tau": 0.7, "resource": 0.01, "weight_learning_rate": WEIGHTS.learning_rate}
-    before, after = _ours(strategy, config, numbers)
-    side = _Torch(before, lambda arch: oracles.require_torch().optim.SGD(arch, 0.3))
-    torch, costs = side.torch, _snas_costs()
-    for i in range(STEPS):
-        noise = _noise(jax.random.key(100 + i), torch)
-        z = {kind: torch.softmax((side.masked(kind) + noise[kind]) / 0.7, 1) for kind in CELL_TYPES}
-        resource = 0.0
-        for kind, cell in zip(KINDS, costs, strict=True):
-            for table in cell.values():
-                resource += (z[kind] * torch.tensor(table)).sum(1).clamp(min=1).log().sum() / 3 / KINDS.count(kind)
-        side.move(side.ce(z, _batches(i).train) + 0.01 * resource, side.weight_opt, side.arch_opt)
-    side.check(after)
-
-
-@pytest.mark.slow
-@pytest.mark.reference
-@pytest.mark.parametrize("grad", ["selected", "all"])
-def test_three_steps_of_gdas(_double: None, grad: str) -> None:
-    config = ArchConfig(learning_rate=0.03)
-    numbers = {"tau": 2.0, "weight_learning_rate": WEIGHTS.learning_rate}
-    before, after = _ours(gdas(space=SPACE, grad=grad), config, numbers)
-    side = _Torch(before, _adam(config))
-    torch = side.torch
-
-    def gates(key: Any) -> dict[str, Any]:
-        noise, drawn = _noise(key, torch), {}
-        for kind in CELL_TYPES:
-            p = torch.softmax((torch.log_softmax(side.masked(kind), 1) + noise[kind]) / 2.0, 1)
-            one = torch.nn.functional.one_hot(p.argmax(1), len(OPS)).double()
-            through = p - p.detach() + one
-            drawn[kind] = through * one if grad == "selected" else through
-        return drawn
-
-    for i in range(STEPS):
-        weight_key, arch_key = jax.random.split(jax.random.key(100 + i))
-        side.move(side.ce(gates(weight_key), _batches(i).train), side.weight_opt)
-        side.move(side.ce(gates(arch_key), _batches(i).val), side.arch_opt)
-    side.check(after)
-
-
-def _adam(config: ArchConfig) -> Callable[[list[Any]], Any]:
-    betas, decay = (config.beta1, config.beta2), config.weight_decay
-    adam = oracles.require_torch().optim.Adam
-    return lambda arch: adam(arch, config.learning_rate, betas, config.eps, decay)
-
-
-@pytest.mark.slow
-@pytest.mark.reference
-@pytest.mark.parametrize("norm", ["l2", "l1"])
-def test_three_steps_of_fair_darts(_double: None, norm: str) -> None:
-    config = ArchConfig(learning_rate=0.03, beta1=0.9)
-    numbers = {"w01": 10.0, "weight_learning_rate": WEIGHTS.learning_rate}
-    before, after = _ours(fair_darts(space=SPACE, norm=norm), config, numbers)
-    side = _Torch(before, _adam(config))
-    loss = side.torch.nn.MSELoss() if norm == "l2" else side.torch.nn.L1Loss()
-    for i in range(STEPS):
-        w = {kind: side.torch.sigmoid(side.arch[kind]) for kind in CELL_TYPES}
-        entries = side.torch.cat([w[kind][side.allowed[kind]] for kind in CELL_TYPES])
-        zero_one = loss(entries, side.torch.full_like(entries, 0.5))
-        side.move(side.ce(w, _batches(i).val) - 10 * zero_one, side.arch_opt)
-        w = {kind: side.torch.sigmoid(side.arch[kind]) for kind in CELL_TYPES}
-        side.move(side.ce(w, _batches(i).train), side.weight_opt)
-    side.check(after)
-
-
-@pytest.mark.slow
-@pytest.mark.reference
-@pytest.mark.parametrize("mode", ["full", "two"])
-def test_three_steps_of_proxyless(_double: None, mode: str) -> None:
-    """The gradient of alpha is made of those of the gates by the double sum, and two updated entries are rescaled."""
-    config = ArchConfig(learning_rate=0.03, beta1=0.0, weight_decay=0.0)
-    numbers = {"weight_learning_rate": WEIGHTS.learning_rate}
-    before, after = _ours(proxyless(space=SPACE, mode=mode, weight_steps=1, warm_up=0.0), config, numbers)
-    side = _Torch(before, _adam(config))
-    torch = side.torch
-    for i in range(STEPS):
-        weight_key, arch_key = jax.random.split(jax.random.key(100 + i))
-        noise = _noise(weight_key, torch)
-        path = {k: torch.nn.functional.one_hot((side.masked(k) + noise[k]).argmax(1), len(OPS)) for k in CELL_TYPES}
-        side.move(side.ce({k: one.double() for k, one in path.items()}, _batches(i).train), side.weight_opt)
-        noise, again = _noise(arch_key, torch), _noise(arch_key, torch, pair_noise)
-        gates, involved = {}, {}
-        for kind in CELL_TYPES:
-            drawn = side.masked(kind).detach() + noise[kind]
-            gates[kind] = torch.zeros_like(drawn)
-            for e in range(2):
-                candidates = torch.isfinite(drawn[e]).nonzero()[:, 0].tolist()
-                chosen = int(drawn[e].argmax())
-                if mode == "two":
-                    candidates = sorted(candidates, key=lambda o, row=drawn[e]: -float(row[o]))[:2]
-                    alpha = side.arch[kind].detach()
-                    chosen = max(candidates, key=lambda o, k=kind, e=e, a=alpha: float(a[e, o] + again[k][e, o]))
-                involved[kind, e] = candidates
-                gates[kind][e, chosen] = 1.0
-            gates[kind].requires_grad_()
-        side.weight_opt.zero_grad()
-        side.arch_opt.zero_grad()
-        side.ce(gates, _batches(i).val).backward()
-        old = {kind: side.arch[kind].detach().clone() for kind in CELL_TYPES}
-        for kind in CELL_TYPES:
-            side.arch[kind].grad = torch.zeros_like(old[kind])
-            for e in range(2):
-                among = involved[kind, e]
-                p = torch.softmax(old[kind][e, among], 0)
-                for x, one in enumerate(among):
-                    for y, other in enumerate(among):
-                        slope = gates[kind].grad[e, other] * p[y] * (float(x == y) - p[x])
-                        side.arch[kind].grad[e, one] += slope
-        side.arch_opt.step()
-        if mode == "two":
-            for (kind, e), among in involved.items():
-                with torch.no_grad():
-                    new = side.arch[kind][e, among]
-                    side.arch[kind][e, among] -= torch.log(new.exp().sum() / old[kind][e, among].exp().sum())
-    side.check(after)
-
-
-@pytest.mark.slow
-@pytest.mark.reference
-def test_three_steps_of_bayesnas_and_its_groups_afterwards(_double: None) -> None:
-    strategy = bayesnas(space=SPACE, lambda_edges=0.02, lambda_ops=0.03, warm_up=0.0, threshold=0.3)
-    config = ArchConfig(optimizer="sgd", learning_rate=0.05, momentum=0.9, weight_decay=0.0)
-    before, after = _ours(strategy, config, {"weight_learning_rate": WEIGHTS.learning_rate})
-    side = _Torch(before, lambda arch: oracles.require_torch().optim.SGD(arch, 0.05, momentum=0.9))
-    torch, squares = side.torch, {"edges": np.zeros((3, 2)), "ops": np.zeros((3, 2, len(OPS)))}
-    rows = {kind: [i for i, other in enumerate(KINDS) if other == kind] for kind in CELL_TYPES}
-    for i in range(STEPS):
-        cells = _Cells([side.arch["edges"][c][:, None] * side.arch["ops"][c] for c in range(3)])
-        ce = side.ce(cells, _batches(i).train)
-        slopes = torch.autograd.grad(ce, [side.arch["edges"], side.arch["ops"]], retain_graph=True)
-        for name, slope in zip(("edges", "ops"), slopes, strict=True):
-            squares[name] += BATCH * slope.numpy() ** 2
-        lasso = 0.0
-        for kind in CELL_TYPES:
-            for e in range(2):
-                lasso += 0.02 * 0.5 * side.arch["edges"][rows[kind], e].norm()
-                for o in range(len(OPS)):
-                    if SPACE.allowed[kind][e, o]:
-                        lasso += 0.03 * 0.5 * side.arch["ops"][rows[kind], e, o].norm()
-        side.move(ce + lasso, side.weight_opt, side.arch_opt)
-    side.check(after)
-    for name, table in squares.items():
-        np.testing.assert_allclose(after.memory["squares"][name], table, rtol=1e-9, atol=1e-20)
-    assert float(after.memory["steps"]) == STEPS
-
-    view = View(0, 2, jax.device_get(after.arch), jax.device_get(after.memory), {}, {}, None, None)
-    event = strategy.at_epoch(view)
-    assert isinstance(event, Continue) and float(event.memory["steps"]) == 0
-    wanted: dict[str, Any] = {kind: {} for kind in CELL_TYPES}
-    for kind in CELL_TYPES:
-        gamma_edge = np.zeros(2)
-        for e in range(2):
-            omega, gamma_edge[e] = _group(squares["edges"][rows[kind], e], side.arch["edges"][rows[kind], e], 0.02)
-            assert float(event.memory["omega"][kind]["edges"][e]) == pytest.approx(omega, rel=1e-6)
-            for o in np.flatnonzero(SPACE.allowed[kind][e]):
-                h, switch = squares["ops"][rows[kind], e, o], side.arch["ops"][rows[kind], e, o]
-                if h.max() == 0:  # `none` gives nothing: no gradient, and no group to prune
-                    continue
-                omega, own = _group(h, switch, 0.03)
-                assert float(event.memory["omega"][kind]["ops"][e, o]) == pytest.approx(omega, rel=1e-6)
-                wanted[kind][e, int(o)] = 1 / (1 / own + 1 / gamma_edge[e])
-                found = float(event.memory["gamma"][kind]["ops"][e, o])
-                assert found == pytest.approx(wanted[kind][e, int(o)], rel=1e-5)
-    for threshold in (0.0, *np.quantile([g for table in wanted.values() for g in table.values()], [0.3, 0.7])):
-        for pairs in (0, 2):
-            other = bayesnas(space=SPACE, lambda_edges=0.02, lambda_ops=0.03, threshold=float(threshold), pairs=pairs)
-            stop = other.at_epoch(view._replace(epoch=1))
-            assert isinstance(stop, Stop)
-            for kind, node in (("normal", stop.genotype.normal), ("reduce", stop.genotype.reduce)):
-                left = sorted((-g, e, o) for (e, o), g in wanted[kind].items() if g >= threshold)
-                names = [(OPS[o], e) for _, e, o in left]
-                if pairs:
-                    names = [pair for i, pair in enumerate(names) if pair[1] not in [e for _, e in names[:i]]][:2]
-                assert sorted(node[0]) == sorted(names)
-
-
-def _group(squares: np.ndarray, switch: Any, coefficient: float) -> tuple[float, float]:
-    """(omega, gamma) of a group after an epoch: H, C and omega as the program writes them, from gamma = 1/2."""
-    hessian = squares / STEPS / coefficient
-    c = 1 / (1 / 0.5 + hessian)
-    omega = math.sqrt(np.sum(np.abs(-c / 0.5**2 + 1 / 0.5)))
-    return omega, float(switch.detach().norm()) / omega
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
@@ -495,6 +191,105 @@ def test_costs_of_a_search_network_are_those_of_its_operations() -> None:
     without = profile(Genotype(other * 4, (2, 3, 4, 5), other * 4, (2, 3, 4, 5)), channels=8, cells=5)
     difference = (costs.macs[:, pairs, op] - costs.macs[:, pairs, space.ops.index("skip_connect")]).sum()
     assert whole.macs - without.macs == difference
+
+
+# --- the groups of BayesNAS -------------------------------------------------------------------------------------------
+
+
+SMALL = Space(nodes=1, cells=3, channels=4, ops=OPS)
+LAMBDAS = {"edges": 0.02, "ops": 0.03}
+CELLS = {"normal": [0], "reduce": [1, 2]}
+
+
+def _group(hessian: np.ndarray, switch: np.ndarray) -> tuple[float, float]:
+    """(omega, gamma) of a group after an epoch: H, C and omega as the program writes them, from gamma = 1/2."""
+    c = 1 / (1 / 0.5 + hessian)
+    omega = math.sqrt(np.sum(np.abs(-c / 0.5**2 + 1 / 0.5)))
+    return omega, float(np.linalg.norm(switch)) / omega
+
+
+@pytest.mark.parametrize("with_transforms", [False, True])
+def test_omega_and_gamma_from_the_squares_of_an_epoch(with_transforms: bool) -> None:
+    """On a cross-entropy that is linear in the gates; inside other transforms too. Then the cell that is left."""
+    options = {f"lambda_{name}": value for name, value in LAMBDAS.items()} | {"warm_up": 0.0}
+    rng = np.random.default_rng(0)
+    slopes = {"ops": rng.normal(size=(3, 3, 2, 4)), "edges": rng.normal(size=(3, 3, 2))}  # of three batches
+
+    def made(**more: Any) -> Strategy:
+        plain = bayesnas(space=SMALL, **options, **more)
+        return transformed(plain, ["edge_weights:init_scale=0", "cost:macs=500M"]) if with_transforms else plain
+
+    def network(weights: Any, gates: Gates, batch: Batch, key: Any, numbers: Any) -> Any:
+        assert gates.edges is not None
+        ops, edges = (jnp.asarray(slopes[name], jnp.float32)[batch.labels[0]] for name in ("ops", "edges"))
+        return jnp.sum(ops * gates.ops["normal"]) + jnp.sum(edges * gates.edges["normal"]), jnp.zeros(())
+
+    strategy = made()
+
+    def sample(weights: Any, arch: Any, memory: Any, batch: Any, key: Any, numbers: Any) -> Gates:
+        return strategy.sample(key, arch, memory, numbers, "arch")
+
+    loss, still = Loss(sample, network, strategy.objective), optax.with_extra_args_support(optax.sgd(0.0))
+    arch, weights = strategy.init(jax.random.key(0)), {"w": jnp.float32(0)}
+    switches = {name: rng.normal(size=slopes[name].shape[1:]) for name in slopes}
+    own = {name: jnp.asarray(value, jnp.float32) for name, value in switches.items()}
+    arch = {**arch, "base": own} if with_transforms else own
+    memory = jax.tree.map(jnp.asarray, strategy.memory)
+    state = SearchState(jnp.int32(0), weights, arch, still.init(weights), still.init(arch), memory)
+    step = strategy.rule(Losses(loss, loss, loss, loss), Optimizers(still, still))
+    for i in range(3):
+        batch = Batch(jnp.zeros((5, 1, 1, 1)), jnp.full((5,), i, jnp.int32))
+        state, metrics = step(state, Batches(batch, batch), jax.random.key(1), {})
+    lasso = sum(
+        LAMBDAS[name] * 0.5 * np.linalg.norm(table[cells], axis=0).sum()
+        for name, table in switches.items()
+        for cells in CELLS.values()
+    )
+    assert float(metrics["penalty/lasso"]) == pytest.approx(lasso, rel=1e-5)
+
+    arch, memory = jax.device_get((state.arch, state.memory))
+    view = View(0, 2, arch, memory, {}, {}, strategy.derive(arch), None)
+    event = strategy.at_epoch(view)
+    assert isinstance(event, Continue)
+    after = event.memory[0] if with_transforms else event.memory
+    assert float(after["steps"]) == 0 and not np.any(after["squares"]["ops"])
+    share = 0.5 if with_transforms else 1.0  # edge_weights halves what a switch of an edge does
+    hessian = {
+        "edges": 5 * np.mean((share * slopes["edges"]) ** 2, axis=0) / LAMBDAS["edges"],
+        "ops": 5 * np.mean(slopes["ops"] ** 2, axis=0) / LAMBDAS["ops"],
+    }
+    gamma: dict[str, dict[tuple[int, int], float]] = {kind: {} for kind in CELL_TYPES}
+    for kind, cells in CELLS.items():
+        for e in range(2):
+            omega, of_edge = _group(hessian["edges"][cells, e], switches["edges"][cells, e])
+            assert float(after["omega"][kind]["edges"][e]) == pytest.approx(omega, rel=1e-4)
+            for o in range(4):
+                omega, of_op = _group(hessian["ops"][cells, e, o], switches["ops"][cells, e, o])
+                gamma[kind][e, o] = 1 / (1 / of_op + 1 / of_edge)
+                assert float(after["omega"][kind]["ops"][e, o]) == pytest.approx(omega, rel=1e-4)
+                assert float(after["gamma"][kind]["ops"][e, o]) == pytest.approx(gamma[kind][e, o], rel=1e-4)
+
+    everything = [g for table in gamma.values() for g in table.values()]
+    for threshold in (0.0, *np.quantile(everything, [0.3, 0.8, 1.0]) * 1.001):
+        for pairs in (0, 2):
+            stop = made(threshold=float(threshold), pairs=pairs).at_epoch(view._replace(epoch=1))
+            assert isinstance(stop, Stop) and f"{sum(g < threshold for g in everything)} of 16" in stop.reason
+            for kind, cell in (("normal", stop.genotype.normal), ("reduce", stop.genotype.reduce)):
+                left = sorted((-g, e, o) for (e, o), g in gamma[kind].items() if g >= threshold and o > 0)
+                names = [(OPS[o], e) for _, e, o in left]
+                if pairs:
+                    names = [pair for i, pair in enumerate(names) if pair[1] not in [e for _, e in names[:i]]][:2]
+                assert sorted(cell[0]) == sorted(names)
+
+
+def test_switches_rest_in_the_warm_up_and_leave_no_trace() -> None:
+    strategy = bayesnas(space=SMALL)
+    assert [strategy.schedule(epoch, 4)["arch_on"] for epoch in range(4)] == [0.0, 0.0, 1.0, 1.0]
+    arch = strategy.init(jax.random.key(0))
+    value, terms = strategy.objective(jnp.float32(1), arch, Gates({}, {}), strategy.memory, {"arch_on": 0.0})
+    assert float(value) == 1.0 and float(terms["lasso"]) == 0.0
+    view = View(3, 4, jax.device_get(arch), strategy.memory, {}, {}, strategy.derive(arch), None)
+    assert strategy.at_epoch(view) is None, "of an epoch without a step nothing is known"
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
