@@ -354,7 +354,7 @@ def _halves(losses: Losses, optimizers: Optimizers, gradient: _ArchGradient, fir
         arch_on = numbers.get("arch_on")
         if weight_steps > 1:
             due = (state.step + 1) % weight_steps == 0
-            arch_on = due if arch_on is None else due & (arch_on > 0)
+            arch_on = (due if arch_on is None else due & (arch_on > 0)).astype(jnp.float32)
         half = {
             "weights": _skippable("weights", weights, numbers.get("weights_on")),
             "arch": _skippable("arch", arch, arch_on),

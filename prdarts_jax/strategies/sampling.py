@@ -47,7 +47,8 @@ def one_hot_through(chosen: jax.Array, p: jax.Array) -> jax.Array:
 
 def linear_tau(epoch: int, epochs: int, tau_max: float, tau_min: float) -> float:
     """From tau_max in the first to tau_min in the last epoch; a search of one epoch ends as all do."""
-    return tau_max - (tau_max - tau_min) * (epoch / (epochs - 1) if epochs > 1 else 1.0)
+    share = epoch / (epochs - 1) if epochs > 1 else 1.0
+    return tau_max * (1 - share) + tau_min * share
 
 
 def check_taus(**taus: float) -> None:
