@@ -185,6 +185,7 @@ class Losses(NamedTuple):
     full: Loss  # what the architecture descends: the objective of the method
     weight: Loss  # what the weights descend, gates sampled for them
     twice: Loss  # `weight` by plain automatic differentiation alone: it has second derivatives, and is slow to compile
+    own: Callable[[Any], Any] = lambda arch: arch  # the part of architecture or gradient that is the method's own
 
     @property
     def gated(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -297,30 +298,33 @@ def mixed_level(scale: float = 1.0) -> Rule:
     return rule
 
 
-def joint() -> Rule:
+def joint(observe: Callable[[SearchState, Evaluated, Batch], Any] | None = None) -> Rule:
     """Single level: w and a descend one loss on one batch (the train batch), from one backward pass.
 
     Both move at once: neither sees the other moved. The loss is that of the architecture, `Losses.full`. Where
-    `arch_on` is 0 the architecture stays where it is.
+    `arch_on` or `weights_on` is 0 that group stays where it is.
+
+    Args:
+      observe: (state before the step, loss and gradients, batch) -> memory after it, for a method that keeps what it
+        sees of the gradients; None: the memory stays.
     """
 
     def rule(losses: Losses, optimizers: Optimizers) -> Step:
         def step(state: SearchState, batches: Batches, key: jax.Array, numbers: Numbers) -> tuple[SearchState, Metrics]:
-            point = (state.weights, state.arch, state.memory)
-            found = losses.full.gradient(("weights", "arch"), *point, batches.train, key, numbers)
-            rest = (state.memory, batches.train, key, numbers)
-            after, weight_metrics = _move_weights(
-                optimizers, state, found, numbers, lambda w: losses.full(w, state.arch, *rest)
-            )
+            w, a, rest = state.weights, state.arch, (state.memory, batches.train, key, numbers)
+            found = losses.full.gradient(("weights", "arch"), w, a, *rest)
 
-            def arch(after: SearchState) -> tuple[SearchState, Metrics]:
-                after, moved = _move_arch(
-                    optimizers, after, found, numbers, lambda a: losses.full(state.weights, a, *rest)
-                )
+            def weights(state: SearchState) -> tuple[SearchState, Metrics]:
+                return _move_weights(optimizers, state, found, numbers, lambda w: losses.full(w, a, *rest))
+
+            def arch(state: SearchState) -> tuple[SearchState, Metrics]:
+                after, moved = _move_arch(optimizers, state, found, numbers, lambda a: losses.full(w, a, *rest))
                 return after, _terms(found) | moved
 
-            after, arch_metrics = _skippable("arch", arch, numbers.get("arch_on"))(after)
-            return _counted(after), weight_metrics | arch_metrics
+            memory = state.memory if observe is None else observe(state, found, batches.train)
+            state, weight_metrics = _skippable("weights", weights, numbers.get("weights_on"))(state)
+            state, arch_metrics = _skippable("arch", arch, numbers.get("arch_on"))(state)
+            return _counted(dataclasses.replace(state, memory=memory)), weight_metrics | arch_metrics
 
         return step
 
@@ -350,7 +354,7 @@ def _halves(losses: Losses, optimizers: Optimizers, gradient: _ArchGradient, fir
         arch_on = numbers.get("arch_on")
         if weight_steps > 1:
             due = (state.step + 1) % weight_steps == 0
-            arch_on = due if arch_on is None else due & (arch_on > 0)
+            arch_on = (due if arch_on is None else due & (arch_on > 0)).astype(jnp.float32)
         half = {
             "weights": _skippable("weights", weights, numbers.get("weights_on")),
             "arch": _skippable("arch", arch, arch_on),

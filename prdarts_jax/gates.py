@@ -77,6 +77,15 @@ def uniform_open(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.minimum(jax.random.uniform(key, shape, jnp.float32, minval=tiny, maxval=1.0), np.float32(1 - 2**-24))
 
 
+def gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """-ln(-ln u), u uniform on (0,1), float32: finite. The argmax of ln p + gumbel has the distribution p.
+
+    >>> round(float(gumbel(jax.random.key(0), (100_000,)).mean()), 1)  # Euler's constant
+    0.6
+    """
+    return -jnp.log(-jnp.log(uniform_open(key, shape)))
+
+
 def check_interval(a: float, b: float) -> None:
     """Raises UserError unless a < 0 and b > 1: otherwise a gate could not be exactly 0 or exactly 1."""
     from prdarts_jax.errors import UserError

@@ -42,21 +42,25 @@ def weight_transform(config: WeightsConfig) -> optax.GradientTransformation:
 
 
 def arch_transform(config: ArchConfig) -> optax.GradientTransformation:
-    """Adam with coupled L2 (weight decay added to the gradient), as published; before it, clipping by global norm.
+    """Adam or SGD with coupled L2 (weight decay added to the gradient); before it, clipping by global norm.
 
     >>> tx = arch_transform(ArchConfig(clip_norm=5.0))
     >>> sorted(tx.init({"normal": jnp.zeros(2)}).hyperparams)
     ['learning_rate', 'weight_decay']
+    >>> tx = arch_transform(ArchConfig(optimizer="sgd", learning_rate=0.5, weight_decay=0.0))
+    >>> tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1))[0].item()
+    -0.5
     """
     # Without clipping nothing stands in its place: the state keeps the form that checkpoints have.
     clipping = () if config.clip_norm == float("inf") else (optax.clip_by_global_norm(config.clip_norm),)
 
     def make(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
-        return optax.chain(
-            *clipping,
-            optax.add_decayed_weights(weight_decay),
-            optax.adam(learning_rate, b1=config.beta1, b2=config.beta2, eps=config.eps),
+        moved = (
+            optax.sgd(learning_rate, momentum=config.momentum or None)
+            if config.optimizer == "sgd"
+            else optax.adam(learning_rate, b1=config.beta1, b2=config.beta2, eps=config.eps)
         )
+        return optax.chain(*clipping, optax.add_decayed_weights(weight_decay), moved)
 
     return optax.inject_hyperparams(make)(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
 

@@ -64,6 +64,7 @@ class View(NamedTuple):
       numbers: of the epoch, as in `Strategy.schedule`.
       genotype: what the whole strategy, transforms included, derives now.
       probe: losses on validation images; compiled when first asked for.
+      hyperparameters: of the optimizers now, with the names that a `Rollback` sets.
     """
 
     epoch: int
@@ -74,6 +75,7 @@ class View(NamedTuple):
     numbers: Numbers
     genotype: Genotype
     probe: Probe
+    hyperparameters: Mapping[str, float] = {}
 
 
 class Continue(NamedTuple):

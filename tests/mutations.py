@@ -564,7 +564,7 @@ _STEP_SLIPS = (
         _PRDARTS,
         'if role == "eval":',
         'if role == "evaluation":',
-        ("tests/strategies/test_strategies.py::test_contract",),
+        ("tests/strategies/test_methods.py::test_contract",),
     ),
     Mutation(
         "method: fields of the first version not refused",

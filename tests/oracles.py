@@ -284,8 +284,8 @@ def torch_preprocess(params: Mapping[str, Any], x: Any) -> Any:
     return _norm(_factorized_reduce(x, params["first"], params["second"]))
 
 
-def torch_supernet(space: Space, weights: Any, gates: Mapping[str, Any], images: Any) -> Any:
-    """Logits of the search network; images [B,H,W,C], gates {"normal", "reduce"} -> [E,O]."""
+def torch_supernet(space: Space, weights: Any, gates: Mapping[str, Any], images: Any, edges: Any = None) -> Any:
+    """Logits of the search network; images [B,H,W,C], gates {"normal", "reduce"} -> [E,O]; edges -> [E], or None: 1."""
     torch = require_torch()
     stem = weights["stem"]
     x = _norm(_conv(nchw(images), stem["conv"]), stem)
@@ -293,7 +293,12 @@ def torch_supernet(space: Space, weights: Any, gates: Mapping[str, Any], images:
     for i, cell in enumerate(supernet.by_cell(weights, space)):
         kind = "reduce" if i in (space.cells // 3, 2 * space.cells // 3) else "normal"
         s0, s1 = torch_preprocess(cell["preprocess0"], before_last), torch_preprocess(cell["preprocess1"], last)
-        before_last, last = last, torch.cat(torch_cell(space, kind, cell["edges"], gates[kind], s0, s1), dim=1)
+        if space.partial > 1:
+            nodes = torch_partial_cell(space, kind, cell["edges"], gates[kind], edges[kind], s0, s1)
+        else:
+            table = gates[kind] if edges is None else edges[kind][:, None] * gates[kind]
+            nodes = torch_cell(space, kind, cell["edges"], table, s0, s1)
+        before_last, last = last, torch.cat(nodes, dim=1)
     head = weights["head"]
     if "norm" in head:
         last = torch.nn.ReLU()(_norm(last, head["norm"]))

@@ -32,6 +32,7 @@ from prdarts_jax.searching import program as search_program
 from prdarts_jax.searching import sweep
 from prdarts_jax.searching.loop import SearchResult
 from prdarts_jax.searching.program import SearchCarry
+from prdarts_jax.strategies import registry
 
 IMAGES, BATCH, EPOCHS = 112, 8, 3
 EPOCH_STEPS = IMAGES // 2 // BATCH  # 7, a prime: dispatches of 3 leave a remainder
@@ -69,6 +70,17 @@ def write_npz(path: Path) -> Path:
 def config(**flags: Any) -> SearchConfig:
     """The tiny search with other values; `__` in a name stands for a dot."""
     return presets.resolve("digits", flags={**FLAGS, **{k.replace("__", "."): v for k, v in flags.items()}}).config
+
+
+def config_of(method: str, *transforms: str, **flags: Any) -> SearchConfig:
+    """The tiny search with another method and these transforms, which has a few operations that the method allows."""
+    values = {path: value for path, value in FLAGS.items() if not path.startswith("method.")}
+    if method == "prdarts":
+        values["method.options.executed_ops"] = 1
+    if "none" not in registry.settings(method).get("space.ops", ("none",)):
+        values["space.ops"] = "skip_connect,sep_conv_3x3"
+    values |= {"method.transforms": list(transforms), **{k.replace("__", "."): v for k, v in flags.items()}}
+    return presets.resolve("digits", method, values).config
 
 
 def words(workdir: Path, npz: Path, **flags: Any) -> list[str]:
@@ -114,6 +126,28 @@ def outcome(workdir: Path) -> dict[str, Any]:
         "rows": [comparable(row) for row in read(workdir / "metrics.jsonl")],
         "leaves": {path: (leaf.dtype, leaf.shape, leaf.value.tobytes()) for path, leaf in leaves.items()},
     }
+
+
+def ended(workdir: Path) -> dict[str, Any]:
+    """What must be equal, bit for bit, of a search of any method and number of stages, however it came to its end."""
+    files = ("genotype.json", "genotypes.jsonl", "probabilities.jsonl", "events.jsonl")
+    found: dict[str, Any] = {f: (workdir / f).read_text() if (workdir / f).exists() else None for f in files}
+    saved = Checkpointer(workdir / "checkpoints")
+    leaves = saved._document(saved.steps()[-1])["leaves"]  # a digest a leaf
+    return found | {"rows": [comparable(row) for row in read(workdir / "metrics.jsonl")], "leaves": leaves}
+
+
+def assert_resumes(config: SearchConfig, folder: Path, dispatch: int = 5) -> Path:
+    """Stopped after every dispatch it ends as uninterrupted; the workdir of the uninterrupted one."""
+    assert search_loop.search(config, folder / "whole", data=digits()).status == "finished"
+    moment = schema.replace(config, {"run.time_limit": 1e-9, "run.steps_per_dispatch": dispatch})
+    statuses = [""]
+    while statuses[-1] != "finished":
+        statuses.append(search_loop.search(moment, folder / "parts", data=digits()).status)
+        assert len(statuses) < 20
+    assert len(statuses) > 2
+    assert_same(ended(folder / "parts"), ended(folder / "whole"))
+    return folder / "whole"
 
 
 def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -27,9 +27,10 @@ from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching import loop as search_loop
 from prdarts_jax.space.genotype import Genotype, names, program
 from prdarts_jax.strategies import registry
+from prdarts_jax.strategies.rows import Row
 
 ROOT = Path(__file__).parents[1]
-_FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in _FILES}
 NEEDED = (
     "README",
@@ -230,14 +231,45 @@ def test_rooms_of_the_design_exist() -> None:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def test_guide_lists_presets_and_strategies() -> None:
+def test_guide_lists_presets() -> None:
     rows = {row[0]: row for row in _table("docs/guide.md", "preset")}
     assert list(rows) == list(presets.PRESETS)
     fields = ("data.source", "space.cells", "space.channels", "epochs", "batch_size")
     for name, row in rows.items():
         config = presets.resolve(name).config
         assert row[1:6] == [str(schema.get(config, field)) for field in fields]
-    assert [row[0] for row in _table("docs/guide.md", "strategy")] == [row.name for row in registry.rows()]
+
+
+def test_methods_are_those_of_the_registry() -> None:
+    """The README names each, the index has what the registry says, and each has a page."""
+    found = [[row[0].split("]")[0].strip("["), *row[1:]] for row in _table("docs/methods.md", "method")]
+    assert found == [
+        [
+            row.name,
+            row.competes,
+            row.executed,
+            row.passes,
+            ", ".join(row.made_of) or "-",
+            row.reference.partition(":")[0],
+        ]
+        for row in registry.rows()
+    ]
+    assert all(f"`{row.name}`" in _text("README.md") for row in registry.rows())
+    assert {Path(page).stem for page in PAGES if page.startswith("docs/methods/")} == {
+        row.name for row in registry.rows()
+    }
+
+
+@pytest.mark.parametrize("method", registry.rows(), ids=lambda row: row.name)
+def test_the_page_of_a_method(method: Row) -> None:
+    """Its sections, its published settings as they are used, and what is not claimed."""
+    page = f"docs/methods/{method.name}.md"
+    sections = re.findall(r"^## (.*)$", _text(page), re.MULTILINE)
+    assert sections == ["Equations", "Settings", "Deviations", "What was not read"]
+    assert {row[0]: row[1] for row in _table(page, "setting")} == {k: shown(v) for k, v in method.settings.items()}
+    for _, function in _table(page, "equation"):
+        assert callable(_named(function)), function
+    assert " ".join(method.not_claimed.split()) in " ".join(_text(page).split())
 
 
 def test_guide_names_every_command() -> None:

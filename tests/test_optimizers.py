@@ -36,6 +36,24 @@ def test_the_architecture_is_clipped_before_its_weight_decay() -> None:
                 np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+def test_sgd_of_the_architecture() -> None:
+    """Three steps against those of torch.optim.SGD written out, with and without momentum."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        for momentum in (0.0, 0.8):
+            config = ArchConfig(optimizer="sgd", learning_rate=0.1, momentum=momentum, weight_decay=0.2, clip_norm=1.0)
+            tx, arch, velocity = arch_transform(config), rng.normal(size=5), np.zeros(5)
+            found = jnp.asarray(arch)
+            state = tx.init(found)
+            for _ in range(3):
+                g = rng.normal(size=5)
+                updates, state = tx.update(jnp.asarray(g), state, found)
+                found = optax.apply_updates(found, updates)
+                velocity = momentum * velocity + g / max(1.0, np.linalg.norm(g)) + 0.2 * arch
+                arch = arch - 0.1 * velocity
+            np.testing.assert_allclose(found, arch, rtol=1e-6)
+
+
 def test_without_clipping_the_state_has_no_place_for_it() -> None:
     """Checkpoints of searches without clipping name the leaves of Adam's state by their place in the chain."""
     plain = optax.chain(optax.add_decayed_weights(1e-3), optax.adam(3e-4))

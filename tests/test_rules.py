@@ -191,6 +191,16 @@ def test_joint_leaves_an_architecture_that_is_off_alone() -> None:
     assert _bits(on.arch) != _bits(off.arch) and float(metrics["steps/arch"]) == 0.0
 
 
+def test_joint_keeps_what_it_observes() -> None:
+    """Of the state before the step, and with the gradients that both groups then move along."""
+
+    def observe(state: SearchState, found: Any, batch: Batch) -> Any:
+        return state.arch["a"] + 2 * found.arch["a"] + batch.labels[0]
+
+    state, _ = _after(bilevel.joint(observe), _losses(), steps=1)
+    np.testing.assert_allclose(state.memory, A + 2 * _grad_train(W, A)[1], rtol=1e-9)
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.7])
 def test_mixed_level_is_the_stated_sum(scale: float) -> None:
     state, _ = _after(bilevel.mixed_level(scale), _losses())
@@ -213,7 +223,7 @@ def _bits(tree: Any) -> list[bytes]:
 
 
 @pytest.mark.parametrize(("off", "moving"), [("arch", "weights"), ("weights", "arch")])
-@pytest.mark.parametrize("rule", [bilevel.alternating(), bilevel.unrolled(), bilevel.mixed_level()])
+@pytest.mark.parametrize("rule", [bilevel.alternating(), bilevel.unrolled(), bilevel.mixed_level(), bilevel.joint()])
 def test_a_half_that_is_off_leaves_bits_and_state_alone(rule: Rule, off: str, moving: str) -> None:
     txs = {"weights": optax.sgd(ETA, momentum=0.9), "arch": optax.adam(0.1)}
     on, metrics = _after(rule, _losses(), numbers={f"{off}_on": 0.0, "weight_learning_rate": ETA}, **txs)

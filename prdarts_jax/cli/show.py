@@ -69,13 +69,21 @@ def strategies(args: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
         return 0
     for row in rows:
-        print(f"{row['name']:<12}{row['summary']}\n{'':<12}{row['reference']}")
         options = ", ".join(f"{name}={shown(value)}" for name, value in row["options"].items())
-        print(f"{'':<12}options (--method.NAME VALUE): {options}\n")
+        executed = f"executed an edge: {row['executed']}; forward-backward passes a step: {row['passes']}"
+        lines = [
+            row["summary"],
+            row["reference"],
+            f"competition: {row['competes']}; {executed}",
+            f"transforms: {', '.join(row['made_of'])}" if row["made_of"] else "",
+            f"not claimed: {row['not_claimed']}" if row["not_claimed"] else "",
+            f"options (--method.NAME VALUE): {options}",
+        ]
+        print(f"{row['name']:<14}" + f"\n{'':<14}".join(filter(None, lines)) + "\n")
     print("Transforms of any method (--with NAME:option=value,option=value; several --with, the first one innermost):")
     for name in composition.TRANSFORMS:
         options = ", ".join(f"{option}={shown(value)}" for option, value in composition.options(name).items())
-        print(f"  {name}: {(composition.transform(name).__doc__ or '').splitlines()[0]}\n{'':<12}{options}")
+        print(f"  {name}: {(composition.transform(name).__doc__ or '').splitlines()[0]}\n{'':<14}{options}")
     return 0
 
 

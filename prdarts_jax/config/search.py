@@ -24,6 +24,7 @@ OPS = (
     "dil_conv_5x5",
 )
 DTYPES = ("float32", "bfloat16")
+ARCH_OPTIMIZERS = ("adam", "sgd")
 CLIP_NORM = Limit("> 0 (inf = no clipping)", POSITIVE.holds)
 
 
@@ -90,20 +91,22 @@ class WeightsConfig:
 
 @dataclass(frozen=True)
 class ArchConfig:
-    """Adam for the architecture: clip by global norm -> coupled weight decay -> moments -> learning rate."""
+    """Adam or SGD for the architecture: clip by global norm -> coupled weight decay -> moments -> learning rate."""
 
+    optimizer: str = "adam"  # adam | sgd
     learning_rate: float = 3e-4  # constant
-    beta1: float = 0.5  # decay of the first moment
-    beta2: float = 0.999  # decay of the second moment
-    eps: float = 1e-8  # added to the root of the second moment
+    beta1: float = 0.5  # of adam: decay of the first moment
+    beta2: float = 0.999  # of adam: decay of the second moment
+    eps: float = 1e-8  # of adam: added to the root of the second moment
+    momentum: float = 0.0  # of sgd: decay of the velocity
     weight_decay: float = 1e-3  # coupled L2
     clip_norm: float = float("inf")  # global norm of the gradient of the architecture; inf = no clipping
     transform: str = ""  # path.py:factory(config) -> an optax transformation in place of all of the above
 
     def __post_init__(self) -> None:
         finite(self, "arch.", but=("clip_norm",))
-        check(self, "arch.", learning_rate=0, beta1=0, beta2=0, weight_decay=0)
-        check(self, "arch.", beta1=SHARE, beta2=SHARE, eps=POSITIVE, clip_norm=CLIP_NORM)
+        check(self, "arch.", optimizer=ARCH_OPTIMIZERS, learning_rate=0, beta1=0, beta2=0, weight_decay=0)
+        check(self, "arch.", beta1=SHARE, beta2=SHARE, eps=POSITIVE, momentum=SHARE, clip_norm=CLIP_NORM)
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,69 @@ def pair_costs(
     return costs._replace(fixed=float(total) - costs.of(some, space))
 
 
+class SearchCosts(NamedTuple):
+    """What every operation on every edge of every cell of a search network costs, each float64[cells,E,O].
+
+    Attributes:
+      params: weights of convolutions.
+      macs: multiply-adds of one image; those of a 3x3 pool are counted as 9 an output.
+      access: numbers that convolutions, pools and identities read and write, weights included.
+    """
+
+    params: np.ndarray
+    macs: np.ndarray
+    access: np.ndarray
+
+
+def search_costs(space: Space, *, image: int = 32) -> SearchCosts:
+    """The costs of the operations of a search network on images of so many pixels a side.
+
+    >>> costs = search_costs(Space(cells=3, channels=4, ops=("none", "skip_connect", "max_pool_3x3", "sep_conv_3x3")))
+    >>> costs.params[0, 0].tolist(), costs.access[0, 0].tolist()  # 2 (9 * 4 + 4 * 4); 8 feature maps and the weights
+    ([0.0, 0.0, 0.0, 104.0], [0.0, 8192.0, 8192.0, 32872.0])
+    """
+    shape, pixels = (space.cells, space.num_edges, space.num_ops), image
+    costs = SearchCosts(np.zeros(shape), np.zeros(shape), np.zeros(shape))
+    for i, cell in enumerate(space.layout):
+        after = -(-pixels // 2) if cell.kind == "reduce" else pixels
+        for e, (source, _) in enumerate(space.edges):
+            stride = 2 if cell.kind == "reduce" and source < CELL_INPUTS else 1
+            before = pixels if stride == 2 else after
+            for o, op in enumerate(space.ops):
+                primitive = space.table[op]
+                layer = operation(primitive, cell.channels, stride)
+                params = sum(math.prod(weight.shape) for weight in layer.weights.values())
+                moved = cell.channels * (before**2 + after**2)
+                macs, access = _layer_macs(layer, before), _layer_access(layer, before)
+                if primitive.group == "pool":
+                    macs += _POOL * cell.channels * after**2
+                if not params and primitive.group != "none":
+                    access += moved
+                for table, cost in zip(costs, (params, macs, access), strict=True):
+                    table[i, e, o] = cost
+        pixels = after
+    return costs
+
+
+_POOL = 9  # pixels of a window
+
+
+@cache
+def _layer_access(layer: Layer, pixels: int) -> int:
+    """Numbers that the convolutions of a layer read and write, as its jaxpr has them."""
+    x = jax.ShapeDtypeStruct((1, pixels, pixels, layer.channels_in), jnp.float32)
+
+    def of(jaxpr: Any) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+                total += sum(math.prod(var.aval.shape) for var in (*equation.invars, *equation.outvars))
+            total += sum(of(inner) for inner in _inner(equation))
+        return total
+
+    return of(jax.make_jaxpr(layer.outline)(x).jaxpr)
+
+
 def _layer_params(layer: Layer) -> int:
     return sum(math.prod(weight.shape) for name, weight in layer.variables.items() if name[0] == "params")
 
@@ -225,8 +288,11 @@ def jaxpr_macs(jaxpr: Any) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             length = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += math.prod(equation.outvars[0].aval.shape) * length
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += jaxpr_macs(inner)
+        total += sum(jaxpr_macs(inner) for inner in _inner(equation))
     return total
+
+
+def _inner(equation: Any) -> list[Any]:
+    """The jaxprs inside an equation."""
+    values = (getattr(value, "jaxpr", value) for value in equation.params.values())
+    return [value for value in values if hasattr(value, "eqns")]

@@ -95,6 +95,7 @@ PROVENANCE: Mapping[str, str] = {
     "weights.nesterov": RELEASED,
     "weights.weight_decay": RELEASED,
     "weights.clip_norm": RELEASED,
+    "arch.optimizer": RELEASED,
     "arch.learning_rate": RELEASED,
     "arch.beta1": RELEASED,
     "arch.beta2": RELEASED,

@@ -40,6 +40,7 @@ from prdarts_jax.searching.program import Orders, SearchCarry, SearchPrograms, a
 from prdarts_jax.searching.stages import (
     Stage,
     changed_fields,
+    hyperparameters,
     in_words,
     kept_weights,
     space_of,
@@ -328,7 +329,8 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         probe = NetworkProbe(
             self.programs, carry.state, numbers, self.val_half, self.shared.images, self.config.batch_size
         )
-        view = View(epoch - self.stage.start, self.stage.epochs, arch, memory, row, numbers, genotype, probe)
+        place, set_now = (epoch - self.stage.start, self.stage.epochs), hyperparameters(carry.state)
+        view = View(*place, arch, memory, row, numbers, genotype, probe, set_now)
         self.event = userfile.call(strategy.at_epoch, view, field=METHOD)
         if not isinstance(self.event, Event | None):
             allowed = "None | Continue | Stop | Restage | Rollback"

@@ -137,10 +137,23 @@ def with_memory(carry: SearchCarry, memory: Any, mesh: Mesh) -> SearchCarry:
     return dataclasses.replace(carry, state=state)
 
 
+_OPTIMIZERS = {"weights": "weight_opt", "arch": "arch_opt"}
+
+
+def hyperparameters(state: SearchState) -> dict[str, float]:
+    """Those of the optimizers of a search, as `with_hyperparameter` names them."""
+    return {
+        f"{group}.{field}": float(value)
+        for group, attribute in _OPTIMIZERS.items()
+        for field, value in jax.device_get(getattr(getattr(state, attribute), "hyperparams", {})).items()
+        if field != "learning_rate" and np.ndim(value) == 0
+    }
+
+
 def with_hyperparameter(state: SearchState, name: str, value: float) -> SearchState:
     """The state of a search with another hyperparameter of an optimizer: weights.NAME or arch.NAME."""
     group, _, field = name.partition(".")
-    attribute = {"weights": "weight_opt", "arch": "arch_opt"}.get(group, "")
+    attribute = _OPTIMIZERS.get(group, "")
     opt: Any = getattr(state, attribute, None)
     known = getattr(opt, "hyperparams", {})
     if field not in known or field == "learning_rate":

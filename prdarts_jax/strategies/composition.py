@@ -25,6 +25,7 @@ TRANSFORMS = {
     "at_most_skips": f"{_ROOM}.transforms:at_most_skips",
     "cost": f"{_ROOM}.cost:cost",
     "hessian_stop": f"{_ROOM}.stability:hessian_stop",
+    "hessian_rollback": f"{_ROOM}.stability:hessian_rollback",
     "perturbed": f"{_ROOM}.transforms:perturbed",
     "select_by_perturbation": f"{_ROOM}.perturbation:select_by_perturbation",
 }
@@ -49,7 +50,7 @@ def options(name: str) -> dict[str, Any]:
     """The options of a transform and their defaults.
 
     >>> options("stop_at_skips")
-    {'skips': 2, 'from_epoch': 0}
+    {'skips': 2, 'from_epoch': None, 'share': 0.0}
     """
     parameters = inspect.signature(transform(name)).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.name != "strategy"}

@@ -9,6 +9,7 @@ falls below it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ import numpy as np
 from prdarts_jax.config.schema import require
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
-from prdarts_jax.network.counts import pair_costs
-from prdarts_jax.space.spec import CELL_TYPES
+from prdarts_jax.network.counts import PairCosts, pair_costs
+from prdarts_jax.space.spec import CELL_TYPES, Space
 from prdarts_jax.strategies.nesting import remembering, with_memory
 from prdarts_jax.strategy import Arch, Event, Memory, Numbers, Strategy, View
 
@@ -59,12 +60,12 @@ def cost(
     if (macs == "") == (params == ""):
         raise UserError(f"{field}: macs {macs!r} and params {params!r}; allowed: exactly one of the two, as macs=600M")
     what = "params" if macs == "" else "macs"
-    target = _amount(params if macs == "" else macs, f"{field}.{what}")
+    target = amount(params if macs == "" else macs, f"{field}.{what}")
     require(0 < scale < float("inf"), f"{field}.scale", scale, "> 0, finite")
     require(image >= 1, f"{field}.image", image, ">= 1")
     space = strategy.space
     costs = pair_costs(space, what, channels=channels, cells=cells, classes=space.classes, image=image, stem=stem)
-    usable = {kind: space.allowed[kind] & ~space.group("none")[None, :] for kind in CELL_TYPES}
+    usable = _usable(space)
     into = np.array([target_node for _, target_node in space.edges])
     least = costs.fixed
     for kind in CELL_TYPES:
@@ -72,16 +73,9 @@ def cost(
             cheapest = np.where(usable[kind], costs.pairs[kind], np.inf)[into == node].min(axis=1)
             least += float(np.sort(cheapest)[:_PAIRS][np.isfinite(np.sort(cheapest)[:_PAIRS])].sum())
     require(target >= least, f"{field}.{what}", f"{target:.4g}", f">= {least:.4g}, the cheapest cell at this size")
-    same = into[:, None] == into[None, :]
 
     def expected(arch: Arch, numbers: Numbers) -> jax.Array:
-        p, total = strategy.probabilities(arch, numbers), jnp.float32(costs.fixed / target)
-        for kind in CELL_TYPES:
-            chance = jnp.where(jnp.asarray(usable[kind]), p[kind], 0.0)
-            of_node = jnp.asarray(same, jnp.float32) @ jnp.sum(chance, axis=1)
-            share = _PAIRS * chance / jnp.maximum(of_node, 1e-12)[:, None]
-            total = total + jnp.sum(share * jnp.asarray(costs.pairs[kind] / target, jnp.float32))
-        return total
+        return expected_cost(strategy.probabilities(arch, numbers), costs, space, target)
 
     inner = with_memory(strategy, np.zeros((), np.float32))
 
@@ -98,10 +92,38 @@ def cost(
     return inner._replace(objective=objective, at_epoch=at_epoch)
 
 
-def _amount(text: str | float, field: str) -> float:
-    """A number with K, M or G.
+def _usable(space: Space) -> dict[str, np.ndarray]:
+    return {kind: space.allowed[kind] & ~space.group("none")[None, :] for kind in CELL_TYPES}
 
-    >>> _amount("1.5M", "cost.macs")
+
+def expected_cost(p: Mapping[str, jax.Array], costs: PairCosts, space: Space, unit: float = 1.0) -> jax.Array:
+    """(fixed + sum over pairs of q cost) / unit: q gives the two pairs of a node to all pairs into it as P is.
+
+    Args:
+      p: {"normal", "reduce"} -> P, float32[E,O].
+      costs: of the pairs, in the derived network.
+      space: the search space.
+      unit: in which the cost is given, so that float32 holds it.
+
+    >>> space = Space()
+    >>> costs, p = pair_costs(space, "macs"), {kind: jnp.ones((14, 8)) for kind in CELL_TYPES}
+    >>> 400 < float(expected_cost(p, costs, space, 1e6)) < 600  # millions of multiply-adds
+    True
+    """
+    into = np.array([target for _, target in space.edges])
+    same, total = into[:, None] == into[None, :], jnp.float32(costs.fixed / unit)
+    for kind, usable in _usable(space).items():
+        chance = jnp.where(jnp.asarray(usable), p[kind], 0.0)
+        of_node = jnp.asarray(same, chance.dtype) @ jnp.sum(chance, axis=1)
+        share = _PAIRS * chance / jnp.maximum(of_node, 1e-12)[:, None]
+        total = total + jnp.sum(share * jnp.asarray(costs.pairs[kind] / unit, chance.dtype))
+    return total
+
+
+def amount(text: str | float, field: str) -> float:
+    """A number with K, M or G, as `macs` and `params` take it.
+
+    >>> amount("1.5M", "cost.macs")
     1500000.0
     """
     units = {"K": 1e3, "M": 1e6, "G": 1e9}

@@ -29,6 +29,9 @@ def with_arch(strategy: Strategy, *, inside: Callable[[Arch], Arch], outside: Ca
         probe = _InnerProbe(view.probe, view.arch, inside, outside)
         return strategy.at_epoch(view._replace(arch=inside(view.arch), probe=probe))
 
+    def rule(losses: Losses, optimizers: Optimizers) -> Step:
+        return strategy.rule(losses._replace(own=lambda arch: inside(losses.own(arch))), optimizers)
+
     own_derive = None if strategy.derives_from_scores else lambda arch: strategy.derive(inside(arch))
     weight_objective = strategy.weight_objective
     return strategy._replace(
@@ -39,6 +42,7 @@ def with_arch(strategy: Strategy, *, inside: Callable[[Arch], Arch], outside: Ca
         scores=lambda arch: strategy.scores(inside(arch)),
         derive=own_derive,
         at_epoch=at_epoch,
+        rule=rule,
     )
 
 
@@ -68,6 +72,9 @@ class _InnerProbe(NamedTuple):
         return self.whole.gates_accuracy(gates, batches=batches)
 
 
+_LOSSES = ("plain", "full", "weight", "twice")
+
+
 def with_memory(strategy: Strategy, own: Memory) -> Strategy:
     """A method whose memory is a pair (its own before, `own`); the caller gives `own` a use."""
 
@@ -84,7 +91,8 @@ def with_memory(strategy: Strategy, own: Memory) -> Strategy:
     def rule(losses: Losses, optimizers: Optimizers) -> Step:
         def step(state: SearchState, batches: Any, key: jax.Array, numbers: Numbers) -> Any:
             base, own = state.memory
-            inner = Losses(*(_at_memory(loss, own) for loss in losses))
+            parts: dict[str, Any] = {name: _at_memory(getattr(losses, name), own) for name in _LOSSES}
+            inner = losses._replace(**parts)
             state, metrics = strategy.rule(inner, optimizers)(
                 dataclasses.replace(state, memory=base), batches, key, numbers
             )

@@ -115,7 +115,7 @@ def select_by_perturbation(
 
 def _masked(gates: Gates, masks: Mapping[str, Any]) -> Gates:
     """Gates of masked operations are 0; nothing is computed for those that are executed no more."""
-    ops = {kind: gates.ops[kind] * masks[kind] for kind in CELL_TYPES}
+    ops = {kind: table * jnp.broadcast_to(masks[kind], table.shape) for kind, table in gates.ops.items()}
     executed = {}
     for kind, chosen in gates.executed.items():
         number = gates.ops[kind].shape[-1]

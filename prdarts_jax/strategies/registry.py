@@ -1,4 +1,4 @@
-"""The table of search methods. A new method is one file and one row here.
+"""Search methods by name: factory, options and published settings of a row of `rows.py`, or of a user's own file.
 
 Imports no jax: a factory's module is imported when the factory is asked for.
 """
@@ -8,83 +8,13 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from prdarts_jax.config import userfile
 from prdarts_jax.config.schema import convert_scalar
 from prdarts_jax.errors import UserError, unknown
-
-
-@dataclass(frozen=True)
-class Row:
-    """A search method: where its factory is, and the settings it was published with."""
-
-    name: str
-    factory: str  # module:function, takes `space` and keyword options
-    summary: str  # one line
-    reference: str
-    settings: Mapping[str, Any]  # dotted path of a config field -> the method's published value
-    source: str  # where the settings were read
-    arrays: tuple[str, ...] = ()  # options that enter the compiled step through `schedule` alone: a sweep may name them
-
-
-_DARTS_OPTIMIZERS: Mapping[str, Any] = {
-    "weights.learning_rate": 0.025,
-    "weights.learning_rate_min": 0.001,
-    "weights.momentum": 0.9,
-    "weights.nesterov": False,
-    "weights.weight_decay": 3e-4,
-    "weights.clip_norm": 5.0,
-    "arch.learning_rate": 3e-4,
-    "arch.beta1": 0.5,
-    "arch.beta2": 0.999,
-    "arch.eps": 1e-8,
-    "arch.weight_decay": 1e-3,
-}
-
-_ROWS = (
-    Row(
-        name="prdarts",
-        factory="prdarts_jax.strategies.prdarts:prdarts",
-        summary="independent hard-concrete gates, group-structured penalties and a path-depth term",
-        reference=(
-            "Zhou, Xiong, Socher, Hoi: Theory-Inspired Path-Regularized Differential Network Architecture Search, "
-            "NeurIPS 2020"
-        ),
-        settings={
-            "epochs": 200,
-            "batch_size": 128,
-            "space.cells": 8,
-            "space.channels": 16,
-            "space.nodes": 4,
-            "space.head_norm": True,
-            "space.pool_norm": True,
-            **_DARTS_OPTIMIZERS,
-            "weights.nesterov": True,
-            "weights.weight_decay": 5e-4,
-        },
-        source="arXiv 2006.16537; where it is silent, the program its authors released",
-        arrays=("tau_max", "tau_min", "lambda1", "lambda2", "lambda3", "gate_dropout"),
-    ),
-    Row(
-        name="darts",
-        factory="prdarts_jax.strategies.darts:darts",
-        summary="first-order DARTS: a softmax mixture of all operations on every edge",
-        reference="Liu, Simonyan, Yang: DARTS: Differentiable Architecture Search, ICLR 2019",
-        settings={
-            "epochs": 50,
-            "batch_size": 64,
-            "space.cells": 8,
-            "space.channels": 16,
-            "space.nodes": 4,
-            "space.head_norm": False,
-            "space.pool_norm": True,
-            **_DARTS_OPTIMIZERS,
-        },
-        source="the program its authors released (quark0/darts)",
-    ),
-)
+from prdarts_jax.strategies.rows import ROWS as _ROWS
+from prdarts_jax.strategies.rows import Row
 
 
 def rows() -> tuple[Row, ...]:
@@ -192,7 +122,7 @@ def options(name_or_path: str) -> dict[str, Any]:
       UserError: no such method, or a factory with an argument that has no default.
 
     >>> options("darts")
-    {'init_scale': 0.001}
+    {'order': 1, 'exact': False, 'init_scale': 0.001}
     """
     parameters = [
         parameter
@@ -222,7 +152,7 @@ def resolve_options(name_or_path: str, given: Mapping[str, Any]) -> dict[str, An
       UserError: an option the method does not have, or a value of another type.
 
     >>> resolve_options("darts", {"init_scale": "0.1"})
-    {'init_scale': 0.1}
+    {'order': 1, 'exact': False, 'init_scale': 0.1}
     """
     defaults = options(name_or_path)
     for name in given:

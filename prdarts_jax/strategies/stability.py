@@ -1,7 +1,8 @@
-"""Early stopping by the curvature of the validation loss in the architecture: RobustDARTS.
+"""The curvature of the validation loss in the architecture as an alarm: RobustDARTS.
 
     every few epochs l_i = dominant eigenvalue of the Hessian of L_val in a;  m_i = mean of l over a centred window
-    stop when m_newest / m_earlier > threshold, with the genotype of the earlier measurement
+    m_newest / m_earlier > threshold:   stop with the genotype of the earlier measurement (hessian_stop), or go back to
+                                        its epoch, with a stronger weight decay of the weights (hessian_rollback)
 
 Zela et al., Understanding and Robustifying DARTS, ICLR 2020.
 """
@@ -17,10 +18,15 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from prdarts_jax.config.schema import require
+from prdarts_jax.errors import UserError
 from prdarts_jax.strategies.nesting import remembering, with_memory
-from prdarts_jax.strategy import Event, Stop, Strategy, View
+from prdarts_jax.strategy import Arch, Event, Restage, Rollback, Stop, Strategy, View
 
 _EPOCHS = 50  # of the published search, by which its counts of epochs scale
+_EVERY = 2  # of these between two measurements
+_DECAY = "weights.weight_decay"
+
+_Alarm = Callable[[View, int, Arch, str], Event | None]  # (view, epoch and architecture to return to, why)
 
 
 def hessian_stop(
@@ -59,11 +65,88 @@ def hessian_stop(
     >>> strategy.memory[1]["eigenvalues"].shape  # what two windows span
     (9,)
     """
-    field = "method.transforms.hessian_stop"
+
+    def alarm(view: View, epoch: int, arch: Arch, why: str) -> Event | None:
+        return Stop(strategy.derive(arch), f"{why}; the cell is that of epoch {epoch + 1}")
+
+    measuring = (threshold, window, delta, every, from_epoch, iterations, radius, weight_decay)
+    return _watched(strategy, "hessian_stop", alarm, *measuring)
+
+
+def hessian_rollback(
+    strategy: Strategy,
+    *,
+    factor: float = 10.0,
+    most: float = 0.03,
+    threshold: float = 1.3,
+    window: int = 5,
+    delta: int = 4,
+    every: int | None = None,
+    from_epoch: int | None = None,
+    iterations: int = 10,
+    radius: float = 3e-4,
+    weight_decay: float = 1e-3,
+) -> Strategy:
+    """Goes back, with a stronger weight decay of the weights, where `hessian_stop` would end the search.
+
+    The decay becomes `factor` times what it was, but no more than `most`; once it is that, the search goes to its end.
+
+    Args:
+      strategy: any whose architecture starts from `init`.
+      factor: of the weight decay.
+      most: the largest weight decay.
+      threshold, window, delta, from_epoch, iterations, radius, weight_decay: as `hessian_stop` has them.
+      every: epochs between measurements; None: 2 of 50, in proportion, but 2 at most, since it keeps the checkpoints
+        of the epochs that it may go back.
+
+    Raises:
+      UserError: a value that is not possible; from `at_epoch`, an optimizer without a weight decay to set.
+
+    >>> from prdarts_jax.space.spec import Space
+    >>> from prdarts_jax.strategies import get
+    >>> hessian_rollback(get("darts", space=Space(nodes=1))).horizon
+    12
+    """
+    field = "method.transforms.hessian_rollback"
+    require(1 < factor < float("inf"), f"{field}.factor", factor, "> 1, finite")
+    require(0 < most < float("inf"), f"{field}.most", most, "> 0, finite")
+
+    def alarm(view: View, epoch: int, arch: Arch, why: str) -> Event | None:
+        if _DECAY not in view.hyperparameters:
+            raise UserError(f"weights.transform: {field} sets its weight_decay; allowed: inject_hyperparams with one")
+        decay = view.hyperparameters[_DECAY]
+        return Rollback(epoch, {_DECAY: min(factor * decay, most)}) if decay < most * (1 - 1e-6) else None
+
+    measuring = (threshold, window, delta, every, from_epoch, iterations, radius, weight_decay)
+    watched = _watched(strategy, "hessian_rollback", alarm, *measuring, longest=_EVERY)
+    reach = (window // 2 + delta) * (every or _EVERY)
+    return watched._replace(horizon=max(strategy.horizon, reach))
+
+
+def _watched(
+    strategy: Strategy,
+    name: str,
+    alarm: _Alarm,
+    threshold: float,
+    window: int,
+    delta: int,
+    every: int | None,
+    from_epoch: int | None,
+    iterations: int,
+    radius: float,
+    weight_decay: float,
+    longest: int | None = None,
+) -> Strategy:
+    """The strategy with measurements in its memory; where the newest average is too large, the event of the alarm.
+
+    Args:
+      longest: epochs between measurements at most, where `every` is None.
+    """
+    field = f"method.transforms.{name}"
     require(threshold > 0, f"{field}.threshold", threshold, "> 0")
     require(window >= 1 and window % 2 == 1, f"{field}.window", window, "an odd number >= 1")
-    for name, value in (("delta", delta), ("iterations", iterations)):
-        require(value >= 1, f"{field}.{name}", value, ">= 1")
+    for option, value in (("delta", delta), ("iterations", iterations)):
+        require(value >= 1, f"{field}.{option}", value, ">= 1")
     require(every is None or every >= 1, f"{field}.every", every, ">= 1")
     require(from_epoch is None or from_epoch >= 0, f"{field}.from_epoch", from_epoch, ">= 0")
     require(radius >= 0, f"{field}.radius", radius, ">= 0")
@@ -100,8 +183,8 @@ def hessian_stop(
 
     def at_epoch(view: View) -> Event | None:
         event = inner.at_epoch(view)
-        step = every or max(1, round(2 * view.epochs / _EPOCHS))
-        if isinstance(event, Stop) or (view.epoch + 1) % step:
+        step = every or min(max(1, round(_EVERY * view.epochs / _EPOCHS)), longest or view.epochs)
+        if isinstance(event, Stop | Restage | Rollback) or (view.epoch + 1) % step:
             return event
         own = measured(view)
         earliest = round(10 * view.epochs / _EPOCHS) if from_epoch is None else from_epoch
@@ -110,8 +193,10 @@ def hessian_stop(
             newest, earlier = float(values[delta:].mean()), float(values[:window].mean())
             if earlier > 0 and newest / earlier > threshold:
                 arch = jax.tree.map(lambda leaf: leaf[half], own["arch"])
-                rise = f"the dominant eigenvalue rose from {earlier:.3g} to {newest:.3g}"
-                return Stop(strategy.derive(arch), f"{rise}; the cell is that of epoch {at + 1}")
+                why = f"the dominant eigenvalue rose from {earlier:.3g} to {newest:.3g}"
+                found = alarm(view, at, arch, why)
+                if found is not None:
+                    return found
         return remembering(event, view, own)
 
     return inner._replace(at_epoch=at_epoch)

@@ -107,7 +107,9 @@ def edge_weights(strategy: Strategy, *, init_scale: float = 1e-3) -> Strategy:
     def sample(key: jax.Array, arch: Arch, memory: Memory, numbers: Numbers, role: str) -> Gates:
         gates, own = inner.sample(key, arch, memory, numbers, role), shares(arch)
         before = gates.edges
-        edges = own if before is None else {kind: own[kind] * before[kind] for kind in CELL_TYPES}
+        if before is None:
+            return dataclasses.replace(gates, edges=own)
+        edges = {kind: jnp.broadcast_to(own[kind], before[kind].shape) * before[kind] for kind in CELL_TYPES}
         return dataclasses.replace(gates, edges=edges)
 
     def scores(arch: Arch) -> Tables:
@@ -117,7 +119,7 @@ def edge_weights(strategy: Strategy, *, init_scale: float = 1e-3) -> Strategy:
     return inner._replace(init=init, sample=sample, scores=scores)
 
 
-def stop_at_skips(strategy: Strategy, *, skips: int = 2, from_epoch: int = 0) -> Strategy:
+def stop_at_skips(strategy: Strategy, *, skips: int = 2, from_epoch: int | None = None, share: float = 0.0) -> Strategy:
     """The search ends when the derived normal cell has so many skip connections.
 
     The criterion of DARTS+ (Liang et al. 2019) as others report it; the paper itself was not at hand.
@@ -125,7 +127,8 @@ def stop_at_skips(strategy: Strategy, *, skips: int = 2, from_epoch: int = 0) ->
     Args:
       strategy: any.
       skips: how many end the search.
-      from_epoch: the first epoch of a stage after which the cell is looked at.
+      from_epoch: the first epoch of a stage after which the cell is looked at; None: the share.
+      share: of the epochs of the stage.
 
     Raises:
       UserError: a value that is not possible.
@@ -138,11 +141,14 @@ def stop_at_skips(strategy: Strategy, *, skips: int = 2, from_epoch: int = 0) ->
     prdarts_jax.errors.UserError: method.transforms.stop_at_skips.skips: 0 is not possible; allowed: >= 1
     """
     require(skips >= 1, "method.transforms.stop_at_skips.skips", skips, ">= 1")
-    require(from_epoch >= 0, "method.transforms.stop_at_skips.from_epoch", from_epoch, ">= 0")
+    field = "method.transforms.stop_at_skips"
+    require(from_epoch is None or from_epoch >= 0, f"{field}.from_epoch", from_epoch, ">= 0")
+    require(0 <= share < 1, f"{field}.share", share, "in [0, 1)")
 
     def at_epoch(view: View) -> Event | None:
         event, found = strategy.at_epoch(view), view.genotype.skips("normal")
-        if isinstance(event, Stop) or view.epoch < from_epoch or found < skips:
+        first = round(share * view.epochs) if from_epoch is None else from_epoch
+        if isinstance(event, Stop) or view.epoch < first or found < skips:
             return event
         return Stop(view.genotype, f"the normal cell has {found} skip connections (stop_at_skips: {skips})")
 
@@ -264,7 +270,7 @@ def _moved(gates: Gates, delta: Mapping[str, jax.Array]) -> Gates:
     """Gates + delta where they are executed, at least 0, with the sum of each edge as before."""
     ops = {}
     for kind, before in gates.ops.items():
-        mask = gating.executed_mask(gates.executed[kind], before.shape[-1])
+        mask = jnp.broadcast_to(gating.executed_mask(gates.executed[kind], before.shape[-1]), before.shape)
         after = jnp.where(mask, jnp.maximum(before + delta[kind], 0.0), 0.0)
         total = jnp.sum(after, axis=-1, keepdims=True)
         ops[kind] = after * (jnp.sum(before, axis=-1, keepdims=True) / jnp.maximum(total, 1e-12))

@@ -443,9 +443,16 @@ def test_strategies_show_options_and_settings(capsys):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["prdarts"]["options"]["lambda2"] == 0.005
     assert rows["darts"]["settings"]["epochs"] == 50
+    assert (rows["darts"]["competes"], rows["darts"]["executed"], rows["prdarts"]["passes"]) == (
+        "the operations of an edge",
+        "all",
+        "2",
+    )
+    assert all(isinstance(row["made_of"], list) and isinstance(row["not_claimed"], str) for row in rows.values())
     assert cli.main(["strategies"]) == 0
     out = capsys.readouterr().out
     assert "lambda3=0.005" in out
+    assert "competition: the operations of an edge; executed an edge: all; forward-backward passes a step: 2;" in out
     assert "darts" in out
 
 

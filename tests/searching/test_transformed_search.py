@@ -5,19 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import search_cases
-from search_cases import rows, search
+from search_cases import config_of, rows, search
 
-from prdarts_jax import presets
-from prdarts_jax.config import schema
 from prdarts_jax.network.counts import pair_costs
-from prdarts_jax.run.checkpoint import Checkpointer
-from prdarts_jax.run.metrics import comparable, read
 from prdarts_jax.searching import loop as search_loop
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import Space
@@ -29,6 +23,9 @@ TEXTS = {name: name for name in composition.TRANSFORMS} | {
     "at_most_skips": "at_most_skips:skips=0",
     "cost": "cost:macs=300K,cells=3,channels=4,image=8",
     "hessian_stop": "hessian_stop:window=1,delta=1,every=1,from_epoch=0,iterations=2,threshold=2",
+    "hessian_rollback": (
+        "hessian_rollback:window=1,delta=1,every=1,from_epoch=0,iterations=2,threshold=1e-9,weight_decay=1000"
+    ),
     "perturbed": "perturbed:mode=adversarial,steps=2",
 }
 
@@ -37,14 +34,6 @@ TEXTS = {name: name for name in composition.TRANSFORMS} | {
 def _quick() -> Iterator[None]:
     with search_cases.shared_programs():
         yield
-
-
-def _config(method: str, *transforms: str, **flags: Any) -> Any:
-    values = {path: value for path, value in search_cases.FLAGS.items() if not path.startswith("method.")}
-    if method == "prdarts":
-        values["method.options.executed_ops"] = 1
-    values |= {"method.transforms": list(transforms), **{k.replace("__", "."): v for k, v in flags.items()}}
-    return presets.resolve("digits", method, values).config
 
 
 def _macs(workdir: Path, space: Space) -> float:
@@ -61,41 +50,23 @@ def test_a_budget_is_met_with_the_transform_and_exceeded_without(tmp_path: Path)
         "epochs": 4,
         "run__steps_per_dispatch": 7,
     }
-    plain = _config("darts", **flags)
+    plain = config_of("darts", **flags)
     space = Space.create(plain.space, classes=10, in_channels=1)
     search_loop.search(plain, tmp_path / "plain", data=search_cases.digits())
     free = _macs(tmp_path / "plain", space)
     target = 0.75 * free
     text = f"cost:macs={target},cells=5,channels=8,image=8,scale=5"
-    search_loop.search(_config("darts", text, **flags), tmp_path / "bound", data=search_cases.digits())
+    search_loop.search(config_of("darts", text, **flags), tmp_path / "bound", data=search_cases.digits())
     assert _macs(tmp_path / "bound", space) <= target < free
     terms = [row["penalty/cost"] for row in rows(tmp_path / "bound", "epoch")]
     assert terms[0] == 0 and max(terms) > 0, "the multiplier grows after the first epoch"
 
 
-def _outcome(workdir: Path) -> dict[str, Any]:
-    saved = Checkpointer(workdir / "checkpoints")
-    return {
-        "genotype": (workdir / "genotype.json").read_text(),
-        "rows": [comparable(row) for row in read(workdir / "metrics.jsonl")],
-        "state": saved._document(saved.steps()[-1])["leaves"],
-    }
-
-
 def _resumes(method: str, texts: list[str], tmp_path: Path) -> None:
-    config = _config(method, *texts)
-    assert search_loop.search(config, tmp_path / "whole", data=search_cases.digits()).status == "finished"
-    moment = schema.replace(config, {"run.time_limit": 1e-9, "run.steps_per_dispatch": 5})
-    statuses = [""]
-    while statuses[-1] != "finished":
-        statuses.append(search_loop.search(moment, tmp_path / "parts", data=search_cases.digits()).status)
-        assert len(statuses) < 12
-    whole, parts = _outcome(tmp_path / "whole"), _outcome(tmp_path / "parts")
-    for part in whole:
-        assert parts[part] == whole[part], part
-    document = json.loads((tmp_path / "whole" / "config.json").read_text())
+    workdir = search_cases.assert_resumes(config_of(method, *texts), tmp_path)
+    document = json.loads((workdir / "config.json").read_text())
     assert document["config"]["method"]["transforms"] == texts
-    assert jax.tree.leaves(whole["state"]) and np.isfinite(rows(tmp_path / "whole", "epoch")[-1]["train_loss"])
+    assert np.isfinite(rows(workdir, "epoch")[-1]["train_loss"])
 
 
 def test_a_memory_and_a_larger_architecture_resume_to_the_bit(tmp_path: Path) -> None:
@@ -107,6 +78,16 @@ def test_a_memory_and_a_larger_architecture_resume_to_the_bit(tmp_path: Path) ->
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_transform_of_every_method_resumes_to_the_bit(method: str, name: str, tmp_path: Path) -> None:
     _resumes(method, [TEXTS[name]], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_sharp_loss_goes_back_with_a_stronger_weight_decay_until_it_is_the_largest(tmp_path: Path) -> None:
+    workdir = search_cases.assert_resumes(config_of("darts", TEXTS["hessian_rollback"]), tmp_path)
+    events = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
+    assert [(event["epoch"], event["goes_on_from_epoch"]) for event in events] == [(1, 1), (1, 1)]
+    decays = [event["hyperparameters"]["weights.weight_decay"] for event in events]
+    np.testing.assert_allclose(decays, [3e-3, 3e-2], rtol=1e-6)
+    assert [row["epoch"] for row in rows(workdir, "epoch")] == [0, 1, 2]
 
 
 def test_another_transform_is_another_search(tmp_path: Path) -> None:
