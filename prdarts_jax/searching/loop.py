@@ -43,6 +43,7 @@ from prdarts_jax.searching.stages import (
     hyperparameters,
     in_words,
     kept_weights,
+    plan_in_words,
     space_of,
     with_hyperparameter,
     with_memory,
@@ -217,6 +218,8 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         return {"weight_learning_rate": rate, "arch_learning_rate": self.config.arch.learning_rate} | schedule
 
     def first(self) -> SearchCarry:
+        if plan := plan_in_words(self.problem.strategy, self.stage, self.epochs):
+            self.say(plan)
         carry = self.programs.initial(self.key, self.arrays(0))
         # The program may be that of a search with other numbers in its optimizers.
         state, own = carry.state, self.inputs.digests
@@ -388,6 +391,8 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         if event.memory is not None:
             new = with_memory(new, event.memory, self.mesh)
         self.say(f"stage {len(self.stages)} begins: {epochs} epochs, {in_words(fields)}")
+        if plan := plan_in_words(self.problem.strategy, self.stage, self.epochs):
+            self.say(plan)
         return new, step
 
     def _rolled_back(

@@ -17,6 +17,7 @@ from prdarts_jax.searching.own_code import METHOD
 from prdarts_jax.searching.program import SearchCarry
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import Space
+from prdarts_jax.strategy import Strategy
 
 _FIELDS = ("nodes", "ops", "edge_ops", "cells", "channels", "head_norm", "pool_norm", "partial")
 
@@ -162,6 +163,22 @@ def with_hyperparameter(state: SearchState, name: str, value: float) -> SearchSt
     old = known[field]
     changed = {**known, field: jax.device_put(np.asarray(value, old.dtype), old.sharding)}
     return dataclasses.replace(state, **{attribute: opt._replace(hyperparams=changed)})
+
+
+def plan_in_words(strategy: Strategy, stage: Stage, epochs: int) -> str:
+    """What a method makes of the epochs it is given, where that is not simply to search in all of them; or nothing.
+
+    >>> from prdarts_jax.strategies.composition import transformed
+    >>> from prdarts_jax.strategies.darts import darts
+    >>> strategy = transformed(darts(space=Space()), ["frozen"])
+    >>> plan_in_words(strategy, Stage(epochs=10), 10)
+    'the architecture rests in 3 of 10 epochs'
+    """
+    rates = [strategy.schedule(epoch, stage.epochs).get("arch_on", 1.0) for epoch in range(stage.epochs)]
+    rest = sum(rate == 0 for rate in rates)
+    words = [f"stage 1 has {stage.epochs} of {epochs} epochs"] if stage.epochs < epochs and stage.start == 0 else []
+    words += [f"the architecture rests in {rest} of {stage.epochs} epochs"] if rest else []
+    return ", ".join(words)
 
 
 def in_words(fields: Mapping[str, Any]) -> str:
