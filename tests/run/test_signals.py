@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -40,6 +41,15 @@ def start(mode: str) -> subprocess.Popen[str]:
     return child
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """Signals of a closed terminal arrive, in a suite that was itself started to outlive one too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_one_signal_lets_the_loop_finish(signum: signal.Signals, status: int) -> None:
     with start("once") as child:

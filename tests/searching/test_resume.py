@@ -109,6 +109,15 @@ def test_the_seed_decides_every_bit(finished, tmp_path):
 # Signals
 
 
+@pytest.fixture
+def hangups():
+    """Signals of a closed terminal arrive, in a suite that was itself started to outlive one too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_says_how_to_go_on(finished, npz, tmp_path, monkeypatch, capsys, signum, status):
     update, seen = search_loop.Progress.update, []
