@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,9 +157,9 @@ class Genotype:
         if genotype_text.looks_like(given):
             return cls._of_text(given, "")
         path, name = Path(name_or_path), ""
-        if not path.exists() and Path(given.rpartition(":")[0]).is_file():
+        if not os.path.exists(path) and os.path.isfile(given.rpartition(":")[0]):  # pathlib's raise on long names
             path, name = Path(given.rpartition(":")[0]), given.rpartition(":")[2]
-        if path.is_dir():
+        if os.path.isdir(path):
             if not (path / "genotype.json").is_file():
                 raise UserError(
                     f"genotype: {str(path)!r} holds no genotype.json (no workdir, or the search is unfinished)"

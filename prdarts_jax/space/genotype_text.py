@@ -8,6 +8,7 @@ a weight as their third element; and numbers as NumPy writes them (`np.int64(1)`
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,11 +34,19 @@ _SHOWN = 12  # names in an error line
 _CALLS = ("Genotype", "dict", "OrderedDict", "Namespace")
 _KEYS = "|".join((*FIELDS, *_CONNECTIONS, "schema_version"))
 _START = re.compile(rf"(?<!class )\bGenotype\s*\(|\b(?:dict|OrderedDict)\s*\((?=[\s\[(\"']*(?:{_KEYS})\b)"
-                    rf"|\{{(?=\s*[\"'](?:{_KEYS})[\"'])")  # fmt: skip
+                    rf"|\{{(?=\s*u?[\"'](?:{_KEYS})[\"']|[^{{}}]*[\"'](?:normal|reduce)_concat[\"']\s*:)")  # fmt: skip
+# What is no name of a file, though no genotype begins in it: fields that nothing encloses, a cell of NAS-Bench-201.
+_LOOSE = re.compile(r"\b(?:normal|reduce)\s*[=:]\s*[\[(]|\|\w+~\d+\||\n")
 # What stands before one: `NAME = `, `NAME: type = genotypes.`, or the key of a dictionary.
 _NAME = re.compile(r"(\w+)\s*(?::[^=\n]*)?=\s*(?:\w+\.)*$|[\"']([^\"'\n]+)[\"']\s*:\s*$")
 _WORDS = {"null": None, "true": True, "false": False, "nan": 0.0, "inf": 0.0}  # of JSON, and of weights
-_NUMBER = re.compile(r"(?:u?int|float)\d*|tensor")
+_CONVERSIONS: Sequence[tuple[re.Pattern[str], Any]] = (  # name of a call with one argument -> what it may have
+    (re.compile(r"(?:u?int|float)\d*"), int | float),
+    (re.compile(r"str_?"), str),
+    (re.compile(r"list|tuple"), list),
+    (re.compile(r"tensor|[aA]rray"), int | float | list),
+)
+_OPAQUE = re.compile(r"=\s*<[^<>]*>")  # grad_fn=<SelectBackward0>
 _NNI = re.compile(r"[\"'](?:normal|reduce)[_/](?:n\d+_(?:p\d+|switch)|(?:op|input)_\d+_\d+)[\"']")
 _BENCH_201 = re.compile(r"\|\w+~\d+\|")
 
@@ -65,7 +74,7 @@ class Found(NamedTuple):
                 "(a parenthesis or bracket is missing)"
             )
         try:
-            tree = ast.parse(self.source.replace("\n", " "), mode="eval").body
+            tree = ast.parse(_OPAQUE.sub("=None", self.source.replace("\n", " ")), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise UserError(
                 f"genotype: line {self.line} is not a complete Python call or dict; allowed: {ALLOWED}"
@@ -153,7 +162,7 @@ def looks_like(text: str) -> bool:
     >>> looks_like("Genotype(normal=[])"), looks_like("runs/Genotype")
     (True, False)
     """
-    return bool(_START.search(text)) or text.lstrip().startswith(("{", "["))
+    return bool(_START.search(text) or _LOOSE.search(text)) or text.strip()[:1] in ("", "{", "[")
 
 
 # --- in the text ------------------------------------------------------------------------------------------------------
@@ -215,13 +224,12 @@ def _literal(node: ast.expr) -> Any:
         name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
         for value in _called(name, node):
             return value
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError, MemoryError, RecursionError):
-        source = ast.unparse(node)[:80]
-        raise _NotLiteral(
-            f"genotype: {source!r} is not possible in Genotype(...); allowed: literals, range(...)"
-        ) from None
+    with contextlib.suppress(ValueError, TypeError, MemoryError, RecursionError):
+        value = ast.literal_eval(node)
+        if isinstance(value, str | int | float | None):  # neither a set nor the `...` of a list that was cut short
+            return value
+    source = ast.unparse(node)[:80]
+    raise _NotLiteral(f"genotype: {source!r} is not possible in Genotype(...); allowed: literals, range(...)")
 
 
 def _key(node: ast.expr | None) -> str:
@@ -241,8 +249,8 @@ def _called(name: str, call: ast.Call) -> Iterator[Any]:
         if len(numbers) <= _LONGEST_RANGE:
             yield list(numbers)
     elif len(args) == 1:
-        kind = list if name in ("list", "tuple", "array") else int | float if _NUMBER.fullmatch(name) else ()
-        yield from [arg for arg in args if isinstance(arg, kind)]
+        kinds = [kind for pattern, kind in _CONVERSIONS if pattern.fullmatch(name)]
+        yield from [arg for arg in args for kind in kinds if isinstance(arg, kind)]
 
 
 def _fields(name: str, call: ast.Call) -> dict[str, Any]:

@@ -45,6 +45,10 @@ FORMS = {
     "NumPy's indices": printed(index="np.int64({})"),
     "a tensor's weights": printed(weight="tensor(0.126)"),
     "small, negative and missing weights": printed(weight="-1e-3").replace("-1e-3", "nan", 1),
+    "a tensor's weights with their gradients": printed(weight="tensor(0.1260, grad_fn=<SelectBackward0>)"),
+    "an array's weights": printed(weight="Array(0.126, dtype=float32)"),
+    "NumPy's strings": printed().replace("'skip_connect'", "np.str_('skip_connect')"),
+    "strings of Python 2": printed().replace("'normal", "u'normal").replace("'reduce", "u'reduce"),
     "AutoDL's names of operations": printed(names=THEIRS),
     "AutoDL's Genotype": f"Genotype({CALL}, connectN=None, connects=None)",
     "connections first": f"Genotype(connects=None, connectN=None, {CALL})",
@@ -149,6 +153,11 @@ NNI_2 = {"normal/op_2_0": "sep_conv_3x3", "normal/input_2_0": [0], "reduce/op_2_
         ('{"kind": "search"}', "the text lacks normal"),
         ('{"normal": [[["none", 0]]], "normal_concat": [2]}', "genotype.reduce: missing"),
         (f"x = {printed()[:-9]}", "is not a complete Python call or dict"),
+        (f"x = {{'epoch': 3, {printed()[1:]}", "unknown value 'epoch'"),
+        (CALL, "the text names the fields, but holds no call or dict"),
+        (printed().replace("[2, 3, 4, 5]", "{2, 3, 4, 5}"), "'{2, 3, 4, 5}' is not possible"),
+        (printed().replace("[2, 3, 4, 5]", "[2, 3, ...]"), "'...' is not possible"),
+        (printed().replace("'skip_connect'", "b'skip_connect'"), "is not possible"),
         (f"Genotype({CALL}, connectN=3)", "genotype.connectN: connections beside"),
         ("Genotype(normal=gene, normal_concat=[2], reduce=gene, reduce_concat=[2])", "'gene' is not possible"),
         ("dict(normal=__import__('os').system('true'))", "is not possible"),
@@ -164,6 +173,16 @@ def test_what_is_none_is_refused_by_what_it_lacks(tmp_path: Path, text: str, sai
         Genotype.load(tmp_path / "cell.txt")
     assert said in str(caught.value) and "not JSON" not in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{tmp_path}/cell.txt: genotype")
+    if text != "hello":  # which may be the name of a file
+        with pytest.raises(UserError) as caught:
+            Genotype.load(text)  # on the command line
+        assert said in str(caught.value)
+
+
+def test_a_word_longer_than_names_of_files_is_refused(tmp_path: Path) -> None:
+    for word in ("x" * 300, f"{tmp_path}/{'x' * 300}", f"{tmp_path}/{'x' * 300}:NAME"):
+        with pytest.raises(UserError, match=r"^genotype"):
+            Genotype.load(word)
 
 
 def test_on_the_command_line() -> None:
