@@ -34,7 +34,7 @@ from prdarts_jax.devices.processes import is_first, share, together
 from prdarts_jax.errors import RunError, UserError, warn
 from prdarts_jax.run import digests
 from prdarts_jax.run.digests import HostLeaf, by_path, dtype_name, flatten_digests, host_leaves, is_key, json_digest
-from prdarts_jax.run.workdir import atomic_write_text, reason, require_room
+from prdarts_jax.run.workdir import atomic_write_text, check_name, reason, require_room
 
 __all__ = ["Checkpointer", "Restored", "flatten_digests"]
 
@@ -113,6 +113,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             raise UserError(f"keep: {keep} checkpoints; allowed: an integer >= 1")
         _silence_writers()
         self._directory = Path(directory).expanduser().resolve()
+        check_name(self._directory)
         self._keep, self._warn, self._writes = keep, warn, writes
         self._epochs, self._epoch_steps = epochs, epoch_steps
         self._writer: ocp.AsyncCheckpointer | None = None

@@ -110,6 +110,25 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def check_name(path: Path) -> None:
+    """Whether checkpoints can lie there: their library names files in UTF-8, whatever Python and the locale do.
+
+    Raises:
+        UserError: the name of the folder has other bytes than in UTF-8.
+
+    >>> check_name(Path(os.fsdecode(bytes([77, 246, 119, 101]))))
+    Traceback (most recent call last):
+    ...
+    prdarts_jax.errors.UserError: workdir: M\\udcf6we is not named in UTF-8; allowed: another name, or the locale of UTF-8 (PYTHONUTF8=1)
+    """  # noqa: E501 (the message is one line)
+    name = os.path.abspath(path)
+    if os.fsencode(name) != name.encode("utf-8", "replace"):
+        shown = str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+        raise UserError(
+            f"workdir: {shown} is not named in UTF-8; allowed: another name, or the locale of UTF-8 (PYTHONUTF8=1)"
+        )
+
+
 def check_writable(path: Path) -> None:
     """Whether a workdir could be made and written, found out without leaving anything behind.
 
@@ -122,6 +141,7 @@ def check_writable(path: Path) -> None:
     prdarts_jax.errors.UserError: workdir: /dev/null/run cannot be made: /dev/null is not a folder; name another folder
     """
     path = expanded(path, "workdir").absolute()
+    check_name(path)
     existing = path
     while not os.path.lexists(existing):
         existing = existing.parent

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from prdarts_jax.errors import RunError, UserError
-from prdarts_jax.run.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_writable, draw
+from prdarts_jax.run.workdir import WorkdirLock, atomic_write_json, atomic_write_text, check_name, check_writable, draw
 
 HOLDER = """
     import sys
@@ -49,6 +49,15 @@ def test_what_cannot_be_drawn_costs_a_finished_run_one_line(tmp_path, capsys):
     assert said.count("\n") == 1
     draw("training", {"report.html": made.touch})
     assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_is_not_named_in_utf_8_is_refused_before_the_work(tmp_path: Path) -> None:
+    """Its checkpoints could not be written, nor those in it read."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/M\xf6we"))
+    with pytest.raises(UserError, match=r"^workdir: .*/M\\udcf6we is not named in UTF-8; allowed"):
+        check_writable(folder)
+    assert not folder.exists()
+    check_name(tmp_path / "Möwe \u540d")
 
 
 def test_text_and_json(tmp_path: Path) -> None:
