@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from prdarts_jax.data.records import FileRecords, read_header, read_images
 from prdarts_jax.errors import UserError, warn
 
 # Other files in a class directory (Thumbs.db, notes) are not images and are passed over, with a line.
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
+)
 # Part of the data's identity: another seed is another test set.
 SPLIT_SEED = 20201
 
@@ -79,7 +83,8 @@ class Folder:
         Raises:
             UserError: see `shape`.
         """
-        key = file_identity(f"folder split {SPLIT_SEED}", self.root, map(Path, self.files))
+        with _named_errors():
+            key = file_identity(f"folder split {SPLIT_SEED}", self.root, map(Path, self.files))
         return cached(f"folder-{self.name}", key, self._decode, cache_dir)
 
     def _decode(self) -> Arrays:
@@ -92,7 +97,17 @@ class Folder:
         """What a streamed set is known by: where the test files begin; the name, size and label of each file."""
         labels = np.concatenate([self.train.labels, self.test.labels]).tolist()
         rows = zip(map(Path, self.files), labels, strict=True)
-        return len(self.train), [[f.relative_to(self.root).as_posix(), f.stat().st_size, k] for f, k in rows]
+        with _named_errors():
+            return len(self.train), [[f.relative_to(self.root).as_posix(), f.stat().st_size, k] for f, k in rows]
+
+
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    """A block in which a file that is not there, where a link leads nowhere, is the user's error."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: not a readable image ({error.strerror}); allowed: a file") from error
 
 
 def find(directory: Path) -> Folder:
@@ -117,14 +132,16 @@ def find(directory: Path) -> Folder:
     has_train, has_test = train_dir.is_dir(), test_dir.is_dir()
     if has_test and not has_train:
         raise UserError(f"{where}: 'test' without 'train'; allowed: train/CLASS and test/CLASS, or CLASS")
-    if has_train:
-        _refuse_others(where, directory, test_dir)
     passed_over: list[Path] = []
     classes = _class_files(where, train_dir if has_train else directory, passed_over)
     names = tuple(classes)
     if len(names) < 2:
         raise UserError(f"{where}: {len(names)} class {list(names)}; allowed: at least 2 class directories")
     test_classes = _class_files(where, test_dir, passed_over) if has_test else {}
+    if has_test and not test_classes:
+        raise UserError(f"{where}: {test_dir} has no class directory; allowed: {test_dir}/CLASS, or no such directory")
+    if has_train:
+        _refuse_others(where, directory, test_dir)
     if strangers := [name for name in test_classes if name not in classes]:
         raise UserError(f"{where}: test class {strangers[0]!r} is not a training class; allowed: {' | '.join(names)}")
     if passed_over:
@@ -176,6 +193,8 @@ def _images_of(where: str, directory: Path, passed_over: list[Path]) -> list[str
                 f"{where}: image {image} is in a subdirectory of the class directory {directory}; allowed: images "
                 f"directly in it (move them up, or name a directory whose subdirectories are the classes)"
             )
+        elif not entry.name.startswith("."):  # a format of images that is not read, perhaps
+            passed_over.extend(sorted(path for path in entry.rglob("*") if not path.is_dir()))
     if not files:
         allowed = " ".join(sorted(SUFFIXES))
         raise UserError(f"{where}: class directory {directory} has no images; allowed: at least one of {allowed}")

@@ -121,6 +121,31 @@ def test_what_is_passed_over_is_a_line(tmp_path, capsys):
     assert "4 files that are no images are passed over (the first: " in said[1]
 
 
+def test_other_files_below_a_class_are_a_line(tmp_path, capsys):
+    """Images of a format that is not read, perhaps."""
+    for name in ("a/0.png", "a/1.jfif", "b/0.png", "b/1.png"):
+        save(tmp_path / "set" / name, random_image(8, 8, 3), format="JPEG" if name.endswith("jfif") else "PNG")
+    (tmp_path / "set/a/more").mkdir()
+    (tmp_path / "set/a/more/x.heic").touch()
+    assert len(load(tmp_path / "set").train_images) == 2
+    assert "1 files that are no images are passed over (the first: " in (said := capsys.readouterr().err)
+    assert "a/more/x.heic" in said
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    for name in ("a/0.png", "b/0.png"):
+        save(tmp_path / "set" / name, random_image(8, 8, 3))
+    (tmp_path / "set/a/z.png").symlink_to("nowhere")
+    one_line(lambda: load(tmp_path / "set"), "a/z.png", "No such file")
+
+
+def test_a_test_directory_without_classes_is_no_test_set(tmp_path):
+    for name in ("train/a/0.png", "train/b/0.png", "val/a/0.png"):
+        save(tmp_path / "set" / name, random_image(8, 8, 3))
+    (tmp_path / "set/test").mkdir()
+    one_line(lambda: load(tmp_path / "set"), "set/test has no class directory")
+
+
 # Pixels
 
 
