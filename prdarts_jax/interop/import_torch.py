@@ -134,7 +134,16 @@ def load_state_dict(path: Path) -> dict[str, np.ndarray]:
         )
     prefix = _prefix([str(key) for key in loaded])
     tensors = {str(key).removeprefix(prefix): tensor.detach() for key, tensor in loaded.items()}
-    return {key: (t.float() if t.is_floating_point() else t).numpy() for key, t in tensors.items()}
+    arrays = {}
+    for key, t in tensors.items():
+        try:
+            arrays[key] = (t.float() if t.is_floating_point() else t).numpy()
+        except (TypeError, RuntimeError):
+            what = "quantized" if t.is_quantized else f"of layout {t.layout} on device {t.device}"
+            raise UserError(
+                f"FILE: {str(path)!r} holds {key!r}, {what}, which is no plain array; allowed: dense tensors of numbers"
+            ) from None
+    return arrays
 
 
 def _harmless(torch: Any) -> contextlib.AbstractContextManager[Any]:
@@ -142,7 +151,8 @@ def _harmless(torch: Any) -> contextlib.AbstractContextManager[Any]:
     multiarray = importlib.import_module("numpy._core.multiarray")
     functions = {name: getattr(multiarray, name) for name in ("scalar", "_reconstruct")}
     allowed: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, PosixPath]
-    allowed += {type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
+    kinds = "".join(np.typecodes[name] for name in ("AllInteger", "AllFloat", "Datetime")) + "?SU"
+    allowed += {type(np.dtype(kind)) for kind in kinds}
     # NumPy 1 and 2 call the module of the same functions differently, and so do versions of Python that of paths.
     allowed += [(f, f"numpy.{core}.multiarray.{name}") for name, f in functions.items() for core in ("core", "_core")]
     allowed += [(PosixPath, f"pathlib{module}.PosixPath") for module in ("", "._local")]
@@ -156,7 +166,7 @@ def _problem(error: Exception) -> str:
         again = "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         return f"is a TorchScript program, which is not run; allowed: its weights (in PyTorch: {again})"
     if "global" in text.lower():  # what torch says of a class or function that it will not look up
-        names = re.findall(r"GLOBAL ([\w.]+)", text)
+        names = re.findall(r"(?:GLOBAL |got <class ')([\w.]+)", text)
         again = "x = torch.load(FILE, weights_only=False); torch.save(x['state_dict'], NEW)"
         return (
             f"holds other objects than tensors ({names[0] if names else 'of a class'}), which are not unpickled: that "

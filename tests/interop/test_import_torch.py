@@ -267,6 +267,7 @@ def test_values_beside_the_weights_that_run_no_code(small: dict[str, torch.Tenso
     """What programs save beside them, with the names of NumPy 2 and NumPy 1 for the module of a scalar."""
     args = argparse.Namespace(lr=0.025, save=tmp_path, accuracy=np.float64(97.5), epochs=np.int64(600), tuple=(1, "a"))
     beside = {"args": args, "best": np.float32(97.5), "seen": np.bool_(True), "losses": np.arange(3.0)}
+    beside |= {"commit": np.str_("abc"), "when": np.datetime64("2020-01-01"), "classes": np.array(["a", "bc"])}
     torch.save(beside | {"state_dict": small}, tmp_path / "a.pt")
     assert import_torch.load_state_dict(tmp_path / "a.pt").keys() == small.keys()
     with zipfile.ZipFile(tmp_path / "a.pt") as source, zipfile.ZipFile(tmp_path / "old.pt", "w") as target:
@@ -299,6 +300,19 @@ def test_formats_of_numbers_and_of_files(small: dict[str, torch.Tensor], tmp_pat
     genotype = Genotype.named("PRDARTS")
     found = import_torch.convert(import_torch.load_state_dict(tmp_path / "old.pt"), genotype).variables
     jax.tree.map(np.testing.assert_array_equal, found, import_torch.convert(arrays(small), genotype).variables)
+
+
+def test_tensors_that_are_no_plain_arrays_are_named(tmp_path: Path) -> None:
+    for name, tensor, said in (
+        ("a", torch.eye(2).to_sparse(), "torch.sparse_coo"),
+        ("c", torch.zeros(2, device="meta"), "on device meta"),
+    ):
+        torch.save({name: tensor}, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=f"a.pt' holds '{name}', .*{said}.*allowed: dense tensors"):
+            import_torch.load_state_dict(tmp_path / "a.pt")
+    torch.save({"stem.0.weight": torch.ones(1), "history": np.array([None])}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"other objects than tensors \(numpy.dtypes.ObjectDType\)"):
+        import_torch.load_state_dict(tmp_path / "a.pt")
 
 
 class Intruder:
