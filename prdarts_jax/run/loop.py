@@ -61,6 +61,9 @@ class Work(NamedTuple):
         return self.loop.dispatch(self.carry, self.steps, self.fresh, self.batches, self.numbers)
 
 
+_OTHERWISE = "computed otherwise"
+
+
 Done = tuple[Any, Mapping[str, Any]]  # (carry, each metric of each step)
 
 
@@ -103,6 +106,7 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         self.epochs, self.epoch_steps, self.images_per_step = epochs, epoch_steps, images_per_step
         self.end = epochs  # the epoch before which the run ends; a subclass may move it
         self.began = time.monotonic() if start.began is None else start.began
+        self._otherwise: dict[str, Any] = {}  # in the info of checkpoints: why the bits are not those of one start
 
     # What a subclass says.
 
@@ -233,12 +237,18 @@ class EpochLoop(ABC, Generic[Carry, Result]):
         if found is None:
             return self.first(), 0
         old, new = self.start.old or {}, self.start.document
-        redrawn, changed = provenance.other_draws(old, new), provenance.tolerance(old, new)
+        drawn_now = provenance.other_draws(old, new)
+        # config.json says what the run began with; what other resumes in between computed with, its checkpoints say.
+        before = found.info.get(_OTHERWISE, {})
+        redrawn = list(dict.fromkeys([*before.get("draws", ()), *drawn_now]))
+        changed = list(dict.fromkeys([*before.get("bits", ()), *provenance.tolerance(old, new)]))
+        self._otherwise = {_OTHERWISE: {"draws": redrawn, "bits": changed}} if redrawn or changed else {}
         how = f"that of an uninterrupted {self.noun} "
         how += f"to float tolerance only ({'; '.join(changed)})" if changed else "bit for bit"
         if redrawn:
             said = "; ".join([*redrawn, *changed])
-            how = f"not that of an uninterrupted {self.noun}: other random numbers are drawn from here on ({said})"
+            when = "are drawn from here on" if drawn_now else "were drawn on the way here"
+            how = f"not that of an uninterrupted {self.noun}: other random numbers {when} ({said})"
         where = f"step {found.step} of {self.total_steps} (epoch {found.step // self.epoch_steps})"
         self.say(f"resuming at {where}; the result is {how}")
         self.recall(found.info)
@@ -290,7 +300,9 @@ class EpochLoop(ABC, Generic[Carry, Result]):
                 due = epoch_done and (self.is_due(run.checkpoint_every, epoch) or self.horizon > 0)
                 late = run.checkpoint_minutes > 0 and time.monotonic() - last_save > 60 * run.checkpoint_minutes
                 if due or late or leaving or ended or moved:
-                    saved.save(step, carry, {"epoch": step // self.epoch_steps, "step": step, **self.info()})
+                    saved.save(
+                        step, carry, {"epoch": step // self.epoch_steps, "step": step, **self.info(), **self._otherwise}
+                    )
                     last_save = time.monotonic()
                 if leaving and not ended and step < self._last_step:
                     processes.together(saved.wait)

@@ -280,8 +280,8 @@ def test_a_resumed_search_says_which_setting_differs(npz, tmp_path, capsys):
     with search_cases.shared_programs():
         assert cli.main([*command, "--run.time_limit=1e-9"]) == 0
         for name, value, said in (
-            ("jax_default_prng_impl", "rbg", "is not that of an uninterrupted search: other random numbers"),
             ("jax_default_matmul_precision", "highest", "to float tolerance only"),
+            ("jax_default_prng_impl", "rbg", "an uninterrupted search: other random numbers are drawn from here on"),
         ):
             former = getattr(jax.config, name)
             jax.config.update(name, value)
@@ -292,6 +292,11 @@ def test_a_resumed_search_says_which_setting_differs(npz, tmp_path, capsys):
                 jax.config.update(name, former)
             out = capsys.readouterr().out
             assert said in out and f"{name} {former} -> {value}" in out and "bit for bit" not in out
+        # Back at the settings it began with: what was computed in between stays what it is.
+        assert cli.main([*command, "--run.time_limit=1e-9"]) == 0
+        out = capsys.readouterr().out
+        assert "other random numbers were drawn on the way here (jax_default_prng_impl threefry2x32 -> rbg; " in out
+        assert "jax_default_matmul_precision None -> highest" in out
     config = json.loads((tmp_path / "w" / "config.json").read_text())
     config["jax"]["jax_enable_x64"] = True
     (tmp_path / "w" / "config.json").write_text(json.dumps(config))
