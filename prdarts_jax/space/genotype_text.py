@@ -218,6 +218,8 @@ def _literal(node: ast.expr) -> Any:
         return [_literal(element) for element in node.elts]
     if isinstance(node, ast.Dict) and all(node.keys):
         return {_key(key): _literal(item) for key, item in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Name):  # -inf
+        return _literal(node.operand)
     if isinstance(node, ast.Name) and node.id in _WORDS:
         return _WORDS[node.id]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):

@@ -44,7 +44,9 @@ FORMS = {
     "NumPy's weights": printed(weight="np.float32(0.126)"),
     "NumPy's indices": printed(index="np.int64({})"),
     "a tensor's weights": printed(weight="tensor(0.126)"),
-    "small, negative and missing weights": printed(weight="-1e-3").replace("-1e-3", "nan", 1),
+    "small, negative and missing weights": printed(weight="-1e-3")
+    .replace("-1e-3", "nan", 1)
+    .replace("-1e-3", "-inf", 1),
     "a tensor's weights with their gradients": printed(weight="tensor(0.1260, grad_fn=<SelectBackward0>)"),
     "an array's weights": printed(weight="Array(0.126, dtype=float32)"),
     "NumPy's strings": printed().replace("'skip_connect'", "np.str_('skip_connect')"),
