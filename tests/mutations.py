@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slips import Mutation
+from slips_darts import DARTS_SLIPS
 from slips_methods import CONTRACT_SLIPS, GATE_SLIPS, PENALTY_SLIPS, STEP_SLIPS
 from slips_network import CELL_SLIPS, KERNEL_SLIPS, LAYER_SLIPS
 from slips_runs import DATA_SLIPS, RESULT_SLIPS, RUN_SLIPS
@@ -20,4 +21,5 @@ MUTATIONS = (
     *RUN_SLIPS,
     *RESULT_SLIPS,
     *CONTRACT_SLIPS,
+    *DARTS_SLIPS,
 )

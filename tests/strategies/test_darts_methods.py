@@ -147,7 +147,8 @@ def test_a_search_in_stages_needs_an_epoch_each() -> None:
 @pytest.mark.slow
 def test_p_darts_searches_three_networks(tmp_path: Path) -> None:
     config = search_cases.config_of("p-darts", epochs=4, space__ops="none,skip_connect,sep_conv_3x3,max_pool_3x3")
-    search_loop.search(config, tmp_path / "w", data=search_cases.digits())
+    with search_cases.shared_programs():
+        search_loop.search(config, tmp_path / "w", data=search_cases.digits())
     events = [json.loads(line) for line in (tmp_path / "w" / "events.jsonl").read_text().splitlines()]
     assert [(event["event"], event["space"]["cells"], event["epochs"]) for event in events] == [
         ("restage", 7, 1),
