@@ -175,6 +175,7 @@ def test_perturbed_by_an_adversary_goes_to_the_corner() -> None:
     assert seen[0].full is loss and strategy.schedule(9, 10)["perturbation"] == pytest.approx(0.3)
     gradient = jax.grad(lambda w: seen[0].weight({"w": w}, *point[1:]))(jnp.float32(1.0))
     assert float(gradient) == pytest.approx((found * slope).sum(), rel=1e-4), "the adversary is a constant"
+    np.testing.assert_array_equal(seen[0].twice.gates(*point).ops["normal"], found)
 
 
 # --- the budget -------------------------------------------------------------------------------------------------------
