@@ -255,7 +255,9 @@ def unrolled(exact: bool = False) -> Rule:
             weights, arch, memory = state.weights, state.arch, state.memory
             train = (memory, batches.train, weight_key, numbers)
             slope = losses.weight.gradient(("weights",), weights, arch, *train).weights
-            ahead, rate = virtual_step(state.weight_opt, weights, slope, numbers.get("weight_learning_rate"))
+            # A transformation that keeps a rate of its own does not move by that of the numbers, and is refused.
+            opt = set_learning_rate(state.weight_opt, numbers.get("weight_learning_rate"))
+            ahead, rate = virtual_step(opt, weights, slope)
             found = losses.full.gradient(("weights", "arch"), ahead, arch, memory, batches.val, key, numbers)
             g = found.weights
             if exact:

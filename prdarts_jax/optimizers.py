@@ -76,14 +76,13 @@ def set_learning_rate(opt_state: Any, rate: Any) -> Any:
     return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
 
 
-def virtual_step(opt_state: Any, weights: Any, gradient: Any, rate: Any = None) -> tuple[Any, jax.Array]:
+def virtual_step(opt_state: Any, weights: Any, gradient: Any) -> tuple[Any, jax.Array]:
     """The look-ahead of DARTS, w - eta (mu v + grad + d w), from the state of an optimizer; nothing is clipped.
 
     Args:
       opt_state: its learning rate eta, momentum mu and weight decay d are those of its `hyperparams`, its velocity v is
         that of an `optax.trace` in it; what it does not have counts as 0.
       weights, gradient: trees of one structure.
-      rate: eta, in place of that of the state.
 
     Returns:
       (weights after the step, eta).
@@ -98,7 +97,7 @@ def virtual_step(opt_state: Any, weights: Any, gradient: Any, rate: Any = None) 
     0.45
     """
     known = getattr(opt_state, "hyperparams", {})
-    rate = known.get("learning_rate") if rate is None else rate
+    rate = known.get("learning_rate")
     if rate is None:
         raise UserError("weights.transform: the unrolled step needs its learning rate; allowed: inject_hyperparams")
     decay, momentum = known.get("weight_decay", 0.0), known.get("momentum", 0.0)

@@ -169,7 +169,8 @@ class Strategy(_Fields):
     Attributes:
       space: the search space; transforms read it.
       init: key -> arch.
-      schedule: (epoch, epochs) of the stage -> {name: float}: the numbers of an epoch (temperature, coefficients).
+      schedule: (epoch, epochs) of the stage -> {name: float}: the numbers of an epoch (temperature, coefficients), of
+        the same names in every epoch of a stage.
         Names that the step knows: `arch_on`, `weights_on` (0: that half of the step is left out),
         `weight_learning_rate`, `arch_learning_rate` (in place of the config's), `drop_path`, `dropout/NAME` (noise in
         the network).
@@ -185,7 +186,8 @@ class Strategy(_Fields):
       rule: how a step updates weights and architecture, see `bilevel`.
       memory: what the method keeps beside arch, at the start; a pytree of arrays.
       at_epoch: View -> Event or None (go on), on the host after every epoch; the same view must give the same event.
-      horizon: how many epochs a Rollback may reach back; checkpoints within it are kept.
+      horizon: how many epochs a Rollback may reach back; checkpoints within it are kept, but one Rollback removes those
+        after the epoch it goes to, and what lies before that epoch may be gone.
       stage_epochs: epochs of the search -> those of its first stage.
     """
 

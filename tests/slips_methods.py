@@ -355,9 +355,9 @@ CONTRACT_SLIPS = (
     ),
     Mutation(
         "events: hyperparameters of a step back are lost",
-        "prdarts_jax/searching/loop.py",
-        "        for name, value in event.hyperparameters.items():\n            state = ",
-        "        for name, value in event.hyperparameters.items():\n            _ = ",
+        "prdarts_jax/searching/stages.py",
+        "        state = with_hyperparameter(state, name, value)\n    carry = ",
+        "        _ = with_hyperparameter(state, name, value)\n    carry = ",
         ("tests/searching/test_events.py::test_a_rollback_computes_the_epochs_again_with_other_hyperparameters",),
     ),
     Mutation(

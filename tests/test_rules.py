@@ -66,7 +66,8 @@ def _after(
     rule: Rule, losses: Losses, *, numbers: dict[str, float] | None = None, steps: int = 1, **optimizers: Any
 ) -> tuple[SearchState, dict[str, Any]]:
     """The state after some steps from (W, A), and the metrics of the last one; gradients are taken at rate 1."""
-    weight_tx, arch_tx = optimizers.get("weights", optax.sgd(ETA)), optimizers.get("arch", optax.sgd(1.0))
+    weight_tx = optimizers.get("weights", optax.inject_hyperparams(optax.sgd)(ETA))
+    arch_tx = optimizers.get("arch", optax.sgd(1.0))
     weights, arch = {"w": jnp.asarray(W)}, {"a": jnp.asarray(A)}
     state = SearchState(jnp.int32(0), weights, arch, weight_tx.init(weights), arch_tx.init(arch))
     if "velocity" in optimizers:
@@ -131,7 +132,7 @@ def test_without_a_learning_rate_there_is_no_virtual_step() -> None:
     from prdarts_jax.errors import UserError
 
     with pytest.raises(UserError, match=r"weights.transform: the unrolled step needs its learning rate"):
-        _after(bilevel.unrolled(), _losses(), numbers={"tau": 1.0})
+        _after(bilevel.unrolled(), _losses(), weights=optax.sgd(ETA))  # the numbers have a rate that it does not take
 
 
 def _numerical(f: Callable[[np.ndarray], float], at: np.ndarray) -> np.ndarray:

@@ -126,8 +126,21 @@ def check_first_stage(config: SearchConfig, strategy: Strategy) -> int:
     """
     first = userfile.call(strategy.stage_epochs, config.epochs, field=METHOD)
     require(1 <= first <= config.epochs, f"{METHOD}.stage_epochs", first, f"1..{config.epochs}, the epochs")
-    userfile.call(strategy.schedule, 0, first, field=METHOD)
+    check_schedule(strategy, first)
     return first
+
+
+def check_schedule(strategy: Strategy, epochs: int) -> None:
+    """Calls the schedule of a stage for each of its epochs: a compiled step takes the same numbers in all of them.
+
+    Raises:
+      UserError: it raises, or a number is there in some epochs alone.
+    """
+    names = [set(userfile.call(strategy.schedule, epoch, epochs, field=METHOD)) for epoch in range(epochs)]
+    for epoch, found in enumerate(names):
+        if found != names[0]:
+            some = f"{' | '.join(sorted(found ^ names[0]))} in one of the epochs 0 and {epoch} alone"
+            raise UserError(f"{METHOD}: schedule has {some}; allowed: the same names in every epoch of a stage")
 
 
 def _checked_data(config: SearchConfig, data: Dataset | None, mesh: Mesh) -> Dataset:

@@ -34,15 +34,17 @@ from prdarts_jax.run.workdir import atomic_write_text, claim, draw, prepared_for
 from prdarts_jax.schedules import cosine
 from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching.inputs import SearchInputs
-from prdarts_jax.searching.own_code import ARCH, METHOD, WEIGHTS
+from prdarts_jax.searching.own_code import ARCH, METHOD, WEIGHTS, check_strategy
 from prdarts_jax.searching.probe import NetworkProbe
 from prdarts_jax.searching.program import Orders, SearchCarry, SearchPrograms, abstract_carry
 from prdarts_jax.searching.stages import (
     Stage,
     changed_fields,
+    gone_back,
     hyperparameters,
     in_words,
     kept_weights,
+    plain_event,
     plan_in_words,
     space_of,
     with_hyperparameter,
@@ -257,6 +259,8 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         """Makes space, strategy and programs those of the last of these stages."""
         if json.dumps(stages) == json.dumps(self.stages):
             return
+        if self.start.side_by_side and len(stages) > 1:
+            raise UserError("run.devices: searches side by side have one stage each; allowed: 1, one after the other")
         self.stages, self.end = stages, stages[-1].end
         if len(stages) == 1:
             self.problem, self.programs = self.inputs.problem, self.shared.programs
@@ -325,19 +329,17 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         tables = {kind: np.round(table.astype(float), 6).tolist() for kind, table in p.items()}
         self.probabilities.write(epoch, **tables)
         log.write("epoch", epoch, step, **row)
-        text = f"epoch {epoch + 1}/{self.epochs} | train {row['train_loss']:.3f} {row['train_accuracy']:.1%}"
-        if "val_loss" in row:
-            text += f" | val {row['val_loss']:.3f} {row['val_accuracy']:.1%}"
+        text = f"epoch {epoch + 1}/{self.epochs}"
+        for half in ("train", "val"):
+            if f"{half}_loss" in row:  # a half that was left out in every step has none
+                text += f" | {half} {row[f'{half}_loss']:.3f} {row[f'{half}_accuracy']:.1%}"
         bar.epoch_line(text)
         probe = NetworkProbe(
             self.programs, carry.state, numbers, self.val_half, self.shared.images, self.config.batch_size
         )
         place, set_now = (epoch - self.stage.start, self.stage.epochs), hyperparameters(carry.state)
         view = View(*place, arch, memory, row, numbers, genotype, probe, set_now)
-        self.event = userfile.call(strategy.at_epoch, view, field=METHOD)
-        if not isinstance(self.event, Event | None):
-            allowed = "None | Continue | Stop | Restage | Rollback"
-            raise UserError(f"{METHOD}: at_epoch gives a {type(self.event).__name__}; allowed: {allowed}")
+        self.event = plain_event(userfile.call(strategy.at_epoch, view, field=METHOD))
         self.stopped = self.event if isinstance(self.event, Stop) else None
         return row
 
@@ -365,43 +367,52 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         if isinstance(event, Restage):
             return self._restaged(carry, step, event)
         if isinstance(event, Rollback):
-            return self._rolled_back(epoch, event, saved, log)
+            return self._rolled_back(carry, epoch, event, saved, log)
         return carry, step
 
     def _restaged(self, carry: SearchCarry, step: int, event: Restage) -> tuple[SearchCarry, int]:
         start, before = step // self.epoch_steps, self.problem
         left = self.config.epochs - start
         epochs = left if event.epochs is None else event.epochs
-        if self.start.side_by_side:
-            raise UserError("run.devices: searches side by side have one stage each; allowed: 1, one after the other")
         if epochs < 1:
             raise UserError(f"{METHOD}: Restage for {epochs} epochs is not possible; allowed: >= 1")
         fields = changed_fields(event.space, self.inputs.problem.space)
         options = {**self.stage.options, **event.options}
         weights = jax.device_get(carry.state.weights)
-        self._record(start - 1, step, "restage", space=fields, options=dict(event.options), epochs=epochs)
         self._enter([*self.stages, Stage(start, epochs, fields, options)])
-        made = self.programs.initial(jax.random.fold_in(self.key, _STAGES + len(self.stages)), self.arrays(start))
+        strategy, own = self.problem.strategy, METHOD in self.inputs.digests
+        search_inputs.check_schedule(strategy, epochs)
+        if own:
+            check_strategy(strategy, self.problem.space, epochs)
+        with userfile.errors_of({METHOD: strategy}) if own else contextlib.nullcontext():
+            made = self.programs.initial(jax.random.fold_in(self.key, _STAGES + len(self.stages)), self.arrays(start))
+        self._record(start - 1, step, "restage", space=fields, options=dict(event.options), epochs=epochs)
         state = jax.device_get(made.state)
         if event.keep_weights:
             kept = kept_weights(weights, state.weights, before.space, self.problem.space)
-            state = dataclasses.replace(state, weights=kept, weight_opt=jax.jit(self.problem.weight_tx.init)(kept))
-        state = dataclasses.replace(state, step=np.asarray(step, np.int32))
-        new = sharding.replicate(self.mesh, dataclasses.replace(made, state=state))
+            # On the host, as a checkpoint has it: without the weak types of Python numbers.
+            opt = jax.device_get(jax.jit(self.problem.weight_tx.init)(kept))
+            state = dataclasses.replace(state, weights=kept, weight_opt=opt)
+        state = sharding.replicate(self.mesh, dataclasses.replace(state, step=np.asarray(step, np.int32)))
+        for past in self.events:  # what a Rollback has set stays
+            for name, value in past.get("hyperparameters", {}).items():
+                state = with_hyperparameter(state, name, value)
+        new = SearchCarry(state, sharding.replicate(self.mesh, made.sums))
         if event.memory is not None:
             new = with_memory(new, event.memory, self.mesh)
-        self.say(f"stage {len(self.stages)} begins: {epochs} epochs, {in_words(fields)}")
-        if plan := plan_in_words(self.problem.strategy, self.stage, self.epochs):
-            self.say(plan)
+        plan = plan_in_words(strategy, self.stage, self.epochs)
+        words = [f"stage {len(self.stages)} begins: {epochs} epochs", in_words(fields), plan]
+        self.say(", ".join(filter(None, words)))
         return new, step
 
     def _rolled_back(
-        self, epoch: int, event: Rollback, saved: Checkpointer, log: MetricsLog
+        self, carry: SearchCarry, epoch: int, event: Rollback, saved: Checkpointer, log: MetricsLog
     ) -> tuple[SearchCarry, int]:
         horizon, now = self.problem.strategy.horizon, epoch - self.stage.start
         if not max(now - horizon, 0) <= event.epoch < now:
             allowed = f"earlier epochs of the stage, at most {horizon} (horizon) ago"
             raise UserError(f"{METHOD}: Rollback to epoch {event.epoch} at epoch {now}; allowed: {allowed}")
+        gone_back(carry, event, self.mesh)  # a mistake in it is found before checkpoints are gone
         target, events = self.stage.start + event.epoch, self.events
         saved.rewind((target + 1) * self.epoch_steps)
         found = saved.restore_latest(self.target)
@@ -409,12 +420,7 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
             raise RunError(f"{METHOD}: Rollback finds no checkpoint of epoch {event.epoch}")
         carry, step = found.state, found.step
         self.events = events
-        state = carry.state
-        for name, value in event.hyperparameters.items():
-            state = with_hyperparameter(state, name, value)
-        carry = dataclasses.replace(carry, state=state)
-        if event.memory is not None:
-            carry = with_memory(carry, event.memory, self.mesh)
+        carry = gone_back(carry, event, self.mesh)
         log.truncate_after(step)
         self._record(epoch, step, "rollback", hyperparameters=dict(event.hyperparameters))
         self.open(step)

@@ -20,13 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from prdarts_jax.bilevel import Batch, Batches, Optimizers, SearchState
 from prdarts_jax.config import userfile
+from prdarts_jax.config.search import ArchConfig, WeightsConfig
 from prdarts_jax.errors import UserError
+from prdarts_jax.gates import Gates
 from prdarts_jax.ops.check import check_primitives
 from prdarts_jax.ops.primitives import Primitive
-from prdarts_jax.optimizers import lowered_text, program_text
+from prdarts_jax.optimizers import arch_transform, lowered_text, program_text, weight_transform
 from prdarts_jax.run.digests import is_key
 from prdarts_jax.searching.program import SearchProblem, abstract_carry
+from prdarts_jax.searching.step import make_losses
 from prdarts_jax.space import supernet
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
@@ -86,7 +90,7 @@ def try_out(
         field="space.primitives",
     )
     if METHOD in own:
-        _check_strategy(problem.strategy, problem.space, epochs)
+        check_strategy(problem.strategy, problem.space, epochs)
     digests = {}
     for field, value in own.items():
         with userfile.errors_of({field: value}):
@@ -115,17 +119,51 @@ def same_programs(members: Mapping[str, tuple[SearchProblem, Mapping[str, str]]]
     # The optimizers of the config have their numbers in their state.
     for field in (METHOD, *(field for field in (WEIGHTS, ARCH) if field in own)):
         differing = {n: other for n, (other, _) in members.items() if _part(other, field) is not _part(first, field)}
-        expected = _lowered(first, field) if differing else ""
+        expected = _compared(first, field) if differing else ""
         for name, other in differing.items():
-            if _lowered(other, field) != expected:
+            if _compared(other, field) != expected:
                 raise UserError(
                     f"sweep: {name} makes another program of {field}, which has frozen a swept number; "
                     "allowed: numbers that enter the step as arrays"
                 )
 
 
+def _rule_text(strategy: Strategy) -> str:
+    """A step by the rule of a strategy, lowered with a small network in the place of the search network."""
+    space = strategy.space
+
+    def apply(weights: Any, gates: Gates, images: jax.Array, **_: Any) -> tuple[jax.Array, None]:
+        parts = [leaf for leaf in jax.tree.leaves((gates.ops, gates.edges)) if leaf is not None]
+        logits = jnp.mean(images) + sum(map(jnp.sum, parts), jnp.zeros(())) * weights["w"]
+        return jnp.broadcast_to(logits, (images.shape[0], space.classes)), None
+
+    losses = make_losses(space=space, strategy=strategy, apply=apply)
+    optimizers = Optimizers(weight_transform(WeightsConfig()), arch_transform(ArchConfig()))
+    step = strategy.rule(losses._replace(twice=losses.weight), optimizers)
+    numbers = {"weight_learning_rate": 0.1, "arch_learning_rate": 0.1} | strategy.schedule(0, 2)
+    batch = Batch(jnp.zeros((2, 1, 1, 1)), jnp.zeros((2,), jnp.int32))
+
+    def state(key: jax.Array) -> SearchState:
+        weights, arch = {"w": jnp.zeros((space.classes,))}, strategy.init(key)
+        opts = (optimizers.weights.init(weights), optimizers.arch.init(arch))
+        return SearchState(jnp.zeros((), jnp.int32), weights, arch, *opts, jax.tree.map(jnp.asarray, strategy.memory))
+
+    key = jax.random.key(0)
+    arrays = {name: np.float32(value) for name, value in numbers.items()}
+    return lowered_text(step, jax.eval_shape(state, key), Batches(batch, batch), key, arrays)
+
+
 def _part(problem: SearchProblem, field: str) -> Any:
     return {METHOD: problem.strategy, WEIGHTS: problem.weight_tx, ARCH: problem.arch_tx}[field]
+
+
+def _compared(problem: SearchProblem, field: str) -> str:
+    """What members of a population have in common; of a method also its rule, and its first memory."""
+    text = _lowered(problem, field)
+    if field != METHOD:
+        return text
+    memory = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), problem.strategy.memory)
+    return text + _rule_text(problem.strategy) + repr(memory)
 
 
 def _lowered(problem: SearchProblem, field: str) -> str:
@@ -212,7 +250,7 @@ def _function_told(function: types.FunctionType, inner: Callable[[Any], Any]) ->
     return [text, *state, inner({name: known[name] for name in code.co_names if name in known})]
 
 
-def _check_strategy(strategy: Strategy, space: Space, epochs: int) -> None:
+def check_strategy(strategy: Strategy, space: Space, epochs: int) -> None:
     """Calls every function of a caller's strategy that needs no network, on its first architecture."""
     with userfile.errors_of({METHOD: strategy}):
         arch = strategy.init(jax.random.key(0))

@@ -19,6 +19,7 @@ from prdarts_jax.data.augment import load_images, normalize
 from prdarts_jax.data.batches import Batch, Images
 from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import on_mesh
+from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
 from prdarts_jax.run.steps import Sums, run_steps
 from prdarts_jax.searching.probe import probe_program
@@ -78,11 +79,32 @@ def _initial(problem: SearchProblem, image: tuple[int, ...]) -> Callable[[jax.Ar
         )
         batch = Batch(jnp.zeros((2, *image), problem.dtype), jnp.zeros((2,), jnp.int32))
         after, metrics = jax.eval_shape(step, state, Batches(batch, batch), key, numbers)
+        _check_types(state, after)
         # An optimizer may begin with Python numbers and go on with arrays, which would be a second program.
         state = jax.tree.map(lambda leaf, later: leaf if later.weak_type else strong(leaf), state, after)
         return SearchCarry(state, {name: jnp.zeros((), jnp.float32) for name in metrics})
 
     return program
+
+
+_PARTS = {"memory": "method.strategy", "weight_opt": "weights.transform", "arch_opt": "arch.transform"}
+
+
+def _check_types(before: SearchState, after: SearchState) -> None:
+    """Refuses a step that changes the tree, a shape or a dtype of what it goes on from: it is compiled once."""
+    for part, field in _PARTS.items():
+        old, new = (_typed(getattr(state, part)) for state in (before, after))
+        changed = [name for name in old | new if old.get(name) != new.get(name)]
+        if changed:
+            name = changed[0]
+            was, now = old.get(name, "nothing"), new.get(name, "nothing")
+            raise UserError(f"{field}: a step makes {now} of {part}{name}, which was {was}; allowed: what it was")
+
+
+def _typed(tree: Any) -> dict[str, str]:
+    """Path -> dtype[shape] of each leaf."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 class SearchPrograms:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,8 +19,9 @@ from prdarts_jax.errors import UserError
 from prdarts_jax.searching.own_code import METHOD
 from prdarts_jax.searching.program import SearchCarry
 from prdarts_jax.space import supernet
+from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import Space
-from prdarts_jax.strategy import Strategy
+from prdarts_jax.strategy import Event, Restage, Rollback, Stop, Strategy
 
 _FIELDS = ("nodes", "ops", "edge_ops", "cells", "channels", "head_norm", "pool_norm", "partial")
 
@@ -47,8 +51,9 @@ def changed_fields(space: Space, first: Space) -> dict[str, Any]:
     """
     rest = dataclasses.replace(space, primitives=first.primitives, **{name: getattr(first, name) for name in _FIELDS})
     known = dict(first.primitives)
-    if rest != first or any(known.get(name) != primitive for name, primitive in space.primitives):
-        allowed = f"changes of {' | '.join(_FIELDS)}, with operations of the first space"
+    others = any(known.get(name) != primitive for name, primitive in space.primitives)
+    if rest != first or others or not set(space.ops) <= set(known) or space.channels % space.partial:
+        allowed = f"changes of {' | '.join(_FIELDS)}, with operations of the first space; partial divides channels"
         raise UserError(f"{METHOD}: Restage to {space!r} is not possible; allowed: {allowed}")
     return {name: getattr(space, name) for name in _FIELDS if getattr(space, name) != getattr(first, name)}
 
@@ -133,9 +138,51 @@ def with_memory(carry: SearchCarry, memory: Any, mesh: Mesh) -> SearchCarry:
     shapes = [(np.shape(a), np.shape(b)) for a, b in zip(*map(jax.tree.leaves, (old, memory)), strict=True)]
     if any(a != b for a, b in shapes):
         raise UserError(f"{METHOD}: the memory of an event has shapes {shapes}; allowed: those of Strategy.memory")
+    for a, b in zip(*map(jax.tree.leaves, (old, memory)), strict=True):
+        if jnp.issubdtype(np.asarray(b).dtype, jnp.inexact) and not jnp.issubdtype(a.dtype, jnp.inexact):
+            raise UserError(
+                f"{METHOD}: the memory of an event has {np.asarray(b).dtype} in place of {a.dtype}, which would cut "
+                "it; allowed: the dtypes of Strategy.memory"
+            )
     new = jax.tree.map(lambda a, b: np.asarray(b, np.asarray(a).dtype), old, memory)
     state = dataclasses.replace(carry.state, memory=sharding.replicate(mesh, new))
     return dataclasses.replace(carry, state=state)
+
+
+def plain_event(event: Any) -> Event | None:
+    """An event of a strategy, its numbers as those of Python: checkpoints and events.jsonl hold them as JSON.
+
+    Raises:
+      UserError: it is none, or a part of it is not what it must be.
+
+    >>> plain_event(Rollback(np.int64(3), {"weights.weight_decay": np.float32(0.5)}))
+    Rollback(epoch=3, hyperparameters={'weights.weight_decay': 0.5}, memory=None)
+    """
+    if not isinstance(event, Event | None):
+        allowed = "None | Continue | Stop | Restage | Rollback"
+        raise UserError(f"{METHOD}: at_epoch gives a {type(event).__name__}; allowed: {allowed}")
+    name = type(event).__name__
+    if isinstance(event, Stop) and not isinstance(event.genotype, Genotype):
+        raise UserError(f"{METHOD}: {name} with a {type(event.genotype).__name__}; allowed: a Genotype")
+    if isinstance(event, Restage) and not isinstance(event.space, Space):
+        raise UserError(f"{METHOD}: {name} with a {type(event.space).__name__}; allowed: a Space")
+    try:
+        if isinstance(event, Stop):
+            return event._replace(reason=str(event.reason))
+        if isinstance(event, Restage):
+            options = {option: _plain(value) for option, value in event.options.items()}
+            json.dumps(options)
+            return event._replace(epochs=event.epochs and operator.index(event.epochs), options=options)
+        if isinstance(event, Rollback):
+            numbers = {field: float(value) for field, value in event.hyperparameters.items()}
+            return event._replace(epoch=operator.index(event.epoch), hyperparameters=numbers)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{METHOD}: {name}: {error}; allowed: whole epochs, and numbers, texts by name") from error
+    return event
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 _OPTIMIZERS = {"weights": "weight_opt", "arch": "arch_opt"}
@@ -179,6 +226,15 @@ def plan_in_words(strategy: Strategy, stage: Stage, epochs: int) -> str:
     words = [f"stage 1 has {stage.epochs} of {epochs} epochs"] if stage.epochs < epochs and stage.start == 0 else []
     words += [f"the architecture rests in {rest} of {stage.epochs} epochs"] if rest else []
     return ", ".join(words)
+
+
+def gone_back(carry: SearchCarry, event: Rollback, mesh: Mesh) -> SearchCarry:
+    """The carry with the hyperparameters and the memory of a Rollback."""
+    state = carry.state
+    for name, value in event.hyperparameters.items():
+        state = with_hyperparameter(state, name, value)
+    carry = dataclasses.replace(carry, state=state)
+    return carry if event.memory is None else with_memory(carry, event.memory, mesh)
 
 
 def in_words(fields: Mapping[str, Any]) -> str:

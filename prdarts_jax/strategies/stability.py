@@ -156,6 +156,7 @@ def _watched(
         "count": np.zeros((), np.int32),
         "eigenvalues": np.zeros((span,), np.float32),  # the oldest first
         "epochs": np.zeros((span,), np.int32),
+        "decay": np.zeros((span,), np.float32),  # of the weights
         "arch": jax.tree.map(lambda leaf: np.zeros((span, *np.shape(leaf)), np.asarray(leaf).dtype), first),
     }
     inner = with_memory(strategy, history)
@@ -178,6 +179,7 @@ def _watched(
             "count": np.int32(old["count"] + 1),
             "eigenvalues": np.append(old["eigenvalues"][1:], np.float32(value)),
             "epochs": np.append(old["epochs"][1:], np.int32(view.epoch)),
+            "decay": np.append(old["decay"][1:], np.float32(view.hyperparameters.get(_DECAY, 0.0))),
             "arch": jax.tree.map(lambda a, b: np.concatenate([a[1:], np.asarray(b)[None]]), old["arch"], view.arch),
         }
 
@@ -189,7 +191,10 @@ def _watched(
         own = measured(view)
         earliest = round(10 * view.epochs / _EPOCHS) if from_epoch is None else from_epoch
         values, at = own["eigenvalues"], int(own["epochs"][half])
-        if int(own["count"]) >= span and at >= earliest:
+        # After a step back only what was measured since then is compared, at one weight decay: so no step back goes
+        # behind the one before it, whose earlier checkpoints are gone.
+        whole = int(own["count"]) >= span and bool(np.all(own["decay"] == own["decay"][-1]))
+        if whole and at >= earliest:
             newest, earlier = float(values[delta:].mean()), float(values[:window].mean())
             if earlier > 0 and newest / earlier > threshold:
                 arch = jax.tree.map(lambda leaf: leaf[half], own["arch"])

@@ -209,7 +209,8 @@ def perturbed(strategy: Strategy, *, mode: str = "random", epsilon: float = 0.3,
     SmoothDARTS, ICML 2020, as others describe it: step size and start of the ascent were not checked against it.
 
     Args:
-      strategy: any; meant for mixtures.
+      strategy: any whose weights descend a loss of their own; meant for mixtures. One that moves both groups by one
+        loss (`joint`) asks for no gates of the weights, and nothing is perturbed.
       mode: "random" or "adversarial" (costs `steps` passes more a step).
       epsilon: e in the last epoch.
       steps: of the ascent.
@@ -245,7 +246,7 @@ def perturbed(strategy: Strategy, *, mode: str = "random", epsilon: float = 0.3,
     def rule(losses: Losses, optimizers: Optimizers) -> Step:
         if mode != "adversarial":
             return strategy.rule(losses, optimizers)
-        weight = losses.weight
+        weight = losses.weight  # the fast form finds the shift for the twice differentiable one too
 
         def gates(weights: Any, arch: Any, memory: Any, batch: Any, key: jax.Array, numbers: Numbers) -> Gates:
             drawn = weight.gates(weights, arch, memory, batch, key, numbers)
@@ -261,7 +262,8 @@ def perturbed(strategy: Strategy, *, mode: str = "random", epsilon: float = 0.3,
             delta = lax.fori_loop(0, steps, ascend, jax.tree.map(jnp.zeros_like, drawn.ops))
             return _moved(drawn, lax.stop_gradient(delta))
 
-        return strategy.rule(losses._replace(weight=dataclasses.replace(weight, gates=gates)), optimizers)
+        twice = dataclasses.replace(losses.twice, gates=gates)
+        return strategy.rule(losses._replace(weight=dataclasses.replace(weight, gates=gates), twice=twice), optimizers)
 
     return strategy._replace(schedule=schedule, sample=sample, rule=rule)
 

@@ -17,16 +17,18 @@ import pytest
 import search_cases
 from search_cases import EPOCH_STEPS, rows, search
 
-from prdarts_jax.bilevel import alternating
+from prdarts_jax.bilevel import SearchState, alternating
+from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
 from prdarts_jax.report import page as report_page
 from prdarts_jax.report import plots
 from prdarts_jax.run.checkpoint import Checkpointer
-from prdarts_jax.run.loop import Work
+from prdarts_jax.run.loop import Start, Work
 from prdarts_jax.run.metrics import comparable, read
+from prdarts_jax.run.signals import StopRequest
 from prdarts_jax.searching import inputs as search_inputs
+from prdarts_jax.searching import loop, stages
 from prdarts_jax.searching import program as search_program
-from prdarts_jax.searching import stages
 from prdarts_jax.searching.population import search_population
 from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import CELL_TYPES, Space
@@ -292,6 +294,120 @@ def test_an_impossible_event_is_one_line(tmp_path: Path, event: Any, said: str) 
             given={"strategy": lambda *, space: darts(space=space)._replace(at_epoch=event)},
         )
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        (Stop(None, "enough"), "Stop with a NoneType; allowed: a Genotype"),
+        (Restage(None), "Restage with a NoneType; allowed: a Space"),
+        (Restage(Space(), epochs=1.5), "Restage: 'float' object cannot be interpreted as an integer"),
+        (Restage(Space(), options={"cells": Space()}), "Restage: Object of type Space is not JSON serializable"),
+        (Rollback(0, {"weights.momentum": "much"}), "Rollback: could not convert string to float: 'much'"),
+    ],
+)
+def test_an_event_that_no_checkpoint_can_hold_is_one_line(event: Any, said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        stages.plain_event(event)
+    assert said in str(raised.value)
+
+
+def test_numbers_of_numpy_in_events_become_those_of_python() -> None:
+    event = stages.plain_event(Restage(Space(), np.int64(2), options={"stage": np.int32(1)}))
+    assert json.dumps([event.epochs, event.options]) == '[2, {"stage": 1}]'
+
+
+@pytest.mark.parametrize("change", [{"ops": ("none", "other")}, {"channels": 4, "partial": 3}])
+def test_a_stage_on_an_impossible_space_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="with operations of the first space; partial divides channels"):
+        stages.changed_fields(dataclasses.replace(Space(), **change), Space())
+
+
+def test_a_memory_that_would_be_cut_is_refused() -> None:
+    state = SearchState(jnp.int32(0), (), (), (), (), {"count": jnp.int32(0), "mean": jnp.float32(0)})
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    carry = search_program.SearchCarry(state, {})
+    new = stages.with_memory(carry, {"count": np.int64(2), "mean": 1}, mesh).state.memory
+    assert new["count"].dtype == jnp.int32 and new["mean"].dtype == jnp.float32 and float(new["mean"]) == 1
+    with pytest.raises(UserError, match=r"has float64 in place of int32, which would cut it"):
+        stages.with_memory(carry, {"count": 0.5, "mean": 0.5}, mesh)
+
+
+@pytest.fixture
+def _nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that change nothing, so that nothing is compiled for them."""
+
+    def make_dispatch(problem: Any, mesh: Any) -> Any:
+        def dispatch(carry: Any, count: Any, fresh: Any, orders: Any, *_: Any) -> Any:
+            return carry, {name: np.zeros(len(orders.train), np.float32) for name in carry.sums}
+
+        return dispatch
+
+    monkeypatch.setattr(search_program, "make_dispatch", make_dispatch)
+
+
+@pytest.mark.usefixtures("_nothing_computed")
+def test_an_epoch_without_the_weights_has_no_training_loss(tmp_path: Path) -> None:
+    def factory(*, space: Space) -> Strategy:
+        return darts(space=space)._replace(schedule=lambda epoch, epochs: {"weights_on": 0.0})
+
+    assert search(tmp_path / "w", given={"strategy": factory}).status == "finished"
+    assert all("train_loss" not in row for row in rows(tmp_path / "w", "epoch"))
+
+
+@pytest.mark.usefixtures("_nothing_computed")
+def test_a_mistake_in_a_rollback_removes_no_checkpoint(tmp_path: Path) -> None:
+    def factory(*, space: Space) -> Strategy:
+        def at_epoch(view: Any) -> Any:
+            return Rollback(0, {"weights.other": 0.5}) if view.epoch == 2 else None
+
+        return darts(space=space)._replace(at_epoch=at_epoch, horizon=2)
+
+    with pytest.raises(UserError, match=r"Rollback sets 'weights.other', which is no hyperparameter"):
+        search(tmp_path / "w", given={"strategy": factory})
+    assert Checkpointer(tmp_path / "w" / "checkpoints").steps() == [EPOCH_STEPS, 2 * EPOCH_STEPS]
+
+
+@pytest.mark.usefixtures("_nothing_computed")
+def test_what_a_rollback_sets_stays_in_the_next_stage(tmp_path: Path) -> None:
+    seen: dict[int, list[float]] = {0: [], 1: []}
+
+    def factory(*, space: Space, stage: int = 0) -> Strategy:
+        def at_epoch(view: Any) -> Any:
+            decay = view.hyperparameters["weights.weight_decay"]
+            seen[stage].append(decay)
+            if stage or view.epoch == 0:
+                return None
+            again = Rollback(0, {"weights.weight_decay": 0.125})
+            return Restage(space, options={"stage": 1}, keep_weights=True) if decay == 0.125 else again
+
+        return darts(space=space)._replace(at_epoch=at_epoch, horizon=1)
+
+    assert search(tmp_path / "w", given={"strategy": factory}).status == "finished"
+    assert seen[0][-1] == 0.125 and seen[0][0] != 0.125 and seen[1] == [0.125]
+
+
+@pytest.mark.usefixtures("_nothing_computed")
+def test_a_mistake_in_the_strategy_of_a_later_stage_is_one_line(tmp_path: Path) -> None:
+    def factory(*, space: Space, later: bool = False) -> Strategy:
+        if later:
+            return darts(space=space)._replace(scores=lambda arch: 1 / 0)
+        return darts(space=space)._replace(at_epoch=lambda view: Restage(space, options={"later": True}))
+
+    with pytest.raises(UserError, match=r"method.strategy: .*test_events.py:\d+: ZeroDivisionError"):
+        search(tmp_path / "w", given={"strategy": factory})
+
+
+@pytest.mark.usefixtures("_nothing_computed")
+def test_a_later_stage_is_not_resumed_side_by_side(tmp_path: Path) -> None:
+    given = {"strategy": _staged, "data": search_cases.digits()}
+    config = search_cases.config(run__time_limit=MOMENT, run__steps_per_dispatch=EPOCH_STEPS)
+    assert loop.search(config, tmp_path, **given).status == "time-limit"  # the second stage has begun
+    inputs = search_inputs.prepare(config, **given)
+    start = Start(config.run, tmp_path, None, StopRequest(), None, search_inputs.document(config, inputs, None))
+    run = loop._Search(config, inputs, start._replace(side_by_side=True), loop.Shared(inputs))
+    with pytest.raises(UserError, match="searches side by side have one stage"):
+        run.go()
 
 
 def test_a_strategy_without_its_factory_has_no_stages(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ FROZEN = """def objective(ce, arch, gates, memory, progress):
         return ce + pull * (total - ce), terms
     return base._replace(objective=objective)"""
 
+IN_THE_RULE = """import numpy as np
+    from prdarts_jax.bilevel import mixed_level
+    return base._replace(FIELD)"""
+
 
 def _users_config(tmp_path, body):
     from prdarts_jax import presets
@@ -60,6 +64,14 @@ def test_a_number_that_the_users_method_has_frozen_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"sweep: pull=0\.0 makes another program of method\.strategy"):
         search_population(config, tmp_path / "w", {"pull": [1.0, 0.0]}, data=data)
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("field", ["rule=mixed_level(pull)", "memory=np.float32(pull)"])
+def test_a_number_frozen_in_the_rule_or_the_first_memory_is_refused(tmp_path, field):
+    """The program of the first member would compute all of them with its own number."""
+    config, data = _users_config(tmp_path, IN_THE_RULE.replace("FIELD", field)), search_cases.digits()
+    with pytest.raises(UserError, match=r"sweep: pull=0\.0 makes another program of method\.strategy"):
+        search_population(config, tmp_path / "w", {"pull": [1.0, 0.0]}, data=data)
 
 
 def test_a_users_optimizer_that_has_frozen_the_seed_is_refused(tmp_path):

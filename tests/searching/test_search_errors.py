@@ -129,6 +129,8 @@ from prdarts_jax.strategies.darts import darts
 def boom(*args, **kwargs):
     raise RuntimeError("boom")
 
+from prdarts_jax.bilevel import joint
+
 def factory(config=None, *, space=None):
     return boom()
 
@@ -149,6 +151,8 @@ derive = _with(derive=boom)
 scores = _with(scores=boom)
 select = _with(select=boom)
 late = _with(schedule=lambda epoch, epochs: {} if epoch == 0 else boom())
+uneven = _with(schedule=lambda epoch, epochs: {"arch_on": 1.0} if epoch == 0 else {})
+cut = _with(memory=jnp.int32(0), rule=joint(lambda state, found, batch: state.memory + 0.5))
 no_genotype = _with(derive=lambda arch: 3)
 no_view = _with(at_epoch=lambda: None)
 of_three = _with(at_epoch=lambda arch, metrics, epoch: None)
@@ -199,6 +203,8 @@ BOOM_LINE = 7
                 "late",
             )
         ),
+        ("strategy", "uneven", "method.strategy: schedule has arch_on in one of the epochs 0 and 1 alone"),
+        ("strategy", "cut", "method.strategy: a step makes float32[] of memory, which was int32[]"),
         ("strategy", "no_genotype", "method.strategy: derive gives a int; allowed: a Genotype"),
         ("strategy", "no_view", "method.strategy: at_epoch takes (); allowed: (view)"),
         ("strategy", "of_three", "method.strategy: at_epoch takes (arch, metrics, epoch); allowed: (view)"),

@@ -25,7 +25,7 @@ from prdarts_jax.space.spec import CELL_TYPES, Space
 from prdarts_jax.strategies import composition, get
 from prdarts_jax.strategies.composition import transformed
 from prdarts_jax.strategies.stability import dominant_eigenvalue
-from prdarts_jax.strategy import Continue, Stop, Strategy, View
+from prdarts_jax.strategy import Continue, Rollback, Stop, Strategy, View
 
 SPACE = Space(nodes=2, cells=3, channels=4, classes=10, in_channels=1)
 METHODS = ("prdarts", "darts")
@@ -175,6 +175,7 @@ def test_perturbed_by_an_adversary_goes_to_the_corner() -> None:
     assert seen[0].full is loss and strategy.schedule(9, 10)["perturbation"] == pytest.approx(0.3)
     gradient = jax.grad(lambda w: seen[0].weight({"w": w}, *point[1:]))(jnp.float32(1.0))
     assert float(gradient) == pytest.approx((found * slope).sum(), rel=1e-4), "the adversary is a constant"
+    np.testing.assert_array_equal(seen[0].twice.gates(*point).ops["normal"], found)
 
 
 # --- the budget -------------------------------------------------------------------------------------------------------
@@ -277,6 +278,32 @@ def test_hessian_stop_returns_the_earlier_cell() -> None:
     assert event.genotype == base.derive(archs[3]) and "epoch 4" in event.reason
 
 
+def test_no_step_back_goes_behind_the_one_before_it() -> None:
+    """Where eigenvalues rise without an end, each return is to an epoch whose checkpoint is still there."""
+    base = get("darts", space=SPACE)
+    text = "hessian_rollback:window=3,delta=2,every=1,from_epoch=0,iterations=1,threshold=1.0001,weight_decay=0,most=9"
+    strategy, arch = transformed(base, [text]), _skips(0, base)
+    kept, epoch, decay, returns = {-1: strategy.memory}, 0, 1e-3, []
+    for measured in range(1, 60):
+
+        def hvp(at: Any, vector: Any, now: float = 2.0 ** max(measured - 20, 0), **_: Any) -> Any:
+            return jax.tree.map(lambda v: np.float32(now) * v, vector)
+
+        now = {"weights.weight_decay": decay}
+        view = _view(strategy, arch, kept[epoch - 1], epoch=epoch, probe=SimpleNamespace(hvp=hvp), hyperparameters=now)
+        event = strategy.at_epoch(view._replace(epochs=1000))
+        if isinstance(event, Rollback):
+            assert event.epoch in kept and epoch - event.epoch <= strategy.horizon
+            epoch, decay = event.epoch, event.hyperparameters["weights.weight_decay"]
+            kept = {e: memory for e, memory in kept.items() if e <= epoch}
+            returns.append(epoch)
+        else:
+            kept[epoch] = event.memory
+            kept = {e: memory for e, memory in kept.items() if e >= epoch - strategy.horizon}
+        epoch += 1
+    assert len(returns) == 4 and returns == sorted(returns)
+
+
 def test_selection_by_perturbation_keeps_what_hurts() -> None:
     """An accuracy that is a known table of the gates: the best cell is known, and found."""
     base, rng = get("darts", space=SPACE), np.random.default_rng(1)
@@ -334,7 +361,7 @@ def test_the_order_of_transforms() -> None:
         assert one.derive(arch) == other.derive(arch)
         assert one.derive(arch).skips("normal") <= 1
     memory = transformed(base, ["cost:macs=600M", "hessian_stop"]).memory
-    assert np.shape(memory[0][1]) == () and set(memory[1]) == {"count", "eigenvalues", "epochs", "arch"}
+    assert np.shape(memory[0][1]) == () and set(memory[1]) == {"count", "eigenvalues", "epochs", "decay", "arch"}
 
 
 def test_events_of_inner_and_outer_transforms_meet() -> None:
