@@ -586,16 +586,15 @@ _STEP_SLIPS = (
     Mutation(
         "optimizer: decoupled weight decay of the architecture",
         _OPTIMIZERS,
-        "optax.add_decayed_weights(weight_decay),\n"
-        "            optax.adam(learning_rate, b1=config.beta1, b2=config.beta2, eps=config.eps),",
-        "optax.adamw(learning_rate, config.beta1, config.beta2, config.eps, weight_decay=weight_decay),",
+        "optax.chain(*clipping, optax.add_decayed_weights(weight_decay), moved)",
+        "optax.chain(*clipping, moved, optax.add_decayed_weights(-learning_rate * weight_decay))",
         ("tests/test_bilevel.py::test_two_steps_by_hand",),
     ),
     Mutation(
         "optimizer: the architecture clipped after its weight decay",
         _OPTIMIZERS,
-        "            *clipping,\n            optax.add_decayed_weights(weight_decay),\n",
-        "            optax.add_decayed_weights(weight_decay),\n            *clipping,\n",
+        "optax.chain(*clipping, optax.add_decayed_weights(weight_decay), moved)",
+        "optax.chain(optax.add_decayed_weights(weight_decay), *clipping, moved)",
         ("tests/test_optimizers.py::test_the_architecture_is_clipped_before_its_weight_decay",),
     ),
     Mutation(
@@ -1036,9 +1035,9 @@ _CONTRACT_SLIPS = (
     ),
     Mutation(
         "events: hyperparameters of a step back are lost",
-        "prdarts_jax/searching/loop.py",
-        "        for name, value in event.hyperparameters.items():\n            state = ",
-        "        for name, value in event.hyperparameters.items():\n            _ = ",
+        "prdarts_jax/searching/stages.py",
+        "    for name, value in event.hyperparameters.items():\n        state = ",
+        "    for name, value in event.hyperparameters.items():\n        _ = ",
         ("tests/searching/test_events.py::test_a_rollback_computes_the_epochs_again_with_other_hyperparameters",),
     ),
     Mutation(
@@ -1079,7 +1078,7 @@ _CONTRACT_SLIPS = (
     Mutation(
         "transform: a budget without its fixed part",
         "prdarts_jax/strategies/cost.py",
-        "jnp.float32(costs.fixed / target)",
+        "jnp.float32(costs.fixed / unit)",
         "jnp.float32(0.0)",
         ("tests/strategies/test_transforms.py::test_the_multiplier_follows_the_derived_network",),
     ),
