@@ -90,6 +90,7 @@ def hessian_rollback(
     """Goes back, with a stronger weight decay of the weights, where `hessian_stop` would end the search.
 
     The decay becomes `factor` times what it was, but no more than `most`; once it is that, the search goes to its end.
+    Eigenvalues of different decays are not compared: after a step back the windows fill anew.
 
     Args:
       strategy: any whose architecture starts from `init`.

@@ -84,7 +84,9 @@ def test_every_transform_of_every_method_resumes_to_the_bit(method: str, name: s
 def test_a_sharp_loss_goes_back_with_a_stronger_weight_decay_until_it_is_the_largest(tmp_path: Path) -> None:
     workdir = search_cases.assert_resumes(config_of("darts", TEXTS["hessian_rollback"]), tmp_path)
     events = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
-    assert [(event["epoch"], event["goes_on_from_epoch"]) for event in events] == [(1, 1), (1, 1)]
+    assert [(event["epoch"], event["goes_on_from_epoch"]) for event in events] == [(1, 1), (2, 2)], (
+        "two measurements at the new decay"
+    )
     decays = [event["hyperparameters"]["weights.weight_decay"] for event in events]
     np.testing.assert_allclose(decays, [3e-3, 3e-2], rtol=1e-6)
     assert [row["epoch"] for row in rows(workdir, "epoch")] == [0, 1, 2]
