@@ -65,6 +65,7 @@ class View(NamedTuple):
       genotype: what the whole strategy, transforms included, derives now.
       probe: losses on validation images; compiled when first asked for.
       hyperparameters: of the optimizers now, with the names that a `Rollback` sets.
+      derive: arch -> what the whole strategy derives from it; None: nothing is around the strategy that is asked.
     """
 
     epoch: int
@@ -76,6 +77,7 @@ class View(NamedTuple):
     genotype: Genotype
     probe: Probe
     hyperparameters: Mapping[str, float] = {}
+    derive: Callable[[Arch], Genotype] | None = None
 
 
 class Continue(NamedTuple):

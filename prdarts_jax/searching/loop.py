@@ -338,7 +338,7 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
             self.programs, carry.state, numbers, self.val_half, self.shared.images, self.config.batch_size
         )
         place, set_now = (epoch - self.stage.start, self.stage.epochs), hyperparameters(carry.state)
-        view = View(*place, arch, memory, row, numbers, genotype, probe, set_now)
+        view = View(*place, arch, memory, row, numbers, genotype, probe, set_now, strategy.derive)
         self.event = plain_event(userfile.call(strategy.at_epoch, view, field=METHOD))
         self.stopped = self.event if isinstance(self.event, Stop) else None
         return row

@@ -54,7 +54,13 @@ def changed_fields(space: Space, first: Space) -> dict[str, Any]:
     others = any(known.get(name) != primitive for name, primitive in space.primitives)
     if rest != first or others or not set(space.ops) <= set(known) or space.channels % space.partial:
         allowed = f"changes of {' | '.join(_FIELDS)}, with operations of the first space; partial divides channels"
-        raise UserError(f"{METHOD}: Restage to {space!r} is not possible; allowed: {allowed}")
+        named = {
+            f.name: getattr(space, f.name)
+            for f in dataclasses.fields(Space)
+            if f.name not in ("primitives", "edge_ops")
+        }
+        said = {name: value for name, value in named.items() if value != getattr(first, name)}
+        raise UserError(f"{METHOD}: Restage to a space of {said} is not possible; allowed: {allowed}")
     return {name: getattr(space, name) for name in _FIELDS if getattr(space, name) != getattr(first, name)}
 
 

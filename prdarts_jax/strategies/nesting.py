@@ -27,7 +27,9 @@ def with_arch(strategy: Strategy, *, inside: Callable[[Arch], Arch], outside: Ca
 
     def at_epoch(view: View) -> Event | None:
         probe = _InnerProbe(view.probe, view.arch, inside, outside)
-        return strategy.at_epoch(view._replace(arch=inside(view.arch), probe=probe))
+        whole = view.derive
+        derive = whole and (lambda arch: whole(outside(view.arch, arch)))
+        return strategy.at_epoch(view._replace(arch=inside(view.arch), probe=probe, derive=derive))
 
     def rule(losses: Losses, optimizers: Optimizers) -> Step:
         return strategy.rule(losses._replace(own=lambda arch: inside(losses.own(arch))), optimizers)

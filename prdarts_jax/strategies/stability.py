@@ -67,7 +67,7 @@ def hessian_stop(
     """
 
     def alarm(view: View, epoch: int, arch: Arch, why: str) -> Event | None:
-        return Stop(strategy.derive(arch), f"{why}; the cell is that of epoch {epoch + 1}")
+        return Stop((view.derive or strategy.derive)(arch), f"{why}; the cell is that of epoch {epoch + 1}")
 
     measuring = (threshold, window, delta, every, from_epoch, iterations, radius, weight_decay)
     return _watched(strategy, "hessian_stop", alarm, *measuring)

@@ -259,9 +259,8 @@ def test_every_row_of_the_registry_is_complete():
         assert row.source
         assert set(row.settings) <= paths
         assert {"epochs", "batch_size", "space.head_norm"} <= set(row.settings)
-        assert {path for path in row.settings if path.startswith("data.")} <= {"data.split"}, (
-            "images are not a method's"
-        )
+        of_data = {path for path in row.settings if path.startswith("data.")}
+        assert of_data <= {"data.split", "data.cutout"}, "the images are not a method's"
         assert row.competes and row.executed and row.passes
         assert callable(registry.factory(row.name))
     names = [row.name for row in registry.rows()]
