@@ -298,7 +298,7 @@ def test_stop_ends_a_stage(tmp_path: Path) -> None:
         (lambda view: Rollback(0), "Rollback to epoch 0 at epoch 0; allowed: earlier epochs of the stage, at most 0"),
         (lambda view: Continue((1,)), "the memory of an event is another tree than Strategy.memory"),
         (lambda view: Restage(Space(cells=3), epochs=0), "Restage for 0 epochs is not possible; allowed: >= 1"),
-        (lambda view: Restage(Space(classes=3), epochs=1), "Restage to a space of {),
+        (lambda view: Restage(Space(classes=3), epochs=1), "Restage to a space of {"),
     ],
 )
 def test_an_impossible_event_is_one_line(tmp_path: Path, event: Any, said: str) -> None:

@@ -304,6 +304,24 @@ def test_no_step_back_goes_behind_the_one_before_it() -> None:
     assert len(returns) == 4 and returns == sorted(returns)
 
 
+def test_an_early_cell_is_derived_by_the_whole() -> None:
+    """at_most_skips around hessian_stop: the earlier architecture has three skips, the cell one."""
+    base = get("darts", space=SPACE)
+    text = "hessian_stop:window=1,delta=1,every=1,from_epoch=0,iterations=1,weight_decay=0"
+    strategy = transformed(base, [text, "at_most_skips:skips=1"])
+    memory, event = strategy.memory, None
+    for epoch, curvature in enumerate((1.0, 9.0)):
+
+        def hvp(at: Any, vector: Any, now: float = curvature, **_: Any) -> Any:
+            return jax.tree.map(lambda v: np.float32(now) * v, vector)
+
+        view = _view(strategy, _skips(3, base), memory, epoch=epoch, probe=SimpleNamespace(hvp=hvp))
+        event = strategy.at_epoch(view._replace(derive=strategy.derive))
+        memory = event.memory if isinstance(event, Continue) else memory
+    assert isinstance(event, Stop) and event.genotype.skips("normal") == 1
+    assert base.derive(_skips(3, base)).skips("normal") > 1
+
+
 def test_selection_by_perturbation_keeps_what_hurts() -> None:
     """An accuracy that is a known table of the gates: the best cell is known, and found."""
     base, rng = get("darts", space=SPACE), np.random.default_rng(1)
