@@ -7,6 +7,7 @@ from slips_darts import DARTS_SLIPS
 from slips_methods import CONTRACT_SLIPS, GATE_SLIPS, PENALTY_SLIPS, STEP_SLIPS
 from slips_network import CELL_SLIPS, KERNEL_SLIPS, LAYER_SLIPS
 from slips_runs import DATA_SLIPS, RESULT_SLIPS, RUN_SLIPS
+from slips_sampling import SAMPLING_SLIPS
 
 __all__ = ["MUTATIONS", "Mutation"]
 
@@ -22,4 +23,5 @@ MUTATIONS = (
     *RESULT_SLIPS,
     *CONTRACT_SLIPS,
     *DARTS_SLIPS,
+    *SAMPLING_SLIPS,
 )

@@ -294,7 +294,6 @@ ROWS = (
             "epochs": 2,
             "batch_size": 18,
             "data.split": "shared",
-            "data.cutout": 16,
             "space.channels": 36,
             "space.ops": _WITHOUT_NONE,
             "weights.learning_rate": 0.1,
