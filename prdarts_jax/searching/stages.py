@@ -214,7 +214,9 @@ def with_hyperparameter(state: SearchState, name: str, value: float) -> SearchSt
         allowed = " | ".join(f"{group}.{other}" for other in known if other != "learning_rate") or "none here"
         raise UserError(f"{METHOD}: Rollback sets {name!r}, which is no hyperparameter; allowed: {allowed}")
     old = known[field]
-    changed = {**known, field: jax.device_put(np.asarray(value, old.dtype), old.sharding)}
+    new = np.asarray(value, old.dtype)
+    # Side by side with others a search has its scalars on the host.
+    changed = {**known, field: jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new}
     return dataclasses.replace(state, **{attribute: opt._replace(hyperparams=changed)})
 
 
