@@ -249,6 +249,6 @@ def in_words(fields: Mapping[str, Any]) -> str:
     """The space of a stage for a line: lists are counted."""
     texts = [f"{name} {value}" for name, value in fields.items() if not isinstance(value, tuple)]
     if "edge_ops" in fields:
-        counts = sorted({len(ops) for kind in fields["edge_ops"] for ops in kind})
-        texts.append(f"{'-'.join(map(str, (counts[0], counts[-1])))} operations an edge")
+        counts = {len(ops) for kind in fields["edge_ops"] for ops in kind}
+        texts.append(f"{'-'.join(map(str, sorted({min(counts), max(counts)})))} operations an edge")
     return ", ".join(texts) or "the space of before"

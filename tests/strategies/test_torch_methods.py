@@ -153,3 +153,18 @@ def test_three_steps_are_those_of_torch(name: str) -> None:
         move(side, train, val)
         assert_same(step, side.now(), atol=1e-9)
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (start.arch, step.arch)), strict=True)) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["darts, first order", "milenas", "pc-darts"])
+def test_single_precision_stays_near_them(name: str) -> None:
+    """What users compute; not the second order, whose finite difference multiplies the rounding of the weights."""
+    method, options, space, gates, move = CASES[name]
+    config, data = _config(method), batches(space)
+    with jax.enable_x64(False):
+        start, found = ours(get(method, space=space, **options), config, dtype="float32", data=data)
+    side = TorchSearch(space, config, start, gates(space))
+    for (train, val), step in zip(data, found, strict=True):
+        move(side, train, val)
+        assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(step))
+        assert_same(step, side.now(), atol=1e-5)
