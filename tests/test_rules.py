@@ -226,7 +226,8 @@ def _bits(tree: Any) -> list[bytes]:
 @pytest.mark.parametrize(("off", "moving"), [("arch", "weights"), ("weights", "arch")])
 @pytest.mark.parametrize("rule", [bilevel.alternating(), bilevel.unrolled(), bilevel.mixed_level(), bilevel.joint()])
 def test_a_half_that_is_off_leaves_bits_and_state_alone(rule: Rule, off: str, moving: str) -> None:
-    txs = {"weights": optax.sgd(ETA, momentum=0.9), "arch": optax.adam(0.1)}
+    weight_tx = optax.inject_hyperparams(optax.sgd)(ETA, momentum=0.9)
+    txs = {"weights": weight_tx, "arch": optax.adam(0.1)}
     on, metrics = _after(rule, _losses(), numbers={f"{off}_on": 0.0, "weight_learning_rate": ETA}, **txs)
     start = {"weights": {"w": W}, "arch": {"a": A}}
     names = {"weights": ("weights", "weight_opt"), "arch": ("arch", "arch_opt")}
@@ -275,9 +276,10 @@ def _passes(rule: Rule, terms: int) -> tuple[int, int]:
         return ce + sum(found.values()), found
 
     loss, full = Loss(_gates, network), Loss(_gates, network, objective)
-    step = rule(Losses(loss, full, loss, loss), Optimizers(*map(optax.with_extra_args_support, [optax.sgd(0.1)] * 2)))
+    tx = optax.with_extra_args_support(optax.inject_hyperparams(optax.sgd)(0.1))
+    step = rule(Losses(loss, full, loss, loss), Optimizers(tx, tx))
     weights, arch = {"w": jnp.asarray(W)}, {"a": jnp.asarray(A)}
-    state = SearchState(jnp.int32(0), weights, arch, optax.sgd(0.1).init(weights), optax.sgd(0.1).init(arch))
+    state = SearchState(jnp.int32(0), weights, arch, tx.init(weights), tx.init(arch))
     text = str(jax.make_jaxpr(step)(state, _batches(), KEY, {"weight_learning_rate": ETA}))
     return text.count(" sin "), text.count(" tan ")
 
