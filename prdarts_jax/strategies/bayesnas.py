@@ -37,7 +37,7 @@ def bayesnas(
     space: Space,
     lambda_edges: float = 0.01,
     lambda_ops: float = 0.01,
-    threshold: float = 0.1,
+    threshold: float = 0.5,
     pairs: int = 2,
     warm_up: float = 0.5,
 ) -> Strategy:

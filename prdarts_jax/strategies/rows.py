@@ -295,6 +295,7 @@ ROWS = (
             "batch_size": 18,
             "data.split": "shared",
             "space.channels": 36,
+            "space.head_norm": True,
             "space.ops": _WITHOUT_NONE,
             "weights.learning_rate": 0.1,
             "weights.learning_rate_min": 0.1,
