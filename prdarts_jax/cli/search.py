@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,15 @@ def _plan(args: argparse.Namespace, flags: Mapping[str, Any]) -> runs.Plan:
         if sweep:
             return _population(config, workdir, sweep, resolved.sources)
         from prdarts_jax.searching import loop
+        from prdarts_jax.space.genotype import CELLS
 
         result = loop.search(config, workdir, sources=resolved.sources)
-        lines = [] if result.genotype is None else [result.genotype.to_json()]
+        genotype = result.genotype
+        lines = [] if genotype is None else [genotype.to_json()]
+        for kind in CELLS:
+            if genotype is not None and not any(genotype.cell(kind)[0]):
+                note = f"prdarts: note: the {kind} cell has no operation: no network can be trained of it"
+                print(note, file=sys.stderr)
         lines += [f"diagram: {path}" for path in sorted((workdir / "plots").glob("genotype*"))]
         return runs.Ending(result, "this search is finished already; --overwrite starts it again", lines)
 

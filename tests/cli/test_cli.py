@@ -37,13 +37,14 @@ class _Search:
     config: SearchConfig | None = None
     workdir: Path | None = None
     sources: dict = field(default_factory=dict)
+    genotype: Genotype = PRDARTS
 
     def __call__(self, config, workdir, *, sources=None, **_):
         self.config, self.workdir, self.sources = config, workdir, sources
         if self.error is not None:
             raise self.error
         return types.SimpleNamespace(
-            genotype=PRDARTS,
+            genotype=self.genotype,
             workdir=workdir,
             report=workdir / "report.html",
             metrics={},
@@ -62,6 +63,16 @@ def search(monkeypatch, tmp_path):
     monkeypatch.setattr("prdarts_jax.searching.loop", module, raising=False)
     monkeypatch.chdir(tmp_path)
     return stand_in
+
+
+def test_a_cell_without_an_operation_is_said(search, capsys):
+    assert cli.main(["search", "--preset", "digits"]) == 0
+    assert "no operation" not in capsys.readouterr().err
+    search.genotype = Genotype([[], []], [2, 3], [[("skip_connect", 0)], []], [2, 3])
+    assert cli.main(["search", "--preset", "digits"]) == 0
+    assert capsys.readouterr().err.endswith(
+        "prdarts: note: the normal cell has no operation: no network can be trained of it\n"
+    )
 
 
 def _error(capsys, words, status=2):
