@@ -190,7 +190,12 @@ def _check_derivation(strategy: Strategy, arch: Any) -> None:
 def _step_parts(name: str, space: Space) -> tuple[dict[str, Any], Any]:
     """(space, strategy and optimizers; the numbers of a late epoch)."""
     strategy = get(name, space=space)
-    made = {"space": space, "strategy": strategy, "weight_tx": optax.sgd(0.1), "arch_tx": optax.sgd(0.1)}
+    made = {
+        "space": space,
+        "strategy": strategy,
+        "weight_tx": optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
+        "arch_tx": optax.sgd(0.1),
+    }
     numbers = strategy.schedule(19, 20) | {"weight_learning_rate": 0.1, "arch_learning_rate": 0.1}
     return made, {key: jnp.float32(value) for key, value in numbers.items()}
 
