@@ -126,6 +126,7 @@ def read_header(file: str) -> Header:
         left_out = {
             "the transparency": image.mode in _ALPHA_MODES or "transparency" in image.info,
             "all frames but the first": getattr(image, "is_animated", False),
+            "colours as they are stored (they become RGB)": image.mode in ("CMYK", "LAB", "HSV"),
         }
         shape = (height, width, 1 if _is_grey(image) else 3)
     return Header(shape, frozenset(name for name, true in left_out.items() if true))

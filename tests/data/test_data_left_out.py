@@ -216,3 +216,11 @@ def test_orientation_is_applied(tmp_path, suffix, orientation, turned):
     assert np.abs(data.train_images[0].astype(int) - expected).mean() < 8  # JPEG and WebP are not exact
     buffer = io.BytesIO((root / "a" / f"0.{suffix}").read_bytes())
     assert records.read_image(buffer, "x", 3, upright=True).size == expected.shape[1::-1]
+
+
+@pytest.mark.parametrize(("mode", "said"), [("RGB", False), ("L", False), ("CMYK", True)])
+def test_colours_that_become_rgb_are_named(tmp_path, mode, said):
+    file = tmp_path / "a.jpg"
+    Image.new(mode, (4, 4)).save(file)
+    found = records.read_header(str(file)).left_out
+    assert any("become RGB" in words for words in found) is said
