@@ -394,6 +394,21 @@ def _counted(state: SearchState) -> SearchState:
     return dataclasses.replace(state, step=state.step + 1)
 
 
+def _moved(
+    tx: optax.GradientTransformationExtraArgs,
+    opt: Any,
+    parameters: Any,
+    gradient: Any,
+    value: jax.Array,
+    loss: Callable[[Any], jax.Array],
+    rate: Any,
+) -> tuple[Any, Any, jax.Array]:
+    """(parameters, state of their optimizer, norm of the update) after a step; `loss` is a function of them."""
+    extra = {"value": value, "grad": gradient, "value_fn": loss}
+    updates, opt = tx.update(gradient, set_learning_rate(opt, rate), parameters, **extra)
+    return optax.apply_updates(parameters, updates), opt, optax.global_norm(updates)
+
+
 def _move_weights(
     optimizers: Optimizers,
     state: SearchState,
@@ -401,17 +416,15 @@ def _move_weights(
     numbers: Numbers,
     loss: Callable[[Any], jax.Array],
 ) -> tuple[SearchState, Metrics]:
-    opt = set_learning_rate(state.weight_opt, numbers.get("weight_learning_rate"))
-    extra = {"value": found.value, "grad": found.weights, "value_fn": loss}
-    updates, opt = optimizers.weights.update(found.weights, opt, state.weights, **extra)
+    given = (state.weight_opt, state.weights, found.weights, found.value, loss, numbers.get("weight_learning_rate"))
+    weights, opt, norm = _moved(optimizers.weights, *given)
     metrics = {
         "train_loss": found.ce,
         "train_accuracy": found.accuracy,
         "gradient_norm/weights": optax.global_norm(found.weights),
         # Not finite when the new weights are not: they may be saved before anything is computed with them.
-        "update_norm/weights": optax.global_norm(updates),
+        "update_norm/weights": norm,
     }
-    weights = optax.apply_updates(state.weights, updates)
     return dataclasses.replace(state, weights=weights, weight_opt=opt), metrics
 
 
@@ -422,11 +435,9 @@ def _move_arch(
     numbers: Numbers,
     loss: Callable[[Any], jax.Array],
 ) -> tuple[SearchState, Metrics]:
-    opt = set_learning_rate(state.arch_opt, numbers.get("arch_learning_rate"))
-    extra = {"value": found.value, "grad": found.arch, "value_fn": loss}
-    updates, opt = optimizers.arch.update(found.arch, opt, state.arch, **extra)
-    moved = dataclasses.replace(state, arch=optax.apply_updates(state.arch, updates), arch_opt=opt)
-    return moved, {"update_norm/arch": optax.global_norm(updates)}
+    given = (state.arch_opt, state.arch, found.arch, found.value, loss, numbers.get("arch_learning_rate"))
+    arch, opt, norm = _moved(optimizers.arch, *given)
+    return dataclasses.replace(state, arch=arch, arch_opt=opt), {"update_norm/arch": norm}
 
 
 def _terms(found: Evaluated) -> Metrics:

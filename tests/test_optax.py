@@ -14,7 +14,7 @@ import optax
 import optax.contrib
 import pytest
 import search_cases
-from search_cases import rows
+from search_cases import assert_same, ended, rows
 
 from prdarts_jax import optimizers
 from prdarts_jax.report import page as report_page
@@ -166,15 +166,7 @@ def _moves(name: str, made: list[Any], tmp_path: Path) -> None:
     assert first.status == "time-limit"
     assert search_cases.search(tmp_path / "parts", given=given, **flags).status == "finished"
     assert made[0]._cache_size() == 1
-    for part in ("rows", "genotype"):
-        assert _outcome(tmp_path / "parts")[part] == _outcome(tmp_path / "whole")[part]
-
-
-def _outcome(workdir: Path) -> dict[str, Any]:
-    from prdarts_jax.run.metrics import comparable, read
-
-    lines = [comparable(row) for row in read(workdir / "metrics.jsonl")]
-    return {"rows": lines, "genotype": (workdir / "genotype.json").read_text()}
+    assert_same(ended(tmp_path / "parts"), ended(tmp_path / "whole"))
 
 
 QUICK = ("polyak_sgd", "lookahead", "contrib.reduce_on_plateau", "scale_by_backtracking_linesearch", "multi_transform")

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as Spec
 
 from prdarts_jax import bilevel
 from prdarts_jax.bilevel import Batches, Loss, Losses, Optimizers, Rule, SearchState
@@ -306,3 +308,45 @@ def test_metrics_have_their_half() -> None:
         "gradient_norm/weights",
         "update_norm/weights",
     }
+
+
+# --- several devices --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize(
+    "rule",
+    [
+        bilevel.alternating(),
+        bilevel.joint(),
+        bilevel.mixed_level(0.7),
+        bilevel.unrolled(),
+        bilevel.unrolled(exact=True),
+    ],
+)
+def test_two_devices_take_the_step_of_one(rule: Rule) -> None:
+    """Each sees half of a batch whose images pull in directions of their own; a loss is the mean over all of them."""
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices (forced host devices)")
+
+    def network(weights: Any, gates: Gates, batch: Batch, key: jax.Array, numbers: Any) -> tuple[Any, Any]:
+        pulls = batch.images[:, 0, 0, :] * weights["w"][None, :]
+        return jnp.mean(jnp.tanh(jnp.sum(pulls, axis=1)) * jnp.sum(gates.ops["normal"] ** 2)), jnp.zeros(())
+
+    def step(axis: str | None) -> Any:
+        loss, full = Loss(_gates, network, None, axis), Loss(_gates, network, _penalty, axis)
+        txs = (optax.inject_hyperparams(optax.sgd)(learning_rate=ETA), optax.sgd(1.0))
+        return txs, rule(Losses(loss, full, loss, loss), Optimizers(*map(optax.with_extra_args_support, txs)))
+
+    rng = np.random.default_rng(1)
+    batches = Batches(*(Batch(jnp.asarray(rng.normal(size=(4, 1, 1, N))), jnp.zeros(4, jnp.int32)) for _ in range(2)))
+    (weight_tx, arch_tx), alone = step(None)
+    weights, arch = {"w": jnp.asarray(W)}, {"a": jnp.asarray(A)}
+    state = SearchState(jnp.int32(0), weights, arch, weight_tx.init(weights), arch_tx.init(arch))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    specs = (Spec(), Spec("data"), Spec(), Spec())
+    both = jax.shard_map(step("data")[1], mesh=mesh, in_specs=specs, out_specs=(Spec(), Spec()), check_vma=False)
+    one, two = (jax.jit(f)(state, batches, KEY, {"weight_learning_rate": ETA}) for f in (alone, both))
+    for a, b in zip(*map(jax.tree.leaves, (two, one)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    assert np.abs(np.asarray(one[0].arch["a"]) - A).max() > 1e-3

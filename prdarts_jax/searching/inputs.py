@@ -118,8 +118,8 @@ def _on_plain_parameters(problem: SearchProblem, own: Mapping[str, Any]) -> Sear
     return problem
 
 
-def check_first_stage(config: SearchConfig, strategy: Strategy) -> int:
-    """The epochs of the first stage of a search; what a strategy makes of epochs is looked at before anything runs.
+def check_first_stage(config: SearchConfig, strategy: Strategy) -> None:
+    """Looks at what a strategy makes of the epochs of a search before anything runs.
 
     Raises:
       UserError: there are too few epochs, or too many.
@@ -127,7 +127,6 @@ def check_first_stage(config: SearchConfig, strategy: Strategy) -> int:
     first = userfile.call(strategy.stage_epochs, config.epochs, field=METHOD)
     require(1 <= first <= config.epochs, f"{METHOD}.stage_epochs", first, f"1..{config.epochs}, the epochs")
     check_schedule(strategy, first)
-    return first
 
 
 def check_schedule(strategy: Strategy, epochs: int) -> None:

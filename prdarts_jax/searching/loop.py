@@ -194,7 +194,7 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         self.stopped: Stop | None = None
         self.event: Event | None = None
         self.events: list[dict[str, Any]] = []
-        first = search_inputs.check_first_stage(config, inputs.problem.strategy)
+        first = inputs.problem.strategy.stage_epochs(config.epochs)
         self.stages = [Stage(epochs=first)]
         self.horizon = inputs.problem.strategy.horizon
         positions = np.arange(config.batch_size, dtype=np.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,12 +40,13 @@ class NetworkProbe:
         self, programs: Any, state: SearchState, numbers: Numbers, indices: np.ndarray, images: Images, batch_size: int
     ) -> None:
         self._programs, self._mesh, self._numbers, self._images = programs, programs.mesh, numbers, images
-        self._indices, self._size = indices, batch_size
-        self._state = (
-            state
-            if jax.tree.leaves(state.weights)[0].sharding.device_set == set(self._mesh.devices.flat)
-            else sharding.replicate(self._mesh, state)
-        )
+        self._indices, self._size, self._given = indices, batch_size, state
+
+    @functools.cached_property
+    def _state(self) -> SearchState:
+        """The state on the devices of the programs; a member of a population computes on one of its own."""
+        there = jax.tree.leaves(self._given.weights)[0].sharding.device_set == set(self._mesh.devices.flat)
+        return self._given if there else sharding.replicate(self._mesh, self._given)
 
     def loss(self, arch: Arch, *, batches: int | None = 1) -> float:
         """Cross-entropy at the gates of role "eval"."""

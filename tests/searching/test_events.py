@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import search_cases
-from search_cases import EPOCH_STEPS, rows, search
+from search_cases import EPOCH_STEPS, assert_same, ended, rows, search
 
 from prdarts_jax.bilevel import SearchState, alternating
 from prdarts_jax.devices import sharding
@@ -24,7 +24,7 @@ from prdarts_jax.report import page as report_page
 from prdarts_jax.report import plots
 from prdarts_jax.run.checkpoint import Checkpointer
 from prdarts_jax.run.loop import Start, Work
-from prdarts_jax.run.metrics import comparable, read
+from prdarts_jax.run.metrics import comparable
 from prdarts_jax.run.signals import StopRequest
 from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching import loop, stages
@@ -58,8 +58,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch, _programs: dict[tuple[str, int], Any
 
 def _once(name: str, make: Any, made: dict[tuple[str, int], Any]) -> Any:
     def once(problem: Any, *rest: Any) -> Any:
-        # The problem is kept too: the number of an object that is gone may be given to another.
-        return made.setdefault((name, id(problem.strategy)), (make(problem, *rest), problem))[0]
+        key = name, id(problem.strategy)
+        if key not in made:  # the problem is kept too: the number of an object that is gone may be given to another
+            made[key] = make(problem, *rest), problem
+        return made[key][0]
 
     return once
 
@@ -122,17 +124,6 @@ def _going_back(*, space: Space) -> Strategy:
 TOYS = {"counting": _counting, "staged": _staged, "going back": _going_back}
 
 
-def _outcome(workdir: Path) -> dict[str, Any]:
-    files = ("genotype.json", "genotypes.jsonl", "probabilities.jsonl", "events.jsonl")
-    found: dict[str, Any] = {
-        name: (workdir / name).read_text() if (workdir / name).exists() else None for name in files
-    }
-    found["rows"] = [comparable(row) for row in read(workdir / "metrics.jsonl")]
-    saved = Checkpointer(workdir / "checkpoints")
-    found["state"] = saved._document(saved.steps()[-1])["leaves"]  # a digest a leaf
-    return found
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: tmp_path_factory.mktemp("finished") / name.replace(" ", "-") for name in TOYS}
@@ -149,20 +140,18 @@ def _finished(finished: dict[str, Path], name: str) -> Path:
 def test_stopped_after_every_dispatch_it_ends_as_uninterrupted(
     finished: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    expected, statuses = _outcome(_finished(finished, name)), [""]
+    expected, statuses = ended(_finished(finished, name)), [""]
     flags = {"run__time_limit": MOMENT, "run__steps_per_dispatch": 4}  # an epoch is 4 + 3
     while statuses[-1] != "finished":
         statuses.append(search(tmp_path / "w", given={"strategy": TOYS[name]}, **flags).status)
         assert len(statuses) < 15
     assert len(statuses) > 5
-    found = _outcome(tmp_path / "w")
-    for part in expected:
-        assert found[part] == expected[part], part
+    assert_same(ended(tmp_path / "w"), expected)
 
 
 def test_killed_in_every_stage(finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is saved when it dies, in the fourth dispatch of each start: in the second stage, and in the third."""
-    expected, done, starts = _outcome(_finished(finished, "staged")), Work.done, []
+    expected, done, starts = ended(_finished(finished, "staged")), Work.done, []
 
     class Killed(BaseException):
         pass
@@ -181,9 +170,7 @@ def test_killed_in_every_stage(finished: dict[str, Path], tmp_path: Path, monkey
             status = search(tmp_path / "w", given={"strategy": _staged}).status
         assert len(starts) < 6
     assert starts == [4, 4, 3], "an epoch has three dispatches"
-    found = _outcome(tmp_path / "w")
-    for part in expected:
-        assert found[part] == expected[part], part
+    assert_same(ended(tmp_path / "w"), expected)
 
 
 def test_a_rule_and_an_event_change_the_memory(finished: dict[str, Path]) -> None:
@@ -245,7 +232,7 @@ def test_a_rollback_computes_the_epochs_again_with_other_hyperparameters(
 
 def test_killed_in_a_rollback(finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once after the newer checkpoints are gone, once before they are: it goes back again, to the same numbers."""
-    expected, save, rewind = _outcome(_finished(finished, "going back")), Checkpointer.save, Checkpointer.rewind
+    expected, save, rewind = ended(_finished(finished, "going back")), Checkpointer.save, Checkpointer.rewind
 
     class Killed(BaseException):
         pass
@@ -274,9 +261,7 @@ def test_killed_in_a_rollback(finished: dict[str, Path], tmp_path: Path, monkeyp
                 search(workdir, given={"strategy": _going_back})
         assert rewound == [EPOCH_STEPS]
         assert search(workdir, given={"strategy": _going_back}).status == "finished"
-        found = _outcome(workdir)
-        for part in expected:
-            assert found[part] == expected[part], part
+        assert_same(ended(workdir), expected)
 
 
 def test_stop_ends_a_stage(tmp_path: Path) -> None:
