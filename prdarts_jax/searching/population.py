@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 
 import jax
 
+from prdarts_jax.config import schema
 from prdarts_jax.config.places import expanded
 from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.devices import sharding
@@ -41,6 +42,7 @@ from prdarts_jax.searching.loop import SearchResult, Shared
 from prdarts_jax.searching.own_code import same_programs
 from prdarts_jax.searching.side_by_side import SideBySide
 from prdarts_jax.searching.sweep import Member
+from prdarts_jax.strategy import Strategy
 
 Run = Generator[Work, Done, SearchResult]
 
@@ -123,9 +125,14 @@ def search_population(
     members = sweeps.members(config, sweep, workdir, own)
     devices = sharding.choose_devices(config.run.devices)[: len(members)]
     prepared: list[_Prepared] = []
+    strategies: dict[str, Strategy] = {}  # one for each setting of the method: to compare programs takes a second each
     for member in members:
         like = prepared[0].inputs if prepared else None
         inputs = search_inputs.prepare(member.config, data=data, like=like, **given)
+        method = json.dumps(schema.to_dict(member.config.method))
+        shared = strategies.setdefault(method, inputs.problem.strategy)
+        if shared is not inputs.problem.strategy:
+            inputs = inputs._replace(problem=inputs.problem._replace(strategy=shared))
         named = {**(sources or {}), **dict.fromkeys(member.values, "sweep")}
         document = search_inputs.document(member.config, inputs, named)
         if len(devices) > 1:
