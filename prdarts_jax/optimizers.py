@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -161,6 +162,28 @@ class _Slow(NamedTuple):
     slow: Any
 
 
+def with_extra_arguments(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A transformation that may be given any arguments by name, and hands on those that it takes.
+
+    optax makes one of a transformation that takes none; others take a few names and refuse the rest (`contrib.sam`).
+
+    >>> tx = optax.GradientTransformationExtraArgs(lambda p: (), lambda g, s, p=None, *, value: (value * g, s))
+    >>> with_extra_arguments(tx).update(1.0, (), value=2.0, grad=3.0)
+    (2.0, ())
+    """
+    known = inspect.signature(tx.update).parameters.values()
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+        return optax.with_extra_args_support(tx)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+        return tx
+    names = {parameter.name for parameter in known}
+
+    def update(gradient: Any, state: Any, parameters: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return tx.update(gradient, state, parameters, **{name: extra[name] for name in names & set(extra)})
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 def on_plain_parameters(tx: optax.GradientTransformation, parameters: Any) -> optax.GradientTransformationExtraArgs:
     """A transformation whose update takes plain parameters, and `value`, `grad`, `value_fn` beside them.
 
@@ -181,7 +204,7 @@ def on_plain_parameters(tx: optax.GradientTransformation, parameters: Any) -> op
     >>> w["w"].tolist()
     [0.5, 0.5]
     """
-    extended = optax.with_extra_args_support(tx)
+    extended = with_extra_arguments(tx)
     absl = logging.getLogger(
         "absl"
     )  # where `lookahead` says that it is not given what it moves: that is found out here
@@ -237,7 +260,7 @@ def program_text(tx: optax.GradientTransformation, parameters: Any) -> str:
     >>> program_text(optax.sgd(0.1), shapes) == program_text(optax.sgd(0.2), shapes)
     False
     """
-    return lowered_text(functools.partial(_first_update, optax.with_extra_args_support(tx)), parameters)
+    return lowered_text(functools.partial(_first_update, with_extra_arguments(tx)), parameters)
 
 
 def lowered_text(function: Callable[..., Any], *shapes: Any) -> str:

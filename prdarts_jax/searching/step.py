@@ -13,6 +13,7 @@ import optax
 from prdarts_jax.bilevel import Batch, Batches, Loss, Losses, Metrics, Optimizers, SearchState
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.losses import accuracy, cross_entropy
+from prdarts_jax.optimizers import with_extra_arguments
 from prdarts_jax.space import supernet
 from prdarts_jax.space.noise import DROP_PATH, DROPOUT, Noise
 from prdarts_jax.space.spec import Space
@@ -115,7 +116,7 @@ def make_search_step(
     losses = make_losses(
         space=space, strategy=strategy, axis_name=axis_name, local_batch_norm=local_batch_norm, apply=apply
     )
-    move = strategy.rule(losses, Optimizers(*map(optax.with_extra_args_support, (weight_tx, arch_tx))))
+    move = strategy.rule(losses, Optimizers(*map(with_extra_arguments, (weight_tx, arch_tx))))
 
     def step(state: SearchState, batches: Batches, key: jax.Array, numbers: Numbers) -> tuple[SearchState, Metrics]:
         chex.assert_rank([batches.train.images, batches.val.images], 4)

@@ -23,7 +23,7 @@ from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import mean_over, on_mesh
 from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.ops.losses import accuracy, smoothed_cross_entropy
-from prdarts_jax.optimizers import set_learning_rate
+from prdarts_jax.optimizers import set_learning_rate, with_extra_arguments
 from prdarts_jax.run.steps import Sums, run_steps
 
 Numbers = dict[str, Any]  # name -> float32[]: learning_rate, drop_path
@@ -113,7 +113,7 @@ def make_step(
             loss = loss + problem.auxiliary_weight * metrics["train_auxiliary_loss"]
         return loss, (new["batch_stats"], metrics)
 
-    tx = optax.with_extra_args_support(problem.tx)
+    tx = with_extra_arguments(problem.tx)
 
     def step(
         state: TrainState, batch: Batch, positions: jax.Array, key: jax.Array, numbers: Numbers
