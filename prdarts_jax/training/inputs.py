@@ -170,7 +170,6 @@ def make_problem(
         stem=config.network.stem,
         auxiliary=config.network.auxiliary,
         dtype=config.dtype,
-        recompute=jax.default_backend() == "cpu",  # elsewhere not measured
         primitives=tuple({**PRIMITIVES, **(operations or {})}.items()),
         auxiliary_second_norm=config.network.auxiliary_second_norm,
     )

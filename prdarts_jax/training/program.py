@@ -22,6 +22,7 @@ from prdarts_jax.data.batches import Batch, Images
 from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import mean_over, on_mesh
 from prdarts_jax.network.module import DerivedNetwork
+from prdarts_jax.ops.lowering import ANYWHERE, Lowering
 from prdarts_jax.ops.losses import accuracy, smoothed_cross_entropy
 from prdarts_jax.optimizers import set_learning_rate, with_extra_arguments
 from prdarts_jax.run.steps import Sums, run_steps
@@ -61,7 +62,7 @@ class TrainCarry:
 class TrainProblem(NamedTuple):
     """Static parts of a training: what is computed, without numbers that change."""
 
-    network: DerivedNetwork  # on one device: its axis_name is set where it is mapped
+    network: DerivedNetwork  # as on one device of any platform: what depends on devices is set where they are known
     tx: optax.GradientTransformation
     data: ImagesConfig
     mean: tuple[float, ...]
@@ -83,7 +84,7 @@ def average(old: Any, new: Any, decay: float) -> Any:
 
 
 def make_step(
-    problem: TrainProblem, axis_name: str | None = None
+    problem: TrainProblem, axis_name: str | None = None, lowering: Lowering = ANYWHERE
 ) -> Callable[[TrainState, Batch, jax.Array, jax.Array, Numbers], tuple[TrainState, Sums]]:
     """A pure function (state, batch, positions, key, numbers) -> (state, metrics): one step of SGD.
 
@@ -91,8 +92,14 @@ def make_step(
     BN statistics and metrics are means over `axis_name`. Metrics are of the network with drop-path, before the update.
     With `local_batch_norm` a device normalises by its own part of the batch; the running statistics, of which there is
     one set, move by the mean of the devices' statistics.
+
+    `lowering` says what the step is lowered for: on a CPU equal cells are computed again for the backward pass.
     """
-    network = problem.network.clone(axis_name=None if problem.local_batch_norm else axis_name)
+    network = problem.network.clone(
+        axis_name=None if problem.local_batch_norm else axis_name,
+        own_kernels=problem.network.own_kernels and lowering.own_kernels,
+        recompute=problem.network.recompute or lowering.platform == "cpu",  # elsewhere not measured
+    )
 
     def losses(
         params: Any, statistics: Any, batch: Batch, positions: jax.Array, key: jax.Array, numbers: Numbers
@@ -181,7 +188,7 @@ def make_dispatch(
     without `data`. `fresh` starts the sums of an epoch; `positions` int32[B] are the places in the global batch, 0..B-1
     (split over the devices with the batch). `rows` holds each metric of each step, float32[S]. The carry is donated.
     """
-    step = make_step(problem, sharding.axis_of(mesh))
+    step = make_step(problem, sharding.axis_of(mesh), sharding.lowering_of(mesh))
 
     def program(
         carry: TrainCarry,
@@ -258,7 +265,8 @@ def make_evaluation(problem: TrainProblem, mesh: Mesh, *, streamed: bool = False
     Streamed: (variables, one batch of `Images`) -> Outputs of [B]. An image's figures do not depend on the others of
     its batch, so nothing is summed here: the caller drops what pads the last batch.
     """
-    network = problem.network.clone(auxiliary=False)
+    own_kernels = problem.network.own_kernels and sharding.lowering_of(mesh).own_kernels
+    network = problem.network.clone(auxiliary=False, own_kernels=own_kernels)
 
     def measure(variables: Variables, data: Images) -> Outputs:
         seen = normalize(data.images, problem.mean, problem.std, network.dtype)
