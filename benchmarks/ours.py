@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from prdarts_jax.config.search import ArchConfig, SpaceConfig, WeightsConfig
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
 from prdarts_jax.searching.step import init_state, make_search_step
-from prdarts_jax.space import Space
+from prdarts_jax.space import Space, supernet
 
 Steps = Callable[[int], None]
 Clock = dict[str, float]  # seconds of each stage before the first step
@@ -76,7 +77,8 @@ def search(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     pool = [_batch(i, case.batch, case.side, dtype) for i in range(POOL)]
     numbers = parts["strategy"].schedule(0, 2)
     progress = {name: np.float32(value) for name, value in (numbers | ({"tau": case.tau} if numbers else {})).items()}
-    step = make_search_step(**parts, axis_name=sharding.axis_of(mesh))
+    apply = partial(supernet.apply, lowering=sharding.lowering_of(mesh))
+    step = make_search_step(**parts, axis_name=sharding.axis_of(mesh), apply=apply)
 
     def one(state: Any, pool: Batch, i: jax.Array) -> tuple[Any, Any]:
         train, val = (jax.tree.map(lambda a, at=at: a[at % POOL], pool) for at in (i, i + 1))
@@ -140,13 +142,14 @@ def train(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     clock = {"init_s": time.perf_counter() - began}
     positions = jnp.arange(case.batch)
     progress = {"learning_rate": np.float32(0.025), "drop_path": np.float32(case.drop_path)}
-    step = train_program.make_step(problem)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    step = train_program.make_step(problem, lowering=sharding.lowering_of(mesh))
 
     def one(state: Any, pool: Batch, i: jax.Array) -> tuple[Any, Any]:
         batch = jax.tree.map(lambda a: a[i % POOL], pool)
         return step(state, batch, positions, jax.random.key(i), progress)
 
-    run, stages = _dispatched(one, [state], pool, sharding.make_mesh(jax.devices()[:1]))
+    run, stages = _dispatched(one, [state], pool, mesh)
     return run, clock | stages
 
 

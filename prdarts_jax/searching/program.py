@@ -67,9 +67,7 @@ def strong(leaf: jax.Array) -> jax.Array:
     return lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf.aval, "weak_type", False) else leaf
 
 
-def _initial(
-    problem: SearchProblem, mesh: Mesh, image: tuple[int, ...]
-) -> Callable[[jax.Array, Numbers], SearchCarry]:
+def _initial(problem: SearchProblem, mesh: Mesh, image: tuple[int, ...]) -> Callable[[jax.Array, Numbers], SearchCarry]:
     step = _step(problem, None, sharding.lowering_of(mesh))
 
     def program(key: jax.Array, numbers: Numbers) -> SearchCarry:
@@ -212,14 +210,17 @@ def dispatch_program(
     return program
 
 
-def make_dispatch(problem: SearchProblem, mesh: Mesh) -> Callable[..., tuple[SearchCarry, Sums]]:
+def make_dispatch(
+    problem: SearchProblem, mesh: Mesh, lowering: Lowering | None = None
+) -> Callable[..., tuple[SearchCarry, Sums]]:
     """The jitted program (carry, count, fresh, orders, positions, key, numbers, data) -> (carry, rows).
 
     It runs `count` steps on the first `count` batches of `orders`; `fresh` starts the sums of an epoch; `positions`
     int32[B] are the places in the global batch, 0..B-1 (they are split over the devices with the batch). `rows` holds
     each metric of each step, float32[S]. The carry is donated.
+    `lowering`: default that of the mesh; another one where the program is exported for other platforms.
     """
-    program = dispatch_program(problem, sharding.axis_of(mesh), sharding.lowering_of(mesh))
+    program = dispatch_program(problem, sharding.axis_of(mesh), lowering or sharding.lowering_of(mesh))
     everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
     in_specs = (
         everywhere,
@@ -245,9 +246,8 @@ def make_evaluation(
     """
     axis_name = sharding.axis_of(mesh)
     norm_axis = None if problem.local_batch_norm else axis_name
-    network = functools.partial(
-        supernet.apply, space=problem.space, axis_name=norm_axis, lowering=sharding.lowering_of(mesh)
-    )
+    static: dict[str, Any] = {"space": problem.space, "axis_name": norm_axis, "lowering": sharding.lowering_of(mesh)}
+    network = functools.partial(supernet.apply, **static)
 
     def at(
         state: SearchState, gates: Gates, indices: jax.Array, mask: jax.Array, data: Images

@@ -168,7 +168,9 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
         in_place, elsewhere = partial(cell_partial.reverse, *args), partial(_reverse_groups, *args)
         found = cell_kernels.where_served(program, (weights, values, nodes, ct), in_place, elsewhere)
     dweights, dvalues, ds0, ds1, dfactors = found
-    return dweights if wanted.weights else jax.tree.map(jnp.zeros_like, weights), dvalues, ds0, ds1, None, None, dfactors
+    if not wanted.weights:
+        dweights = jax.tree.map(jnp.zeros_like, weights)
+    return dweights, dvalues, ds0, ds1, None, None, dfactors
 
 
 def _reverse_groups(
@@ -183,7 +185,7 @@ def _reverse_groups(
     ct: jax.Array,
     wanted: Wanted,
 ) -> tuple[CellWeights, jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Cotangents of weights (empty unless they are wanted), gates, both inputs and factors; as `cell_partial.reverse`."""
+    """Cotangents of weights (empty unless they are wanted), gates, both inputs and factors; see `cell_partial`."""
     space, kind = program.space, program.kind
     dvalues = jnp.zeros(values.shape, values.dtype)
     dweights: CellWeights = {}

@@ -136,9 +136,7 @@ def _numbers(terms: Terms) -> jax.Array:
     return jnp.stack([jnp.asarray(c, jnp.int32) for c in columns], axis=1)
 
 
-def where_served(
-    program: CellProgram, arrays: Any, in_place: Callable[[], Any], elsewhere: Callable[[], Any]
-) -> Any:
+def where_served(program: CellProgram, arrays: Any, in_place: Callable[[], Any], elsewhere: Callable[[], Any]) -> Any:
     """in_place() on a CPU, if the kernels can run the cell there; else elsewhere(), which gives the same shapes.
 
     They take float32 `arrays`, and statistics in which no other device has a part.

@@ -22,8 +22,8 @@ from prdarts_jax.data.batches import Batch, Images
 from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import mean_over, on_mesh
 from prdarts_jax.network.module import DerivedNetwork
-from prdarts_jax.ops.lowering import ANYWHERE, Lowering
 from prdarts_jax.ops.losses import accuracy, smoothed_cross_entropy
+from prdarts_jax.ops.lowering import ANYWHERE, Lowering
 from prdarts_jax.optimizers import set_learning_rate, with_extra_arguments
 from prdarts_jax.run.steps import Sums, run_steps
 
@@ -179,7 +179,7 @@ def abstract_carry(problem: TrainProblem, mesh: Mesh, key: jax.Array, image: tup
 
 
 def make_dispatch(
-    problem: TrainProblem, mesh: Mesh, *, streamed: bool = False
+    problem: TrainProblem, mesh: Mesh, *, streamed: bool = False, lowering: Lowering | None = None
 ) -> Callable[..., tuple[TrainCarry, Sums]]:
     """The jitted program (carry, count, fresh, batches, positions, key, numbers, *data) -> (carry, rows).
 
@@ -187,8 +187,9 @@ def make_dispatch(
     `Images` on the devices; or, streamed, `batches` themselves, a tuple of S `Images` of uint8[B,H,W,C] and int32[B],
     without `data`. `fresh` starts the sums of an epoch; `positions` int32[B] are the places in the global batch, 0..B-1
     (split over the devices with the batch). `rows` holds each metric of each step, float32[S]. The carry is donated.
+    `lowering`: default that of the mesh; another one where the program is exported for other platforms.
     """
-    step = make_step(problem, sharding.axis_of(mesh), sharding.lowering_of(mesh))
+    step = make_step(problem, sharding.axis_of(mesh), lowering or sharding.lowering_of(mesh))
 
     def program(
         carry: TrainCarry,
@@ -232,7 +233,8 @@ def make_dispatch(
         everywhere,
         *(() if streamed else (everywhere,)),
     )
-    return jax.jit(sharding.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
+    mapped = sharding.map_over(mesh, program, in_specs, (everywhere, everywhere))
+    return jax.jit(mapped, donate_argnums=0)
 
 
 class Outputs(NamedTuple):
@@ -267,10 +269,11 @@ def make_evaluation(problem: TrainProblem, mesh: Mesh, *, streamed: bool = False
     """
     own_kernels = problem.network.own_kernels and sharding.lowering_of(mesh).own_kernels
     network = problem.network.clone(auxiliary=False, own_kernels=own_kernels)
+    predict = network.apply
 
     def measure(variables: Variables, data: Images) -> Outputs:
         seen = normalize(data.images, problem.mean, problem.std, network.dtype)
-        logits, _ = network.apply({"params": variables.params, "batch_stats": variables.batch_stats}, seen)
+        logits, _ = predict({"params": variables.params, "batch_stats": variables.batch_stats}, seen)
         return outputs(logits, data.labels)
 
     def program(variables: Variables, indices: jax.Array, data: Images) -> Outputs:
