@@ -19,7 +19,7 @@ from prdarts_jax.presets import train as train_presets
 
 PROGRAMS = ("search", "train")
 # Flags that are those of the training too; the rest of its config is that of its preset.
-_SHARED = ("batch_size", "dtype", "local_batch_norm", "run.steps_per_dispatch", "run.data_dir")
+_SHARED = ("batch_size", "dtype", "precision", "local_batch_norm", "run.steps_per_dispatch", "run.data_dir")
 _TRAINING = "cifar10"  # the preset of the training, where there is none of the search's name
 
 CHECK = Command(
@@ -47,7 +47,7 @@ CHECK = Command(
     intro="usage: prdarts check --target PLATFORM:KIND[:TOPOLOGY] [--preset NAME] [--FIELD VALUE ...]\n\n"
     "Compiles the programs of a search and of a training for devices that are not here: whether they fit, and what a\n"
     "step of them does. The fields are those of the search; the training is that of the preset of the same name, else\n"
-    "cifar10, and has the search's batch, dtype and local batch normalisation if they are given.",
+    "cifar10, and has the search's batch, dtype, precision and local batch normalisation if they are given.",
     presets=presets.PRESETS,
 )
 

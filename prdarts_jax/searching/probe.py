@@ -20,6 +20,7 @@ from prdarts_jax.data.batches import Images, padded_batches
 from prdarts_jax.devices import sharding
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.losses import cross_entropy
+from prdarts_jax.ops.precision import at_precision
 from prdarts_jax.space import supernet
 from prdarts_jax.strategy import Arch, Numbers
 
@@ -132,4 +133,4 @@ def probe_program(problem: Any, mesh: Mesh, what: str) -> Callable[..., Any]:
 
     everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
     specs = (everywhere, everywhere, batch, everywhere, everywhere)
-    return jax.jit(sharding.map_over(mesh, program, specs, everywhere))
+    return jax.jit(sharding.map_over(mesh, at_precision(problem.precision, program), specs, everywhere))

@@ -22,6 +22,7 @@ from prdarts_jax.devices.sharding import on_mesh
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.lowering import Lowering
+from prdarts_jax.ops.precision import at_precision
 from prdarts_jax.run.steps import Sums, run_steps
 from prdarts_jax.searching.probe import probe_program
 from prdarts_jax.searching.step import init_state, make_search_step
@@ -60,6 +61,7 @@ class SearchProblem(NamedTuple):
     std: tuple[float, ...]
     dtype: str
     local_batch_norm: bool = False
+    precision: str = "default"
 
 
 def strong(leaf: jax.Array) -> jax.Array:
@@ -207,7 +209,7 @@ def dispatch_program(
         state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=length)
         return SearchCarry(state, sums), rows
 
-    return program
+    return at_precision(problem.precision, program)
 
 
 def make_dispatch(
@@ -247,7 +249,7 @@ def make_evaluation(
     axis_name = sharding.axis_of(mesh)
     norm_axis = None if problem.local_batch_norm else axis_name
     static: dict[str, Any] = {"space": problem.space, "axis_name": norm_axis, "lowering": sharding.lowering_of(mesh)}
-    network = functools.partial(supernet.apply, **static)
+    network = at_precision(problem.precision, functools.partial(supernet.apply, **static))
 
     def at(
         state: SearchState, gates: Gates, indices: jax.Array, mask: jax.Array, data: Images

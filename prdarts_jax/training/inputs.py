@@ -184,6 +184,7 @@ def make_problem(
         label_smoothing=config.label_smoothing,
         ema=config.ema,
         local_batch_norm=config.local_batch_norm,
+        precision=config.precision,
     )
 
 

@@ -24,6 +24,7 @@ from prdarts_jax.devices.sharding import mean_over, on_mesh
 from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.ops.losses import accuracy, smoothed_cross_entropy
 from prdarts_jax.ops.lowering import ANYWHERE, Lowering
+from prdarts_jax.ops.precision import at_precision
 from prdarts_jax.optimizers import set_learning_rate, with_extra_arguments
 from prdarts_jax.run.steps import Sums, run_steps
 
@@ -72,6 +73,7 @@ class TrainProblem(NamedTuple):
     label_smoothing: float
     ema: float  # decay; 0 = none
     local_batch_norm: bool = False
+    precision: str = "default"
 
 
 def average(old: Any, new: Any, decay: float) -> Any:
@@ -233,7 +235,7 @@ def make_dispatch(
         everywhere,
         *(() if streamed else (everywhere,)),
     )
-    mapped = sharding.map_over(mesh, program, in_specs, (everywhere, everywhere))
+    mapped = sharding.map_over(mesh, at_precision(problem.precision, program), in_specs, (everywhere, everywhere))
     return jax.jit(mapped, donate_argnums=0)
 
 
@@ -269,7 +271,7 @@ def make_evaluation(problem: TrainProblem, mesh: Mesh, *, streamed: bool = False
     """
     own_kernels = problem.network.own_kernels and sharding.lowering_of(mesh).own_kernels
     network = problem.network.clone(auxiliary=False, own_kernels=own_kernels)
-    predict = network.apply
+    predict = at_precision(problem.precision, network.apply)
 
     def measure(variables: Variables, data: Images) -> Outputs:
         seen = normalize(data.images, problem.mean, problem.std, network.dtype)
