@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax import export as jax_export
 
 
-def exported(program: Callable[..., Any], arguments: tuple[Any, ...], *platforms: str) -> jax_export.Exported:
+def exported(program: Any, arguments: tuple[Any, ...], *platforms: str) -> jax_export.Exported:
     """A jitted program lowered for platforms that need not be here; `.serialize()` gives the bytes of a file.
 
     Args:
