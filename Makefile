@@ -56,7 +56,8 @@ bench-full: $(STAMP)
 	$(BIN)/python -m benchmarks --scale full --out benchmarks/results $(ARGS)
 
 # Under nine minutes, unattended, on a machine with a GPU that jax sees; PYTHON_GPU is its Python with jax, flax, optax,
-# chex and orbax-checkpoint (and torch for the peer). Nothing is installed.
+# chex and orbax-checkpoint (tqdm for the piece of a search, torch for the peer). Nothing is installed. What is compared
+# first are lowerings of the mixed cell: ARGS="--lowering A,B".
 PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 bench-gpu:
 	$(PYTHON_GPU) -m benchmarks.bench_gpu --out benchmarks/results $(ARGS)
