@@ -62,7 +62,7 @@ PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 bench-gpu:
 	$(PYTHON_GPU) -m benchmarks.bench_gpu --out benchmarks/results $(ARGS)
 
-# Programs compiled for a GPU and a TPU that are not here, in an environment of its own: compilers are 440 MB to fetch.
+# Programs compiled for a GPU and a TPU that are not here, in an environment of its own: compilers are some 400 MB to fetch.
 ACCELERATORS := .venv-accelerators
 PLUGINS ?= cuda tpu
 check-accelerators: $(PLUGINS:%=$(ACCELERATORS)/.%)

@@ -28,7 +28,7 @@ class Counts(NamedTuple):
     def plus(self, other: Counts, times: float = 1.0) -> Counts:
         """The sum of these and `times` others.
 
-        >>> Counts(1).plus(Counts(2, 1), 3).launches
+        >>> Counts(1.0).plus(Counts(2.0, 1.0), 3).launches
         7.0
         """
         return Counts(*(a + times * b for a, b in zip(self, other, strict=True)))

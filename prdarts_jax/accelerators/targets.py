@@ -83,10 +83,10 @@ TPUS: Mapping[str, Tpu] = {
 }
 KNOWN = f"cuda:{' | '.join(GPUS)}, with :N GPUs; tpu:{' | '.join(TPUS)}, with :AxB chips (v4 and v5p: AxBxC)"
 _INSTALL = {
-    "cuda": "pip install --no-deps jax-cuda12-plugin=={0} jax-cuda12-pjrt=={0} nvidia-cuda-nvcc-cu12",
+    "cuda": "pip install --no-deps jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0} nvidia-cuda-nvcc",
     "tpu": 'pip install "jax[tpu]=={0}"',
 }
-_PLUGINS = {"cuda": ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), "tpu": ("libtpu",)}
+_PLUGINS = {"cuda": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "tpu": ("libtpu",)}
 
 
 class Target(NamedTuple):

@@ -58,7 +58,7 @@ def test_a_topology_has_the_form_of_its_kind(text: str, allowed: str) -> None:
     assert str(error.value).endswith(f"are not possible; allowed: {allowed}")
 
 
-@pytest.mark.parametrize(("text", "package"), [("cuda:h100", "jax-cuda12-plugin=="), ("tpu:v5e:2x2", "jax[tpu]==")])
+@pytest.mark.parametrize(("text", "package"), [("cuda:h100", "jax-cuda13-plugin=="), ("tpu:v5e:2x2", "jax[tpu]==")])
 def test_without_a_compiler_one_line_says_what_to_install(
     text: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
