@@ -85,6 +85,15 @@ def average(old: Any, new: Any, decay: float) -> Any:
     return jax.tree.map(lambda a, b: decay * a + (1.0 - decay) * b, old, new)
 
 
+def _lowered(network: DerivedNetwork, lowering: Lowering, **changes: Any) -> DerivedNetwork:
+    """The network with other attributes, and with those of what it is lowered for."""
+    if lowering.platform == "cpu":  # elsewhere not measured
+        changes["recompute"] = True
+    if not lowering.own_kernels:
+        changes["own_kernels"] = False
+    return network.clone(**changes)
+
+
 def make_step(
     problem: TrainProblem, axis_name: str | None = None, lowering: Lowering = ANYWHERE
 ) -> Callable[[TrainState, Batch, jax.Array, jax.Array, Numbers], tuple[TrainState, Sums]]:
@@ -97,11 +106,7 @@ def make_step(
 
     `lowering` says what the step is lowered for: on a CPU equal cells are computed again for the backward pass.
     """
-    network = problem.network.clone(
-        axis_name=None if problem.local_batch_norm else axis_name,
-        own_kernels=problem.network.own_kernels and lowering.own_kernels,
-        recompute=problem.network.recompute or lowering.platform == "cpu",  # elsewhere not measured
-    )
+    network = _lowered(problem.network, lowering, axis_name=None if problem.local_batch_norm else axis_name)
 
     def losses(
         params: Any, statistics: Any, batch: Batch, positions: jax.Array, key: jax.Array, numbers: Numbers
@@ -269,8 +274,7 @@ def make_evaluation(problem: TrainProblem, mesh: Mesh, *, streamed: bool = False
     Streamed: (variables, one batch of `Images`) -> Outputs of [B]. An image's figures do not depend on the others of
     its batch, so nothing is summed here: the caller drops what pads the last batch.
     """
-    own_kernels = problem.network.own_kernels and sharding.lowering_of(mesh).own_kernels
-    network = problem.network.clone(auxiliary=False, own_kernels=own_kernels)
+    network = _lowered(problem.network, sharding.lowering_of(mesh), auxiliary=False)
     predict = at_precision(problem.precision, network.apply)
 
     def measure(variables: Variables, data: Images) -> Outputs:
