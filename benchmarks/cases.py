@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prdarts_jax.config.search import OPS
 
+METHODS = ("darts2", "snas", "gdas", "pc-darts", "fair-darts")  # beside prdarts and darts; darts2: of second order
 FEW = ("none", "skip_connect", "sep_conv_3x3")  # the smoke scale is there to run, not to measure
 TAU = 5.0  # halfway through a search from 10 to 0.1
 
@@ -13,14 +14,15 @@ TAU = 5.0  # halfway through a search from 10 to 0.1
 class SearchCase(NamedTuple):
     """A bilevel search step."""
 
-    method: str = "prdarts"  # prdarts | darts
+    method: str = "prdarts"  # prdarts | darts | one of METHODS
     cells: int = 8
     channels: int = 16
     ops: tuple[str, ...] = OPS
     side: int = 32  # of the images, pixels
     batch: int = 32
-    executed: int = 2  # K (prdarts; darts runs them all)
-    tau: float = TAU
+    executed: int = 2  # K of prdarts
+    tau: float = TAU  # of the methods that draw gates
+    partial: int = 1  # of C channels C / partial are mixed
     closed: float = 0.0  # share of the edges whose gates are exactly zero
     subsample: str = "topk_gate"  # prdarts: topk_gate | all
     devices: int = 1  # ours only: over which the batch is split
@@ -55,12 +57,25 @@ class DepthwiseCase(NamedTuple):
     dilation: int = 1
 
 
+def _case(method: str, ops: tuple[str, ...] = OPS, **fields: Any) -> SearchCase:
+    """As the method is published: Fair DARTS has no `none`, PC-DARTS mixes a quarter of the channels."""
+    if method == "fair-darts":
+        ops = tuple(name for name in ops if name != "none")
+    return SearchCase(
+        method, ops=ops, tau=0.5 if method == "snas" else TAU, partial=4 if method == "pc-darts" else 1, **fields
+    )
+
+
 SEARCH = {
-    "smoke": {"prdarts-3": SearchCase(cells=3, channels=4, ops=FEW, side=8, batch=4)},
+    "smoke": {
+        "prdarts-3": SearchCase(cells=3, channels=4, ops=FEW, side=8, batch=4),
+        **{f"{method}-3": _case(method, FEW, cells=3, channels=4, side=8, batch=4) for method in ("snas", "pc-darts")},
+    },
     "full": {
         "prdarts-6": SearchCase(cells=6),
         "prdarts-8": SearchCase(cells=8),
         "darts-dense-8": SearchCase("darts", cells=8),
+        **{f"{method}-8": _case(method, cells=8) for method in METHODS},
     },
 }
 TRAIN = {

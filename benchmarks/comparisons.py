@@ -79,13 +79,18 @@ def _variants(options: Options) -> dict[str, dict[str, Any]]:
 
 
 def search_step(options: Options) -> Iterator[Row]:
-    """One bilevel step: PR-DARTS with two executed operations an edge, and dense first-order DARTS."""
+    """One bilevel step of a method: PR-DARTS with two executed operations an edge, dense first-order DARTS, others."""
     for name, case in cases.SEARCH[options.scale].items():
         for batch in cases.BATCHES[options.scale]:
             fields = case._replace(batch=batch)._asdict()
             peers = {peer: Side(f"{_TORCH}search", {**extra, **fields}) for peer, extra in _variants(options).items()}
+            if case.method in cases.METHODS:  # PyTorch's best setting alone
+                peers = {"torch-channels-last": peers["torch-channels-last"]}
+            if case.partial > 1:  # what the channels that pass by save
+                dense = case._replace(method="darts", partial=1, batch=batch)._asdict()
+                peers["dense-darts"] = Side("benchmarks.ours:search", dense)
             # The operations drawn change from step to step, so a block of PR-DARTS has several.
-            full = Plan(7, 8) if case.method == "prdarts" else Plan(15, 1)
+            full = Plan(7, 8) if case.method in ("prdarts", "gdas") else Plan(15, 1)
             plan = Plan(2, 1) if options.scale == "smoke" else full
             yield from _compare(options, name, batch, Side("benchmarks.ours:search", fields), peers, plan)
 

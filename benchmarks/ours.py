@@ -41,17 +41,29 @@ def lowering_of(mesh: Mesh, cell: str = "auto") -> Any:
 
 def search_parts(case: SearchCase) -> dict[str, Any]:
     """Space, strategy and transformations of a case."""
-    config = SpaceConfig(cells=case.cells, channels=case.channels, ops=case.ops, head_norm=case.head_norm)
+    config = SpaceConfig(
+        cells=case.cells, channels=case.channels, ops=case.ops, head_norm=case.head_norm, partial=case.partial
+    )
     space = Space.create(config, classes=10, in_channels=3)
-    options: dict[str, Any] = {}
-    if case.method == "prdarts":
+    method, options = case.method, {}
+    if method == "prdarts":
         options = {"executed_ops": case.executed, "op_subsample": case.subsample}
+    elif method == "darts2":
+        method, options = "darts", {"order": 2}
+    elif method == "snas":
+        options = {"image": case.side}
     return {
         "space": space,
-        "strategy": strategies.get(case.method, space=space, **options),
+        "strategy": strategies.get(method, space=space, **options),
         "weight_tx": optimizers.weight_transform(WeightsConfig()),
         "arch_tx": optimizers.arch_transform(ArchConfig()),
     }
+
+
+def numbers_of(case: SearchCase, strategy: Any) -> dict[str, np.float32]:
+    """The numbers of a late epoch, in which both groups move, at the temperature of the case."""
+    numbers = strategy.schedule(9, 10)
+    return {name: np.float32(case.tau if name == "tau" else value) for name, value in numbers.items()}
 
 
 def compiled(program: Any, *args: Any) -> tuple[Any, Clock]:
@@ -81,14 +93,13 @@ def search(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     states = jax.block_until_ready(sharding.replicate(mesh, states))
     clock = {"init_s": time.perf_counter() - began}
     pool = [_batch(i, case.batch, case.side, dtype) for i in range(POOL)]
-    numbers = parts["strategy"].schedule(0, 2)
-    progress = {name: np.float32(value) for name, value in (numbers | ({"tau": case.tau} if numbers else {})).items()}
+    numbers = numbers_of(case, parts["strategy"])
     apply = partial(supernet.apply, lowering=lowering_of(mesh, case.lowering))
     step = make_search_step(**parts, axis_name=sharding.axis_of(mesh), apply=apply)
 
     def one(state: Any, pool: Batch, i: jax.Array) -> tuple[Any, Any]:
         train, val = (jax.tree.map(lambda a, at=at: a[at % POOL], pool) for at in (i, i + 1))
-        return step(state, Batches(train, val), jax.random.key(i), progress)
+        return step(state, Batches(train, val), jax.random.key(i), numbers)
 
     run, stages = _dispatched(one, states, pool, mesh)
     return run, clock | stages

@@ -53,7 +53,25 @@ TARGETS = (
     Target(
         "PR-DARTS step, memory against PyTorch's", "search_step", _is("prdarts", peer=_BEST), "memory_ratio", 1, False
     ),
-    Target("dense DARTS step, speedup", "search_step", _is("darts", peer=_BEST), "speedup", 2.5, True),
+    Target("dense DARTS step, speedup", "search_step", _is("darts-", peer=_BEST), "speedup", 2.5, True),
+    *(
+        Target(f"{name} step, speedup", "search_step", _is(f"{case}-", peer=_BEST), "speedup", 2.0, True)
+        for name, case in (
+            ("second-order DARTS", "darts2"),
+            ("SNAS", "snas"),
+            ("GDAS", "gdas"),
+            ("PC-DARTS", "pc-darts"),
+            ("Fair DARTS", "fair-darts"),
+        )
+    ),
+    Target(
+        "PC-DARTS step, speedup over our dense DARTS",
+        "search_step",
+        _is("pc", peer="dense-darts"),
+        "speedup",
+        2.0,
+        True,
+    ),
     Target("training step, speedup", "train_step", _is(peer=_BEST), "speedup", 1.3, True),
     Target("depthwise layer, speedup over flax", "depthwise", _is(peer="flax-conv"), "speedup", 10.0, True),
     Target("depthwise layer, speedup over PyTorch", "depthwise", _is(peer=_BEST), "speedup", 1.0, True),

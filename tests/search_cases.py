@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,6 +33,7 @@ from prdarts_jax.searching import program as search_program
 from prdarts_jax.searching import sweep
 from prdarts_jax.searching.loop import SearchResult
 from prdarts_jax.searching.program import SearchCarry
+from prdarts_jax.space import supernet
 from prdarts_jax.strategies import registry
 
 IMAGES, BATCH, EPOCHS = 112, 8, 3
@@ -217,12 +219,44 @@ def _once(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _shared() -> dict[tuple[Any, str], Callable[..., Any]]:
+def _shared(stub: bool) -> dict[tuple[Any, str], Callable[..., Any]]:
     programs = ("make_dispatch", "make_evaluation", "_initial")
     return {
         (search_inputs, "prepare"): _remembering(search_inputs.prepare),
         **{(search_program, name): _once(getattr(search_program, name)) for name in programs},
     }
+
+
+def _stub(weights: Any, gates: Any, images: jax.Array, *, space: Any, **_: Any) -> tuple[jax.Array, dict[str, Any]]:
+    """A network that is traced and compiled in no time; each weight and each gate has a gradient of its own."""
+    tables = [part for part in jax.tree.leaves((gates.ops, gates.edges)) if part is not None]
+    scale = sum(jnp.mean(jnp.sin(leaf)) for leaf in jax.tree.leaves(weights)) / 10
+    scale = scale + sum(jnp.mean(table * jnp.cos(jnp.arange(table.size).reshape(table.shape))) for table in tables)
+    return images.reshape(images.shape[0], -1)[:, : space.classes] * scale, {}
+
+
+def _stub_init(key: jax.Array, space: Any) -> dict[str, Any]:
+    """Few weights, of every rank; their number depends on the space. Moving hundreds takes the most time to trace."""
+    shapes = {"conv": (3, 3, space.in_channels, 2), "matrix": (space.cells, 2), "bias": (space.classes,)}
+    keys = jax.random.split(key, len(shapes))
+    return {"stem": {n: jax.random.normal(k, shape) for k, (n, shape) in zip(keys, shapes.items(), strict=True)}}
+
+
+def _stub_kept(old: Any, new: Any, before: Any, after: Any) -> Any:
+    return {"stem": {**new["stem"], "conv": old["stem"]["conv"], "bias": old["stem"]["bias"]}}
+
+
+@contextlib.contextmanager
+def stub_network() -> Iterator[None]:
+    """For tests of what is around the search network, which takes most of their time: searches have a stub of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        make = functools.partial(search_program.make_search_step, apply=_stub)
+        patch.setattr(search_program, "make_search_step", make)
+        patch.setattr(supernet, "init", _stub_init)
+        patch.setattr(search_loop, "kept_weights", _stub_kept)
+        patch.setattr(supernet, "apply", _stub)
+        patch.setattr(supernet, "apply_reference", _stub)
+        yield
 
 
 def standard_promotion() -> contextlib.AbstractContextManager[None]:
@@ -231,10 +265,11 @@ def standard_promotion() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def shared_programs() -> Iterator[None]:
+def shared_programs(stub: bool = False) -> Iterator[None]:
     """Searches of one configuration are traced once, and draw neither diagrams nor reports (their own tests do)."""
-    with standard_promotion(), pytest.MonkeyPatch.context() as patch:
-        for (module, name), value in _shared().items():
+    network = stub_network() if stub else contextlib.nullcontext()
+    with standard_promotion(), network, pytest.MonkeyPatch.context() as patch:
+        for (module, name), value in _shared(stub).items():
             patch.setattr(module, name, value)
         patch.setattr(plots, "cell_diagram", lambda *_, **__: None)
         patch.setattr(plots, "save", lambda *_, **__: None)

@@ -131,32 +131,23 @@ def _make(name: str) -> optax.GradientTransformation:
     return function() if name in ("set_to_zero",) else _descend(function())
 
 
-def _stub(weights: Any, gates: Any, images: jax.Array, *, space: Any, axis_name: Any = None, **_: Any) -> Any:
-    """A network that compiles in no time; each weight and each gate has a gradient."""
-    scale = sum(jnp.mean(jnp.sin(w)) for w in jax.tree.leaves(weights)) / 10
-    scale = scale + sum(jnp.mean(table) for table in gates.ops.values())
-    flat = images.reshape(images.shape[0], -1)
-    return flat[:, : space.classes] * scale, {}
-
-
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The programs of the searches that follow; they are those of the stub, and shared."""
     made: list[Any] = []
-    step, dispatch = search_program.make_search_step, search_program.make_dispatch
+    dispatch = search_program.make_dispatch
 
     def once(*problem: Any) -> Any:
         if not made:
             made.append(dispatch(*problem))
         return made[0]
 
-    monkeypatch.setattr(search_program, "make_search_step", lambda **parts: step(**parts, apply=_stub))
     monkeypatch.setattr(search_program, "make_dispatch", once)
     for name in ("cell_diagram", "save"):
         monkeypatch.setattr(plots, name, lambda *_, **__: None)
     monkeypatch.setattr(report_page, "report", lambda *_, **__: None)
     # As users have it: shapes are promoted.
-    with search_cases.standard_promotion(), jax.numpy_rank_promotion("allow"):
+    with search_cases.stub_network(), search_cases.standard_promotion(), jax.numpy_rank_promotion("allow"):
         yield made
 
 

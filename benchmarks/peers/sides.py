@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DepthwiseCase, SearchCase, TrainCase
-from benchmarks.peers.search import PathRegularized, Search, SearchNetwork, Softmax, compile_operations
+from benchmarks.peers import methods
+from benchmarks.peers.search import Search, SearchNetwork, compile_operations
 from benchmarks.peers.train import DerivedNetwork, Training
 from prdarts_jax.space.genotype import Genotype
 
@@ -61,6 +62,41 @@ def _repeated(step: Callable[[int], None], device: str) -> Steps:
     return run
 
 
+RESOURCE, DROP_PATH = 1e-2, 0.3  # of SNAS with 8 cells
+
+
+def search_network(case: SearchCase) -> SearchNetwork:
+    """The search network of a case."""
+    drop_path = DROP_PATH if case.method == "snas" else 0.0
+    return SearchNetwork(
+        case.ops, case.cells, case.channels, head_norm=case.head_norm, drop_path=drop_path, partial=case.partial
+    )
+
+
+def search_method(case: SearchCase) -> tuple[methods.Method, str]:
+    """(method, rule) of a case."""
+    if case.method == "prdarts":
+        return methods.PathRegularized(case.tau, executed=case.executed), "weights-first"
+    if case.method == "snas":
+        return methods.Relaxed(case.tau, RESOURCE, search_costs(case)), "joint"
+    if case.method == "gdas":
+        return methods.OneSampled(case.tau), "weights-first"
+    made = {"fair-darts": methods.Sigmoid, "pc-darts": methods.EdgeSoftmax}.get(case.method, methods.Softmax)
+    return made(), "unrolled" if case.method == "darts2" else "arch-first"
+
+
+def search_costs(case: SearchCase) -> dict[str, Tensor]:
+    """{"normal", "reduce"} -> [cells, 3, E, O]: size, flops and access, the tables of the library."""
+    from prdarts_jax.config.search import SpaceConfig
+    from prdarts_jax.network import counts
+    from prdarts_jax.space import Space
+
+    config = SpaceConfig(cells=case.cells, channels=case.channels, ops=case.ops, head_norm=case.head_norm)
+    space = Space.create(config, classes=10, in_channels=3)
+    tables = np.stack(counts.search_costs(space, image=case.side), 1).astype(np.float32)
+    return {kind: torch.from_numpy(tables[[cell.kind == kind for cell in space.layout]]) for kind in methods.KINDS}
+
+
 def search(
     layout: str = "channels-last",
     compiled: bool = False,
@@ -73,13 +109,13 @@ def search(
     case = SearchCase(**fields)
     began = time.perf_counter()
     torch.manual_seed(0)
-    network = SearchNetwork(case.ops, case.cells, case.channels, head_norm=case.head_norm)
-    method = PathRegularized(case.tau, executed=case.executed) if case.method == "prdarts" else Softmax()
+    network = search_network(case)
+    method, rule = search_method(case)
     search = Search(
         network.to(memory_format=_format(layout)),
         method,
         case.ops,
-        arch_first=case.method == "darts",
+        rule=rule,
         compiled=compiled,
         device=device,
         autocast=autocast,

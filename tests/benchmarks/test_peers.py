@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_search
 from oracles import quick_jit
 
 from benchmarks import ours
-from benchmarks.cases import FEW, SearchCase
+from benchmarks.cases import FEW, METHODS, SearchCase
 from prdarts_jax.bilevel import Batches
+from prdarts_jax.config.search import SearchConfig
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.gates import Gates
 from prdarts_jax.network import module
@@ -23,13 +25,17 @@ from prdarts_jax.ops.losses import cross_entropy
 from prdarts_jax.searching import step as search_step
 from prdarts_jax.space import Space, supernet
 from prdarts_jax.space.genotype import Genotype
+from prdarts_jax.space.noise import Noise, cell_noise
+from prdarts_jax.strategies.sampling import gumbel_noise
 
 if os.environ.get("CI") == "true":
     import torch
 else:
     torch = pytest.importorskip("torch", reason="needs torch")
 
+from benchmarks.peers import methods as peer_methods
 from benchmarks.peers import search as peer_search
+from benchmarks.peers import sides
 from benchmarks.peers import train as peer_train
 from benchmarks.peers.weights import derived_pairs, load, search_pairs
 
@@ -50,7 +56,7 @@ def _pairs(network: Any, weights: Any, space: Space) -> list[tuple[Any, np.ndarr
 
 
 def _network(case: SearchCase, space: Space, weights: Any) -> peer_search.SearchNetwork:
-    network = peer_search.SearchNetwork(case.ops, case.cells, case.channels, head_norm=case.head_norm).double()
+    network = sides.search_network(case).double()
     pairs = _pairs(network, weights, space)
     assert len(pairs) == len(list(network.parameters()))  # every weight of the peer is one of ours
     load(pairs)
@@ -77,9 +83,9 @@ def test_search_network_has_our_logits_and_gradients_for_the_same_gates() -> Non
         network = _network(CASE, space, weights)
         rng = np.random.default_rng(0)
         images, labels = _images(rng, CASE)
-        executed = {k: np.stack([rng.permutation(len(OPS))[:2] for _ in range(14)]) for k in peer_search.KINDS}
+        executed = {k: np.stack([rng.permutation(len(OPS))[:2] for _ in range(14)]) for k in peer_methods.KINDS}
         executed["normal"][3] = len(OPS)  # nothing is executed there
-        values = {k: rng.uniform(0.1, 1, (14, len(OPS))) for k in peer_search.KINDS}
+        values = {k: rng.uniform(0.1, 1, (14, len(OPS))) for k in peer_methods.KINDS}
 
         def loss(weights: Any, values: Any) -> jax.Array:
             gates = Gates(values, jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), executed))
@@ -93,7 +99,7 @@ def test_search_network_has_our_logits_and_gradients_for_the_same_gates() -> Non
             [(int(o), leaves[k][e, o]) for o in row if o < len(OPS) and OPS[o] != "none"]
             for e, row in enumerate(executed[k])
         ]
-        for k in peer_search.KINDS
+        for k in peer_methods.KINDS
     }
     x, y = _torch((images, labels))
     other = torch.nn.functional.cross_entropy(network(x, slots), y)
@@ -117,16 +123,16 @@ def test_darts_step_changes_weights_and_architecture_as_ours() -> None:
         rng = np.random.default_rng(1)
         train, val = _images(rng, case), _images(rng, case)
         network = _network(case, parts["space"], state.weights)
-        peer = peer_search.Search(network, peer_search.Softmax(), FEW, arch_first=True)
+        peer = peer_search.Search(network, peer_methods.Softmax(), FEW, rule="arch-first")
         with torch.no_grad():
-            for i, kind in enumerate(peer_search.KINDS):
+            for i, kind in enumerate(peer_methods.KINDS):
                 peer.arch[i] = torch.from_numpy(np.array(state.arch[kind])).requires_grad_()
         peer.arch_opt = torch.optim.Adam(peer.arch, 3e-4, (0.5, 0.999), weight_decay=1e-3)
         batches = Batches(*(Batch(jnp.asarray(x), jnp.asarray(y)) for x, y in (train, val)))
         step = quick_jit(search_step.make_search_step(**parts))
         after, _ = step(state, batches, jax.random.key(2), {})
         peer.step(_torch(train), _torch(val))
-        for i, kind in enumerate(peer_search.KINDS):
+        for i, kind in enumerate(peer_methods.KINDS):
             np.testing.assert_allclose(np.asarray(after.arch[kind]), peer.arch[i].detach().numpy(), atol=1e-8)
         moved = 0.0
         for tensor, array in _pairs(network, after.weights, parts["space"]):
@@ -134,6 +140,60 @@ def test_darts_step_changes_weights_and_architecture_as_ours() -> None:
         for old, new in zip(jax.tree.leaves(state.weights), jax.tree.leaves(after.weights), strict=True):
             moved = max(moved, float(jnp.abs(old - new).max()))
         assert moved > 1e-3  # the step is not so small that any two would agree
+
+
+def _parameters(arch: Any, kind: str) -> Any:
+    """Of a cell type, as the peer has them."""
+    if "edges" in arch:
+        return torch.from_numpy(np.concatenate([arch["base"][kind], arch["edges"][kind][:, None]], 1))
+    return torch.from_numpy(np.array(arch[kind]))
+
+
+def _draw_as_ours(peer: peer_search.Search, space: Space, key: Any) -> None:
+    """The draws of a step of ours from its key, in the order in which the peer asks for them."""
+    joint = peer.rule == "joint"
+    noise = [gumbel_noise(k, space) for k in ([key] if joint else jax.random.split(key))]
+    tables = iter([torch.from_numpy(np.asarray(n[kind], np.float64)) for n in noise for kind in peer_methods.KINDS])
+    peer.method.noise = lambda alpha: next(tables)
+    rates = {"drop_path": jnp.float32(sides.DROP_PATH)}
+    own = Noise(jax.random.fold_in(key, search_step._NOISE), jnp.arange(CASE.batch), rates)
+    for i, cell in enumerate(peer.network.cells):
+        edges = torch.from_numpy(np.asarray(cell_noise(own, space, i).edges, np.float64))
+        cell.kept = lambda x, edges=edges: edges[:, :, None, None, None]
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in ("gdas", "pc-darts") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
+def test_methods_have_our_gradient_of_the_architecture(method: str) -> None:
+    """Of one step, the draws given: what the optimizer of the architecture gets, and what it makes of it."""
+    ops = FEW[method == "fair-darts" :]
+    case = CASE._replace(method=method, ops=ops, tau=0.7)
+    case = case._replace(channels=8, partial=4) if method == "pc-darts" else case
+    with jax.enable_x64(True):
+        parts = ours.search_parts(case)
+        space, strategy = parts["space"], parts["strategy"]
+        data = torch_search.batches(space, case.batch, case.side)[:1]
+        start, (found,) = torch_search.ours(
+            strategy, SearchConfig(), numbers=ours.numbers_of(case, strategy), data=data, key=3
+        )
+        numbers, rule = sides.search_method(case)
+        peer = peer_search.Search(_network(case, space, start.weights), numbers, ops, rule=rule)
+        with torch.no_grad():
+            peer.arch = [_parameters(start.arch, kind).requires_grad_() for kind in peer_methods.KINDS]
+        peer.arch_opt = torch.optim.Adam(peer.arch, 3e-4, (0.5, 0.999), weight_decay=1e-3)
+        if method in ("gdas", "snas"):
+            _draw_as_ours(peer, space, jax.random.fold_in(jax.random.key(3), 0))
+    peer.step(*map(_torch, data[0]))
+    for kind, leaf in zip(peer_methods.KINDS, peer.arch, strict=True):
+        expected = _parameters(found.gradient, kind).numpy()
+        assert np.abs(expected).max() > 1e-4
+        np.testing.assert_allclose(leaf.grad.numpy(), expected, atol=1e-8)
+        np.testing.assert_allclose(leaf.detach().numpy(), _parameters(found.arch, kind).numpy(), atol=1e-7)
+    moved = [pair for pair in _pairs(peer.network, found.weights, space) if pair[0].grad is not None]
+    assert moved  # the peer leaves alone what was not executed; ours has momentum and weight decay there
+    for tensor, array in moved:
+        np.testing.assert_allclose(tensor.detach().numpy(), array, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -147,7 +207,7 @@ def test_compiled_operations_have_the_eager_ones_gradients() -> None:
     peer_search.compile_operations(compiled, x, FEW)
     compiled.load_state_dict(eager.state_dict())  # after the compilation, which moves the running statistics
     sides = [
-        peer_search.Search(network, peer_search.Softmax(), FEW, arch_first=True, compiled=network is compiled)
+        peer_search.Search(network, peer_methods.Softmax(), FEW, rule="arch-first", compiled=network is compiled)
         for network in (eager, compiled)
     ]
     for a, b in zip(sides[0].arch, sides[1].arch, strict=True):
@@ -170,11 +230,11 @@ def test_penalty_and_gates_of_the_peer() -> None:
     arch = strategy.init(jax.random.key(3))
     gates = strategy.sample(jax.random.key(4), arch, (), progress, "arch")
     expected, _ = strategy.objective(jnp.zeros(()), arch, gates, (), progress)
-    peer = peer_search.PathRegularized(float(progress["tau"]))
-    betas = [torch.from_numpy(np.array(arch[kind])) for kind in peer_search.KINDS]
+    peer = peer_methods.PathRegularized(float(progress["tau"]))
+    betas = [torch.from_numpy(np.array(arch[kind])) for kind in peer_methods.KINDS]
     assert peer.penalty(betas, ops).item() == pytest.approx(float(expected), rel=1e-5)
     torch.manual_seed(0)
-    late = peer_search.PathRegularized(0.1)
+    late = peer_methods.PathRegularized(0.1)
     g, chosen = late.gates(torch.zeros(20_000, 8))
     assert float((g != 0).float().mean()) == pytest.approx(0.5597, abs=5e-3)  # P(g != 0) at tau = 0.1, beta = 0
     assert bool((torch.gather(g, 1, chosen).min(1)[0] >= torch.sort(g, 1)[0][:, -2]).all())
@@ -184,7 +244,7 @@ def test_penalty_and_gates_of_the_peer() -> None:
 
 def test_full_size_networks_have_our_parameter_counts() -> None:
     for case, expected in ((SearchCase(method="darts"), 1_930_618), (SearchCase(cells=6), 1_323_002)):
-        network = peer_search.SearchNetwork(case.ops, case.cells, case.channels, head_norm=case.head_norm)
+        network = sides.search_network(case)
         assert sum(p.numel() for p in network.parameters()) == expected
         space = ours.search_parts(case)["space"]
         shapes = jax.eval_shape(lambda key, space=space: supernet.init(key, space), jax.random.key(0))

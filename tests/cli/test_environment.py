@@ -277,7 +277,7 @@ def test_a_resumed_search_says_which_setting_differs(npz, tmp_path, capsys):
     import jax
 
     command = words(tmp_path / "w", npz)
-    with search_cases.shared_programs():
+    with search_cases.shared_programs(stub=True):
         assert cli.main([*command, "--run.time_limit=1e-9"]) == 0
         for name, value, said in (
             ("jax_default_matmul_precision", "highest", "to float tolerance only"),

@@ -30,7 +30,6 @@ from prdarts_jax.searching import inputs as search_inputs
 from prdarts_jax.searching import loop, stages
 from prdarts_jax.searching import program as search_program
 from prdarts_jax.searching.population import search_population
-from prdarts_jax.space import supernet
 from prdarts_jax.space.spec import CELL_TYPES, Space
 from prdarts_jax.strategies.darts import darts
 from prdarts_jax.strategy import Continue, Restage, Rollback, Stop, Strategy
@@ -52,7 +51,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, _programs: dict[tuple[str, int], Any
     for name in ("cell_diagram", "save"):
         monkeypatch.setattr(plots, name, lambda *_, **__: None)
     monkeypatch.setattr(report_page, "report", lambda *_, **__: None)
-    with search_cases.standard_promotion():
+    with search_cases.standard_promotion(), search_cases.stub_network():
         yield
 
 
@@ -416,32 +415,6 @@ def test_a_strategy_without_its_factory_has_no_stages(tmp_path: Path) -> None:
 
 
 # --- weights from stage to stage --------------------------------------------------------------------------------------
-
-
-def test_kept_weights_are_those_of_the_same_edge_and_operation() -> None:
-    """Cells that are the same, operations that both allow: to the bit; all else is new."""
-    ops = ("skip_connect", "sep_conv_3x3", "dil_conv_3x3")
-    before = Space(nodes=2, cells=5, channels=2, ops=ops)
-    lists = tuple(tuple(ops[i % 2 : 2 + i % 2] for i in range(before.num_edges)) for _ in CELL_TYPES)
-    after = dataclasses.replace(before, cells=6, edge_ops=lists)
-    old, new = (jax.device_get(supernet.init(jax.random.key(i), s)) for i, s in enumerate((before, after)))
-    kept = stages.kept_weights(old, new, before, after)
-    assert jax.tree.structure(kept) == jax.tree.structure(new)
-    assert all(np.shape(a) == np.shape(b) for a, b in zip(*map(jax.tree.leaves, (kept, new)), strict=True))
-    was, fresh, now = (supernet.by_cell(w, s) for w, s in ((old, before), (new, after), (kept, after)))
-    for i, spec in enumerate(after.layout):
-        same = i < before.cells and before.layout[i] == spec
-        for group in after.edge_groups(spec.kind):
-            for op, edges in after.rows(spec.kind, group).items():
-                for name, leaf in now[i]["edges"][group.name].get(op, {}).items():
-                    for row, e in enumerate(edges):
-                        source = was[i] if same else None
-                        there = before.rows(spec.kind, group)[op].index(e)
-                        expected = fresh[i]["edges"][group.name][op][name][row]
-                        if source is not None:
-                            expected = source["edges"][group.name][op][name][there]
-                        np.testing.assert_array_equal(leaf[row], expected)
-    np.testing.assert_array_equal(kept["stem"]["conv"], old["stem"]["conv"])
 
 
 def test_the_report_shows_the_stages(

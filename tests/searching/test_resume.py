@@ -378,6 +378,12 @@ def test_an_empty_config_alone_in_its_folder_can_be_overwritten(finished, tmp_pa
     assert_same(outcome(workdir), outcome(finished))
 
 
+@pytest.fixture
+def stub():
+    with search_cases.shared_programs(stub=True):
+        yield
+
+
 def _sgd(rate):
     return {"weight_tx": optax.sgd(rate)}
 
@@ -399,7 +405,7 @@ def _made(lambda1):
         (_made, "method.strategy"),
     ],
 )
-def test_arguments_that_differ_in_a_number_are_another_search(tmp_path, make, field, capsys):
+def test_arguments_that_differ_in_a_number_are_another_search(stub, tmp_path, make, field, capsys):
     assert search(tmp_path / "w", given=make(0.1), run__time_limit=MOMENT).status == "time-limit"
     before = snapshot(tmp_path / "w")
     with pytest.raises(UserError, match=f"digest of {field}: "):
@@ -410,7 +416,7 @@ def test_arguments_that_differ_in_a_number_are_another_search(tmp_path, make, fi
     assert "bit for bit" in capsys.readouterr().out
 
 
-def test_an_argument_is_compared_by_what_it_computes(tmp_path, capsys):
+def test_an_argument_is_compared_by_what_it_computes(stub, tmp_path, capsys):
     """Not by what it holds: no one can see into a lock."""
     lock = threading.Lock()
 

@@ -15,8 +15,9 @@ from prdarts_jax.network.counts import pair_costs
 from prdarts_jax.searching import loop as search_loop
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import Space
-from prdarts_jax.strategies import composition
+from prdarts_jax.strategies import composition, registry
 
+METHODS = [row.name for row in registry.rows()]
 TEXTS = {name: name for name in composition.TRANSFORMS} | {
     "frozen": "frozen:epochs=1",
     "stop_at_skips": "stop_at_skips:skips=1",
@@ -30,9 +31,16 @@ TEXTS = {name: name for name in composition.TRANSFORMS} | {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
+@pytest.fixture
+def real() -> Iterator[None]:
     with search_cases.shared_programs():
+        yield
+
+
+@pytest.fixture
+def stub() -> Iterator[None]:
+    """What a transform does to gates, losses, memory and events does not depend on the network."""
+    with search_cases.shared_programs(stub=True):
         yield
 
 
@@ -41,7 +49,7 @@ def _macs(workdir: Path, space: Space) -> float:
     return costs.of(Genotype.load(workdir), space)
 
 
-def test_a_budget_is_met_with_the_transform_and_exceeded_without(tmp_path: Path) -> None:
+def test_a_budget_is_met_with_the_transform_and_exceeded_without(real: None, tmp_path: Path) -> None:
     """DARTS on digits, an architecture that moves fast: the derived network's multiply-adds against the target."""
     flags = {
         "space__nodes": 2,
@@ -63,25 +71,35 @@ def test_a_budget_is_met_with_the_transform_and_exceeded_without(tmp_path: Path)
 
 
 def _resumes(method: str, texts: list[str], tmp_path: Path) -> None:
-    workdir = search_cases.assert_resumes(config_of(method, *texts), tmp_path)
+    epochs = {"epochs": 6} if method == "p-darts" else {}  # of three stages, in each of which a transform begins anew
+    workdir = search_cases.assert_resumes(config_of(method, *texts, **epochs), tmp_path)
     document = json.loads((workdir / "config.json").read_text())
     assert document["config"]["method"]["transforms"] == texts
     assert np.isfinite(rows(workdir, "epoch")[-1]["train_loss"])
 
 
-def test_a_memory_and_a_larger_architecture_resume_to_the_bit(tmp_path: Path) -> None:
+def test_a_memory_and_a_larger_architecture_resume_to_the_bit(stub: None, tmp_path: Path) -> None:
     _resumes("darts", [TEXTS["cost"], "edge_weights"], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["prdarts", "darts"])
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_transform_of_every_method_resumes_to_the_bit(method: str, name: str, tmp_path: Path) -> None:
+def test_every_transform_resumes_to_the_bit(method: str, name: str, real: None, tmp_path: Path) -> None:
     _resumes(method, [TEXTS[name]], tmp_path)
 
 
 @pytest.mark.slow
-def test_a_sharp_loss_goes_back_with_a_stronger_weight_decay_until_it_is_the_largest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_transform_of_every_method_resumes_to_the_bit(method: str, name: str, stub: None, tmp_path: Path) -> None:
+    _resumes(method, [TEXTS[name]], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_sharp_loss_goes_back_with_a_stronger_weight_decay_until_it_is_the_largest(
+    real: None, tmp_path: Path
+) -> None:
     workdir = search_cases.assert_resumes(config_of("darts", TEXTS["hessian_rollback"]), tmp_path)
     events = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
     assert [(event["epoch"], event["goes_on_from_epoch"]) for event in events] == [(1, 1), (2, 2)], (
@@ -92,7 +110,7 @@ def test_a_sharp_loss_goes_back_with_a_stronger_weight_decay_until_it_is_the_lar
     assert [row["epoch"] for row in rows(workdir, "epoch")] == [0, 1, 2]
 
 
-def test_another_transform_is_another_search(tmp_path: Path) -> None:
+def test_another_transform_is_another_search(stub: None, tmp_path: Path) -> None:
     from prdarts_jax.errors import UserError
 
     search(tmp_path / "w", run__time_limit=1e-9, method__transforms=["at_most_skips:skips=0"])
