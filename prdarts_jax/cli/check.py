@@ -71,6 +71,8 @@ def check(words: Sequence[str]) -> int:
     if "run.devices" in line.fields:
         raise UserError("run.devices: the devices of a check are those of --target")
     out = None if args.json is None else expanded(args.json, "--json")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--json: no directory {str(out.parent)!r}; allowed: a file in a directory that is there")
     targets.before_jax()
     rows: list[dict[str, Any]] = []
     for made in _rows(chosen, PROGRAMS if args.program == "all" else (args.program,), args, line.fields):
@@ -92,14 +94,17 @@ def _rows(chosen: Sequence[targets.Target], programs: Sequence[str], args: Any, 
     from prdarts_jax.accelerators import check
     from prdarts_jax.space.genotype import Genotype
 
+    # A mistake is said before the first of them is compiled, which takes minutes.
+    genotype = Genotype.load(args.genotype)
+    data, own = (check.stand_in(one.data.source, one.run.data_dir or None) for one in (config, training))
+    for target in chosen:
+        targets.devices(target)
     for target in chosen:
         for program in programs:
             if program == "search":
-                data = check.stand_in(config.data.source, config.run.data_dir or None)
                 row = check.search_row(target, config, data)
             else:
-                data = check.stand_in(training.data.source, training.run.data_dir or None)
-                row = check.train_row(target, training, Genotype.load(args.genotype), data)
+                row = check.train_row(target, training, genotype, own)
             yield row | {"fits": check.fits(row)}
 
 

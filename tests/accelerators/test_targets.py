@@ -77,6 +77,8 @@ def test_without_a_compiler_one_line_says_what_to_install(
         ([], "--target: none is given; allowed: cuda:"),
         (["--target", "cuda:h1000"], "target: 'cuda:h1000' is not known; allowed: cuda:a100"),
         (["--target", "cuda:h100", "--devices", "2"], "run.devices: "),
+        (["--target", "cuda:h100", "--json", "/no/such/rows.json"], "--json: no directory '/no/such'; allowed: "),
+        (["--target", "cuda:h100", "--genotype", "PRDART"], "genotype: "),
         (["--target", "cuda:h100", "--program", "sarch"], "--program: unknown value 'sarch'; did you mean 'search'?"),
         (["--target", "cuda:h100", "--cells", "1"], "space.cells: 1 is not possible"),
         (["--target"], "argument --target: expected one argument"),
@@ -102,6 +104,7 @@ def test_a_program_that_does_not_fit_is_the_status(
     figures |= {"cycles_per_step": None, "cpu_kernels": 0, "device_mib": 80896}
     head = {"target": "cuda:h100:1", "batch": 32, "dtype": "float32"}
     monkeypatch.setattr(targets, "before_jax", lambda: None)
+    monkeypatch.setattr(targets, "devices", lambda target: [])
     monkeypatch.setattr(check, "search_row", lambda *args: {**head, "program": "search", **figures})
     monkeypatch.setattr(check, "train_row", lambda *args: {**head, "program": "train", "failure": "RESOURCE_EXHAUSTED"})
     out = tmp_path / "rows.json"
