@@ -66,13 +66,8 @@ def _no_network() -> Iterator[None]:
 _MAPS = 25_000  # of the 65,530 that Linux gives a process by default
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _programs_end_with_their_module() -> Iterator[None]:
-    """Hundreds of loaded programs exhaust the memory maps a process may have, and the next one to load crashes it.
-
-    Until there are many, the modules of a process share what is traced and compiled.
-    """
-    yield
+def _end_programs() -> None:
+    """Hundreds of loaded programs exhaust the memory maps a process may have, and the next one to load crashes it."""
     try:
         maps = Path("/proc/self/maps").read_bytes().count(b"\n")
     except OSError:  # not Linux
@@ -80,3 +75,18 @@ def _programs_end_with_their_module() -> Iterator[None]:
     if maps >= _MAPS:
         jax.clear_caches()
     gc.freeze()  # what stays is large, and each full collection would walk through it
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_end_with_their_module() -> Iterator[None]:
+    """Until there are many, the modules of a process share what is traced and compiled."""
+    yield
+    _end_programs()
+
+
+@pytest.fixture(autouse=True)
+def _long_tests_leave_room(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A sweep in one module loads more programs than a process may have."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        _end_programs()
