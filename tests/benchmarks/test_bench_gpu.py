@@ -197,7 +197,7 @@ def test_the_loop_that_is_timed_computes_each_step_from_the_one_before(monkeypat
 
 def test_the_same_command_goes_on_with_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sections = [bench_gpu.Section(name, {"of": name}, 0, 60) for name in ("whole", "failed")]
-    monkeypatch.setattr(bench_gpu, "_smoke", lambda platform: sections)
+    monkeypatch.setattr(bench_gpu, "_smoke", lambda platform, lowerings: sections)
     ran: list[str] = []
 
     def run(section: bench_gpu.Section, *rest: Any) -> Any:
