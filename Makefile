@@ -10,11 +10,11 @@ JOBS ?= 2
 # Versions of what the pinned packages need in turn. `make setup CONSTRAINTS=` lets pip choose them.
 CONSTRAINTS ?= -c constraints.txt
 
-.PHONY: help setup search test test-slow mutate lint doctest bench bench-full bench-gpu clean
+.PHONY: help setup search test test-slow mutate lint doctest bench bench-full bench-gpu check-accelerators clean
 
 help:
 	@echo "make setup | search [ARGS='--seed 1'] | test | test-slow | mutate [ARGS=kernel] | lint | doctest"
-	@echo "     bench | bench-full | bench-gpu | clean"
+	@echo "     bench | bench-full | bench-gpu | check-accelerators | clean"
 
 setup: $(STAMP)
 
@@ -56,11 +56,27 @@ bench-full: $(STAMP)
 	$(BIN)/python -m benchmarks --scale full --out benchmarks/results $(ARGS)
 
 # Under nine minutes, unattended, on a machine with a GPU that jax sees; PYTHON_GPU is its Python with jax, flax, optax,
-# chex and orbax-checkpoint (and torch for the peer). Nothing is installed.
+# chex and orbax-checkpoint (tqdm for the piece of a search, torch for the peer). Nothing is installed. What is compared
+# first are lowerings of the mixed cell: ARGS="--lowering A,B".
 PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 bench-gpu:
 	$(PYTHON_GPU) -m benchmarks.bench_gpu --out benchmarks/results $(ARGS)
 
+# Programs compiled for a GPU and a TPU that are not here, in an environment of its own: compilers are some 400 MB to fetch.
+ACCELERATORS := .venv-accelerators
+PLUGINS ?= cuda tpu
+check-accelerators: $(PLUGINS:%=$(ACCELERATORS)/.%)
+	$(ACCELERATORS)/bin/python -m benchmarks.check_accelerators $(ARGS)
+
+$(ACCELERATORS)/.installed: benchmarks/accelerators/requirements.txt constraints.txt
+	test -x $(ACCELERATORS)/bin/python || $(PYTHON) -m venv $(ACCELERATORS)
+	$(ACCELERATORS)/bin/python -m pip install --quiet --disable-pip-version-check -r $< $(CONSTRAINTS)
+	touch $@
+
+$(ACCELERATORS)/.%: benchmarks/accelerators/%.txt $(ACCELERATORS)/.installed
+	$(ACCELERATORS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-accelerators build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,9 +1,12 @@
 """Everything about a GPU in one unattended run of less than nine minutes: `make bench-gpu`.
 
     python -m benchmarks.bench_gpu [--platform gpu|cpu] [--scale full|smoke] [--budget SECONDS] [--out DIR] [--anew]
+                                   [--lowering A,B]
 
-Needs jax with its GPU plugin, flax, optax, chex and orbax-checkpoint; the peers run where torch sees the GPU. The
-sections come in the order of their worth; each is a process with a limit, so one that fails or hangs costs its own
+Needs jax with its GPU plugin, flax, optax, chex and orbax-checkpoint; the piece of a search tqdm besides; the peers run
+where torch sees the GPU. First comes whether the device computes what the CPU does; then one cell and a step of the
+search in each lowering of the cell (--lowering) and each precision, whole epochs, a piece of a search; then the rest.
+The sections come in the order of their worth; each is a process with a limit, so one that fails or hangs costs its own
 numbers only, and one for which too little time is left is left out with a line. With --out, the same command goes on
 with what is missing: a section that is in the file, whole and of the same commit and GPU, is not run again. The exit
 status is 1 if a lowering computes something else than the CPU, or if that could not be found out.
@@ -49,8 +52,9 @@ class Section(NamedTuple):
         return f"{self.name} {hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
-def _full() -> list[Section]:
-    paper = SearchCase(cells=8, batch=128)
+def _full(lowerings: Sequence[str] = ("auto",)) -> list[Section]:
+    first = lowerings[0]
+    paper = SearchCase(cells=8, batch=128, lowering=first)
     case, few = paper._asdict(), {"steps": 20}
     derived = TrainCase(batch=96)._asdict()
     shapes = [[3, 1, 1], [5, 1, 1], [3, 2, 1], [5, 2, 2], [3, 1, 2]]
@@ -60,8 +64,15 @@ def _full() -> list[Section]:
         given = {"case": case, "lowering": "library", "precision": "tf32", "label": f", {label}", **few}
         return Section("search", given, 45, 100, f"--xla_gpu_enable_command_buffer={kinds}")
 
-    def step(lowering: str, precision: str) -> Section:
-        return Section("search", {"case": case, "lowering": lowering, "precision": precision, **few}, 45, 120)
+    def step(lowering: str, precision: str, cell: str = first) -> Section:
+        one = paper._replace(lowering=cell)._asdict()
+        return Section("search", {"case": one, "lowering": lowering, "precision": precision, **few}, 45, 120)
+
+    def epochs(precision: str) -> Section:
+        return Section("epochs", {"case": case, "precision": precision, "steps": 195, "project": True}, 60, 140)
+
+    cells = {"kinds": ["normal"], "lowerings": list(lowerings), "precisions": list(PRECISIONS), "steps": 50}
+    begun = {"precision": "tf32", "images": 50_000, "dispatch": 195, "minutes": 1.0}
 
     def torch(kind: str, precision: str, **options: Any) -> Section:
         given = {"kind": kind, "precision": precision, "options": options, "platform": "gpu", "steps": 10}
@@ -69,22 +80,26 @@ def _full() -> list[Section]:
         return Section("peer", {**given, "case": case if kind == "search" else derived}, least, limit)
 
     return [
+        *(
+            Section("step-correctness", {"case": paper._replace(cells=3, batch=8, lowering=cell)._asdict()}, 40, 100)
+            for cell in lowerings
+        ),
+        Section("cell", {"case": case, **cells}, 40, 120),
+        *(step("library", "tf32", cell) for cell in lowerings),
+        epochs("tf32"),
+        Section("piece", {"case": case, **begun}, 100, 160),
+        *(step("library", precision, cell) for precision in ("bfloat16", "float32") for cell in lowerings),
+        epochs("bfloat16"),
         Section("bandwidth", {"megabytes": 1024, "steps": 20}, 15, 40),
         Section("correctness", {"side": 16, "channels": 16, "shapes": shapes[:3]}, 20, 60),
-        Section("step-correctness", {"case": paper._replace(cells=3, batch=8)._asdict()}, 40, 100),
-        Section("epochs", {"case": case, "precision": "tf32", "steps": 195, "project": True}, 60, 140),
-        step("library", "tf32"),
         torch("search", "tf32"),
         step("shifts", "tf32"),
         step("diagonal", "tf32"),
-        Section("epochs", {"case": case, "precision": "bfloat16", "steps": 195, "project": True}, 60, 140),
         graphs(ALL_GRAPHS, "conditionals in graphs"),
         Section("depthwise", timed, 30, 60),
         torch("search", "bfloat16"),
         Section("train", {"case": derived, "precision": "tf32", **few}, 45, 100),
         torch("train", "tf32"),
-        step("library", "bfloat16"),
-        step("library", "float32"),
         step("shifts", "bfloat16"),
         step("diagonal", "bfloat16"),
         Section("train", {"case": derived, "precision": "bfloat16", **few}, 45, 100),
@@ -101,18 +116,21 @@ def _full() -> list[Section]:
     ]
 
 
-def _smoke(platform: str) -> list[Section]:
+def _smoke(platform: str, lowerings: Sequence[str] = ("auto",)) -> list[Section]:
     """Each kind of section once, without haste: a loaded machine is no failure."""
-    case, steps = _TINY._asdict(), {"steps": 1}
+    case, steps = _TINY._replace(lowering=lowerings[0])._asdict(), {"steps": 1}
+    cells = {"kinds": ["normal"], "lowerings": list(lowerings), "precisions": ["tf32"], **steps}
     derived = TrainCase(cells=3, channels=4, batch=4)._asdict()
     given: list[tuple[str, dict[str, Any]]] = [
         ("bandwidth", {"megabytes": 4, "steps": 2}),
         ("correctness", {"side": 8, "channels": 4, "shapes": [[3, 2, 1]]}),
         ("step-correctness", {"case": case}),
         ("depthwise", {"scale": "smoke", "batch": 2, "precisions": ["tf32"], "megabytes": 4, **steps}),
+        ("cell", {"case": case, **cells}),
         ("search", {"case": case, "lowering": "shifts", "precision": "bfloat16", **steps}),
         ("train", {"case": derived, "precision": "bfloat16", **steps}),
         ("epochs", {"case": case, "precision": "tf32", "steps": 4, "project": True}),
+        ("piece", {"case": case, "precision": "tf32", "images": 32, "dispatch": 4, "minutes": 1e-3}),
         ("peer", {"kind": "search", "precision": "bfloat16", "platform": platform, "case": case, **steps}),
         ("peer", {"kind": "train", "precision": "bfloat16", "platform": platform, "case": derived, **steps}),
     ]
@@ -120,14 +138,19 @@ def _smoke(platform: str) -> list[Section]:
 
 
 def rows(
-    platform: str, scale: str, budget: float, note: Callable[[str], None], done: Container[str] = ()
+    platform: str,
+    scale: str,
+    budget: float,
+    note: Callable[[str], None],
+    done: Container[str] = (),
+    lowerings: Sequence[str] = ("auto",),
 ) -> Iterator[Row]:
     """Every number of every section that there is time for, but of those that are `done`.
 
     After those of a section comes a row {what: "section " and its mark, value: its seconds}, with `failure` if any.
     """
     began = time.monotonic()
-    for section in _smoke(platform) if scale == "smoke" else _full():
+    for section in _smoke(platform, lowerings) if scale == "smoke" else _full(lowerings):
         says = f"{section.name} {json.dumps(section.given.get('precision', ''))}".strip()
         left = budget - (time.monotonic() - began)
         if section.mark in done:
@@ -197,6 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all sections together")
     parser.add_argument("--out", type=Path, help="folder of gpu.jsonl, where rows replace older ones")
     parser.add_argument("--anew", action="store_true", help="measure again what --out has already")
+    parser.add_argument(
+        "--lowering", default="auto", help="of the mixed cell: those to compare, the first one for the other sections"
+    )
     args = parser.parse_args(argv)
     if args.out and args.scale == "smoke" and args.out.resolve() == kept.RESULTS:
         parser.error("--out: rows of the smoke scale measure nothing and stay out of benchmarks/results")
@@ -215,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     old: list[Row] = [] if args.anew else same
     wrong = [row["what"] for row in old if row.get("ok") is False]
     left = args.budget - (time.monotonic() - began)
-    for row in rows(args.platform, args.scale, left, note, finished(old)):
+    for row in rows(args.platform, args.scale, left, note, finished(old), args.lowering.split(",")):
         row = {**facts, **row, "device": device}
         print(json.dumps(row), flush=True)
         if row.get("ok") is False or ("failure" in row and row["section"].endswith("correctness")):

@@ -27,6 +27,7 @@ class SearchCase(NamedTuple):
     subsample: str = "topk_gate"  # prdarts: topk_gate | all
     devices: int = 1  # ours only: over which the batch is split
     members: int = 1  # ours only: searches that share the compiled step; a step is then one of each
+    lowering: str = "auto"  # ours only: of the mixed cell; auto, or another one that the library has
 
     @property
     def head_norm(self) -> bool:

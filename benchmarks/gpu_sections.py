@@ -157,7 +157,8 @@ def step_correctness(given: Mapping[str, Any]) -> Iterator[Row]:
     import jax.numpy as jnp
     import numpy as np
 
-    from benchmarks.ours import search_parts
+    from benchmarks.ours import lowering_of, search_parts
+    from prdarts_jax.devices import sharding
     from prdarts_jax.ops.losses import cross_entropy
     from prdarts_jax.space import supernet
 
@@ -168,23 +169,26 @@ def step_correctness(given: Mapping[str, Any]) -> Iterator[Row]:
     images = rng.normal(size=(case.batch, case.side, case.side, 3)).astype(np.float32)
     labels = rng.integers(0, 10, case.batch).astype(np.int32)
 
-    def program(key: Any, images: Any, labels: Any) -> Any:
+    def program(lowering: Any, key: Any, images: Any, labels: Any) -> Any:
         weights, arch = supernet.init(key, space), strategy.init(key)
 
         def loss(weights: Any, arch: Any) -> Any:
             numbers = strategy.schedule(0, 2) | {"tau": case.tau}
             arrays = {name: jnp.float32(value) for name, value in numbers.items()}
             gates = strategy.sample(key, arch, (), arrays, "arch")
-            return cross_entropy(supernet.apply(weights, gates, images, space=space)[0], labels)
+            logits, _ = supernet.apply(weights, gates, images, space=space, lowering=lowering)
+            return cross_entropy(logits, labels)
 
         return jax.value_and_grad(loss, (0, 1))(weights, arch)
 
     results = []
-    for device in (jax.local_devices()[0], jax.local_devices(backend="cpu")[0]):
+    for cell, device in [(case.lowering, jax.local_devices()[0]), ("auto", jax.local_devices(backend="cpu")[0])]:
+        lowering = lowering_of(sharding.make_mesh([device]), cell)
         with jax.default_device(device), _precision("float32"):
-            found = jax.jit(program)(jax.random.key(0), images, labels)
+            found = jax.jit(partial(program, lowering))(jax.random.key(0), images, labels)
             results.append([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(found)])
-    yield _judged("error of loss and gradients, search network", lambda: error_of(*results, floor=1e-3), 1e-2)
+    what = f"error of loss and gradients, search network, cell {case.lowering}"
+    yield _judged(what, lambda: error_of(*results, floor=1e-3), 1e-2)
 
 
 def depthwise(given: Mapping[str, Any]) -> Iterator[Row]:
@@ -216,6 +220,26 @@ def depthwise(given: Mapping[str, Any]) -> Iterator[Row]:
                 yield {"what": f"{what}: of a copy's speed", "value": moved / seconds / 1e9 / copy, "unit": ""}
 
 
+def cell(given: Mapping[str, Any]) -> Iterator[Row]:
+    """One mixed cell, forward and all gradients, in every lowering and precision that is given."""
+    from benchmarks import ours
+
+    for kind in given["kinds"]:
+        for lowering in given["lowerings"]:
+            for precision in given["precisions"]:
+                case = SearchCase(**given["case"])._replace(lowering=lowering)
+                what = f"one {kind} cell, K = {case.executed}, batch {case.batch}, cell {lowering}, {precision}"
+                try:
+                    with _precision(precision):
+                        run, stages = ours.cell(kind, _dtype(precision), **case._asdict())
+                        seconds = _median(run, given["steps"])
+                except Exception as e:  # it costs no other lowering
+                    yield {"what": what, "value": None, "unit": "ms", "failure": f"{type(e).__name__}: {str(e)[:200]}"}
+                    continue
+                yield {"what": what, "value": 1e3 * seconds, "unit": "ms"}
+                yield {"what": f"{what}: compilation", "value": stages["compile_s"], "unit": "s"}
+
+
 def search(given: Mapping[str, Any]) -> Iterator[Row]:
     """The bilevel step with one lowering in one precision."""
     from benchmarks import ours
@@ -226,7 +250,7 @@ def search(given: Mapping[str, Any]) -> Iterator[Row]:
         run, stages = ours.search(dtype=_dtype(precision), **given["case"])
     case = SearchCase(**given["case"])
     what = f"{case.method}, {case.cells} cells, K = {case.executed}, batch {case.batch}"
-    label = f"{what}, {lowering}, {precision}{given.get('label', '')}"
+    label = f"{what}, cell {case.lowering}, {lowering}, {precision}{given.get('label', '')}"
     yield {"what": label, "value": 1e3 * _median(run, given["steps"]), "unit": "ms"}
     yield {"what": f"{label}: compilation", "value": stages["compile_s"], "unit": "s"}
     yield {"what": f"{label}: peak memory", "value": _memory(), "unit": "GB"}
@@ -245,28 +269,44 @@ def train(given: Mapping[str, Any]) -> Iterator[Row]:
     yield {"what": f"{label}: peak memory", "value": _memory(), "unit": "GB"}
 
 
+def _random_images(count: int, side: int) -> Any:
+    import numpy as np
+
+    from prdarts_jax.data.sources import from_arrays
+
+    images = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
+    return from_arrays("random", images, (np.arange(count) % 10).astype(np.int32))
+
+
+def _config(case: SearchCase, precision: str, **run: Any) -> Any:
+    """The search of a case on one device, its products of float32 arrays in a precision."""
+    from prdarts_jax.config import schema
+    from prdarts_jax.config.search import DataConfig, RunConfig, SearchConfig, SpaceConfig
+
+    config = SearchConfig(
+        space=SpaceConfig(cells=case.cells, channels=case.channels, ops=case.ops),
+        data=DataConfig(crop_padding=min(4, case.side // 8)),
+        run=RunConfig(devices="1", **run),
+        batch_size=case.batch,
+        dtype=_dtype(precision),
+    )
+    return config if case.lowering == "auto" else schema.replace(config, {"run.lowering": case.lowering})
+
+
 def epochs(given: Mapping[str, Any]) -> Iterator[Row]:
     """Whole epochs in one dispatch of the search's own program, images on the device; the paper's search from it."""
     import jax
     import numpy as np
 
-    from prdarts_jax.config.search import DataConfig, RunConfig, SearchConfig, SpaceConfig
     from prdarts_jax.data.batches import Images
-    from prdarts_jax.data.sources import from_arrays
     from prdarts_jax.devices import sharding
     from prdarts_jax.searching import inputs as search_inputs
     from prdarts_jax.searching import program as search_program
 
     case, precision, steps = SearchCase(**given["case"]), given["precision"], given["steps"]
-    images = np.random.default_rng(0).integers(0, 256, (2 * steps * case.batch, case.side, case.side, 3), np.uint8)
-    dataset = from_arrays("random", images, (np.arange(len(images)) % 10).astype(np.int32))
-    config = SearchConfig(
-        space=SpaceConfig(cells=case.cells, channels=case.channels, ops=case.ops),
-        data=DataConfig(crop_padding=min(4, case.side // 8)),
-        run=RunConfig(devices="1"),
-        batch_size=case.batch,
-        dtype=_dtype(precision),
-    )
+    dataset = _random_images(2 * steps * case.batch, case.side)
+    images = dataset.train_images
+    config = _config(case, precision)
     with _precision(precision):
         inputs = search_inputs.prepare(config, data=dataset)
         problem, mesh, key = inputs.problem, inputs.mesh, jax.random.key(0)
@@ -286,12 +326,34 @@ def epochs(given: Mapping[str, Any]) -> Iterator[Row]:
         carry, _ = program(carry, np.int32(steps), np.bool_(True), *args)
         jax.block_until_ready(carry)
     rate = steps / (time.perf_counter() - began)
-    label = f"{case.cells} cells, batch {case.batch}, {precision}, {steps} steps in one dispatch"
+    label = f"{case.cells} cells, batch {case.batch}, cell {case.lowering}, {precision}, {steps} steps in one dispatch"
     yield {"what": label, "value": rate, "unit": "steps/s"}
     yield {"what": f"{label}: peak memory", "value": _memory(), "unit": "GB"}
     if given.get("project"):
         hours = EPOCHS * EPOCH_STEPS / rate / 3600
         yield {"what": f"{label}: {EPOCHS} epochs of {EPOCH_STEPS} steps", "value": hours, "unit": "h"}
+
+
+def piece(given: Mapping[str, Any]) -> Iterator[Row]:
+    """The beginning of a whole search, as a user starts it: logs, checkpoints and all; it ends at a time limit."""
+    import tempfile
+    from pathlib import Path
+
+    from prdarts_jax.run.metrics import read
+    from prdarts_jax.searching import loop
+
+    case, precision, minutes = SearchCase(**given["case"]), given["precision"], given["minutes"]
+    config = _config(case, precision, progress="off", time_limit=minutes, steps_per_dispatch=given["dispatch"])
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, _precision(precision):
+        result = loop.search(config, Path(folder) / "w", data=_random_images(given["images"], case.side))
+        rows = [row for row in read(Path(folder) / "w" / "metrics.jsonl") if row["kind"] == "epoch"]
+    what = f"a search of {case.cells} cells, batch {case.batch}, cell {case.lowering}, {precision}"
+    yield {"what": f"{what}: {result.status} after", "value": time.perf_counter() - began, "unit": "s"}
+    yield {"what": f"{what}: epochs", "value": len(rows), "unit": ""}
+    if rows:
+        yield {"what": f"{what}: images/s of the last epoch", "value": rows[-1]["images_per_s"], "unit": "1/s"}
+        yield {"what": f"{what}: loss of the last epoch", "value": rows[-1]["train_loss"], "unit": "nats"}
 
 
 def peer(given: Mapping[str, Any]) -> Iterator[Row]:
@@ -316,9 +378,11 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "correctness": correctness,
     "step-correctness": step_correctness,
     "depthwise": depthwise,
+    "cell": cell,
     "search": search,
     "train": train,
     "epochs": epochs,
+    "piece": piece,
     "peer": peer,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from prdarts_jax.config.search import ArchConfig, SpaceConfig, WeightsConfig
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices import sharding
 from prdarts_jax.searching.step import init_state, make_search_step
-from prdarts_jax.space import Space
+from prdarts_jax.space import Space, supernet
 
 Steps = Callable[[int], None]
 Clock = dict[str, float]  # seconds of each stage before the first step
@@ -30,6 +31,12 @@ def _batch(seed: int, batch: int, side: int, dtype: Any = jnp.float32) -> Batch:
     rng = np.random.default_rng(seed)
     images = jnp.asarray(rng.normal(size=(batch, side, side, 3)), dtype)
     return Batch(images, jnp.asarray(rng.integers(0, 10, batch), jnp.int32))
+
+
+def lowering_of(mesh: Mesh, cell: str = "auto") -> Any:
+    """What a program of a mesh is lowered for, its mixed cells as they are by themselves or as another lowering."""
+    found = sharding.lowering_of(mesh)
+    return found if cell == "auto" else found._replace(cell=cell)
 
 
 def search_parts(case: SearchCase) -> dict[str, Any]:
@@ -87,7 +94,8 @@ def search(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     clock = {"init_s": time.perf_counter() - began}
     pool = [_batch(i, case.batch, case.side, dtype) for i in range(POOL)]
     numbers = numbers_of(case, parts["strategy"])
-    step = make_search_step(**parts, axis_name=sharding.axis_of(mesh))
+    apply = partial(supernet.apply, lowering=lowering_of(mesh, case.lowering))
+    step = make_search_step(**parts, axis_name=sharding.axis_of(mesh), apply=apply)
 
     def one(state: Any, pool: Batch, i: jax.Array) -> tuple[Any, Any]:
         train, val = (jax.tree.map(lambda a, at=at: a[at % POOL], pool) for at in (i, i + 1))
@@ -151,14 +159,52 @@ def train(dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
     clock = {"init_s": time.perf_counter() - began}
     positions = jnp.arange(case.batch)
     progress = {"learning_rate": np.float32(0.025), "drop_path": np.float32(case.drop_path)}
-    step = train_program.make_step(problem)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    step = train_program.make_step(problem, lowering=lowering_of(mesh))
 
     def one(state: Any, pool: Batch, i: jax.Array) -> tuple[Any, Any]:
         batch = jax.tree.map(lambda a: a[i % POOL], pool)
         return step(state, batch, positions, jax.random.key(i), progress)
 
-    run, stages = _dispatched(one, [state], pool, sharding.make_mesh(jax.devices()[:1]))
+    run, stages = _dispatched(one, [state], pool, mesh)
     return run, clock | stages
+
+
+def cell(kind: str = "normal", dtype: str = "float32", **fields: Any) -> tuple[Steps, Clock]:
+    """Forward and all gradients of one mixed cell of a `SearchCase`, K operations an edge, others in each step.
+
+    Steps run in one program, each on the results of the one before, which move its inputs and weights a little.
+    """
+    from prdarts_jax.ops.layers import draw
+    from prdarts_jax.space.cell import declare_edges, mixed_nodes
+
+    case = SearchCase(**fields)
+    space, rng = search_parts(case)["space"], np.random.default_rng(0)
+    lowering = lowering_of(sharding.make_mesh(jax.devices()[:1]), case.lowering)
+    side = case.side if kind == "normal" else -(-case.side // 2)
+    inputs = [jnp.asarray(rng.normal(size=(case.batch, case.side, case.side, case.channels)), dtype) for _ in range(2)]
+    ct = jnp.asarray(rng.normal(size=(space.nodes, case.batch, side, side, case.channels)), dtype)
+    orders = [[rng.permutation(space.num_ops)[: case.executed] for _ in space.edges] for _ in range(POOL)]
+    executed = jnp.asarray(orders, jnp.int32)
+    values = jnp.asarray(rng.uniform(size=executed.shape[1:]), jnp.float32)
+    weights = jax.jit(lambda key: draw(key, declare_edges(space, kind, case.channels)))(jax.random.key(0))
+
+    def chain(state: Any, executed: jax.Array, ct: jax.Array, count: jax.Array) -> Any:
+        def one(i: jax.Array, state: Any) -> Any:
+            def nodes(weights: Any, values: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
+                terms = executed[i % POOL]
+                return mixed_nodes(weights, values, terms, s0, s1, space=space, kind=kind, lowering=lowering)
+
+            y, pull = jax.vjp(nodes, *state)
+            return jax.tree.map(
+                lambda a, d: a + (1e-4 * d).astype(a.dtype), state, pull(ct + (1e-4 * y).astype(ct.dtype))
+            )
+
+        return lax.fori_loop(0, count, one, state)
+
+    state = (weights, values, *inputs)
+    many, stages = compiled(jax.jit(chain), state, executed, ct, jnp.int32(1))
+    return lambda count: jax.block_until_ready(many(state, executed, ct, jnp.int32(count))), stages
 
 
 def depthwise(layer: str = "ours", dtype: str = "float32", loop: bool = False, **fields: Any) -> tuple[Steps, Clock]:

@@ -96,7 +96,7 @@ CELL_SLIPS = (
     Mutation(
         "cell: gradient of the gate times the gate",
         _SCAN,
-        "dvalue = inner(ct, y).astype(value_dtype)",
+        "dvalue = inner(ct, y, own_kernels=program.lowering.own_kernels).astype(value_dtype)",
         "dvalue = (term.value * inner(ct, y)).astype(value_dtype)",
         ("tests/space/test_cell.py::test_small_spaces",),
     ),

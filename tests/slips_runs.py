@@ -348,4 +348,32 @@ RESULT_SLIPS = (
         "ahead = logits > own",
         ("tests/training/test_evaluation.py::test_rank_counts_classes_ahead_and_ties_in_their_order",),
     ),
+    Mutation(
+        "check: a loop counts as one turn",
+        "prdarts_jax/accelerators/compiled.py",
+        "1 if length is None else length",
+        "1",
+        ("tests/accelerators/test_compiled.py::test_loops_decisions_and_calls_of_a_text_by_hand",),
+    ),
+    Mutation(
+        "check: branches are added, not averaged",
+        "prdarts_jax/accelerators/compiled.py",
+        "1 / len(branches)",
+        "1.0",
+        ("tests/accelerators/test_compiled.py::test_loops_decisions_and_calls_of_a_text_by_hand",),
+    ),
+    Mutation(
+        "precision: that of the training is lost",
+        "prdarts_jax/training/program.py",
+        "sharding.map_over(mesh, at_precision(problem.precision, program), in_specs",
+        "sharding.map_over(mesh, program, in_specs",
+        ("tests/ops/test_precision.py::test_every_product_of_a_dispatch_is_lowered_with_it",),
+    ),
+    Mutation(
+        "lowering: the kernels are there whatever a program is lowered for",
+        "prdarts_jax/ops/lowering.py",
+        'return self.platform in (None, "cpu")',
+        "return True",
+        ("tests/accelerators/test_lowered.py::test_a_dispatch_is_exported_for_another_platform",),
+    ),
 )

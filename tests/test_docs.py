@@ -17,6 +17,7 @@ import jax
 import pytest
 
 from prdarts_jax import cli, presets
+from prdarts_jax.accelerators import targets
 from prdarts_jax.cli import commands
 from prdarts_jax.cli.flags import shown
 from prdarts_jax.config import schema, userfile
@@ -161,9 +162,16 @@ def _commands(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if _commands(page)])
-def test_commands_parse(page: str, run: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    """Searches and trainings up to their complete config; what reads files up to the file that is not there."""
+def test_commands_parse(
+    page: str,
+    run: Callable[[str], dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Searches and trainings up to their complete config; what reads files or compiles up to what is not there."""
     run(page)
+    monkeypatch.setattr(targets, "_installed", lambda module: False)
+    monkeypatch.setattr(targets, "before_jax", lambda: None)  # this process goes on
     for command in _commands(page):
         words = shlex.split(command, comments=True)[1:]
         if words[0] in ("search", "train") and not {"--help", "--print-config"} & set(words):
@@ -173,6 +181,8 @@ def test_commands_parse(page: str, run: Callable[[str], dict[str, Any]], capsys:
             assert (status, said.split(" '")[0]) == (2, "prdarts: error: WORKDIR: no directory"), said
         elif words[0] in ("export", "import-torch"):
             assert status == 2 and re.match(r"prdarts: error: (WORKDIR|FILE|--)?.*(no |No such)", said), said
+        elif words[0] == "check":
+            assert status == 2 and re.match("prdarts: error: (--target: none|.* is not installed; )", said), said
         elif words[0] == "data":
             assert (status, said.split(" '")[0]) == (2, "prdarts: error: --archive: no file"), said
         else:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 import prdarts_jax
+from prdarts_jax.cli import check as cli_check
 from prdarts_jax.cli import export as cli_export
 from prdarts_jax.cli import search as cli_search
 from prdarts_jax.cli import show
@@ -89,6 +90,7 @@ _COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "search": (cli_search.search, "search a cell; the same command again resumes"),
     "train": (cli_train.train, "train a genotype from scratch; the same command again resumes"),
     "evaluate": (cli_train.evaluate, "how good a trained network is: accuracy, classes, calibration"),
+    "check": (cli_check.check, "whether a preset fits GPUs and TPUs that are not here, and what a step does"),
     "derive": (show.derive, "the genotype of a search, as JSON"),
     "report": (show.report, "one self-contained HTML report of one or several searches"),
     "strategies": (show.strategies, "the search methods and their options"),

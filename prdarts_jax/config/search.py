@@ -24,6 +24,7 @@ OPS = (
     "dil_conv_5x5",
 )
 DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("default", "tf32", "bf16", "highest")
 ARCH_OPTIMIZERS = ("adam", "sgd")
 CLIP_NORM = Limit("> 0 (inf = no clipping)", POSITIVE.holds)
 
@@ -205,9 +206,10 @@ class SearchConfig:
     batch_size: int = 128  # global, of each of the two halves
     seed: int = 0  # of every random number: initialisation, split, batches, augmentation, gates
     dtype: str = "float32"  # of activations; parameters, BN statistics and architecture parameters stay float32
+    precision: str = "default"  # of products of float32 arrays: default | tf32 | bf16 | highest; CPU: no effect
     local_batch_norm: bool = False  # BN statistics of each device's part of the batch, not of the whole batch
     evaluate_every: int = 0  # epochs between full evaluations with the expected gates; 0 = never
 
     def __post_init__(self) -> None:
-        check(self, "", epochs=1, batch_size=1, evaluate_every=0, seed=SEED, dtype=DTYPES)
+        check(self, "", epochs=1, batch_size=1, evaluate_every=0, seed=SEED, dtype=DTYPES, precision=PRECISIONS)
         check(self, "", batch_size=batch_for(self.run.devices))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from prdarts_jax.config.schema import SEED, SHARE, Limit, batch_for, check, finite, require
-from prdarts_jax.config.search import CLIP_NORM, DTYPES, ImagesConfig, RunConfig
+from prdarts_jax.config.search import CLIP_NORM, DTYPES, PRECISIONS, ImagesConfig, RunConfig
 from prdarts_jax.schedules import KINK, SCHEDULES
 
 STEMS = ("cifar", "imagenet")
@@ -121,6 +121,7 @@ class TrainConfig:
     batch_size: int = 128  # global; that of evaluations too
     seed: int = 0  # of every random number: initialisation, batches, augmentation, drop-path
     dtype: str = "float32"  # of activations; parameters and BN statistics stay float32
+    precision: str = "default"  # of products of float32 arrays: default | tf32 | bf16 | highest; CPU: no effect
     drop_path: float = 0.2  # rate p of drop-path at the end of its linear ramp p e/E; 0 = none
     auxiliary_weight: float = 0.4  # of the auxiliary head's loss
     label_smoothing: float = 0.0  # s: targets (1 - s) one-hot + s / classes
@@ -131,7 +132,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         finite(self, "")
         check(self, "", epochs=1, batch_size=1, auxiliary_weight=0, evaluate_every=0, seed=SEED)
-        check(self, "", drop_path=SHARE, label_smoothing=SHARE, ema=SHARE, dtype=DTYPES)
+        check(self, "", drop_path=SHARE, label_smoothing=SHARE, ema=SHARE, dtype=DTYPES, precision=PRECISIONS)
         if self.weights.schedule == "linear":
             require(self.epochs > KINK, "epochs", self.epochs, f"> {KINK} with weights.schedule linear")
         warmup = self.weights.warmup_epochs

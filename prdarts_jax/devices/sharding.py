@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prdarts_jax.errors import UserError
+from prdarts_jax.ops.lowering import Lowering
 
 AXIS = "data"
 REPLICATED = PartitionSpec()
@@ -81,6 +82,15 @@ def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
 def axis_of(mesh: Mesh) -> str | None:
     """The axis name a per-device program reduces over: None on a single device, which needs no collective."""
     return AXIS if mesh.size > 1 else None
+
+
+def lowering_of(mesh: Mesh) -> Lowering:
+    """What a program of this mesh is lowered for: its own devices, which need not be those of this process.
+
+    >>> lowering_of(make_mesh(jax.devices()[:1]))
+    Lowering(platform='cpu')
+    """
+    return Lowering(mesh.devices.flat[0].platform)
 
 
 def map_over(mesh: Mesh, program: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -130,7 +130,7 @@ def _library() -> tuple[ctypes.CDLL, str]:
 
 @cache
 def kernels() -> Kernels:
-    """Compiles and registers the kernels if this process computes on a CPU.
+    """Compiles and registers the kernels. A program that is not lowered for a CPU has no use for them.
 
     >>> kernels().description != ""
     True
@@ -138,8 +138,6 @@ def kernels() -> Kernels:
     choice = os.environ.get(SWITCH, "auto")
     if choice == "off":
         return Kernels(False, f"off ({SWITCH})")
-    if jax.default_backend() != "cpu":
-        return Kernels(False, "no CPU")
     try:
         library, digest = _library()
     except subprocess.CalledProcessError as e:

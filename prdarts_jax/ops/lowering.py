@@ -9,12 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+
+class Lowering(NamedTuple):
+    """What a program is lowered for, decided once, where its devices are known (`devices.sharding.lowering_of`).
+
+    The platform of this process says nothing of it: a program for a GPU or TPU can be lowered where there is none.
+
+    >>> Lowering("tpu").own_kernels, Lowering().own_kernels
+    (False, True)
+    """
+
+    platform: str | None = None  # of the devices, as JAX calls it; None: not known, and what differs is traced for all
+
+    @property
+    def own_kernels(self) -> bool:
+        """Whether the CPU kernels may be used: a branch that is lowered for a CPU alone."""
+        return self.platform in (None, "cpu")
+
+
+ANYWHERE = Lowering()
+
 
 Branch = Callable[[Any, Any], Any]  # (state, operands) -> state of the same shapes; closes over static values only
 

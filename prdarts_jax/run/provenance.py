@@ -66,6 +66,7 @@ def document(kind: str, config: Any, inputs: Any, sources: Mapping[str, str] | N
       **more: what else this kind of run keeps.
     """
     dataset: AnyDataset = inputs.dataset
+    lowering = sharding.lowering_of(inputs.mesh)
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "kind": kind,
@@ -83,9 +84,9 @@ def document(kind: str, config: Any, inputs: Any, sources: Mapping[str, str] | N
         "jax": settings(),
         "devices": sharding.describe(inputs.mesh),
         "platform": {
-            "backend": jax.default_backend(),
+            "backend": lowering.platform,
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-            "cpu_kernels": kernels.kernels().description,
+            "cpu_kernels": kernels.kernels().description if lowering.own_kernels else "no CPU",
             "devices": inputs.mesh.size,
             "processes": jax.process_count(),
             # On CPU other collectives are used then, of one process as of many: their sums have another order.

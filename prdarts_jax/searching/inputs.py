@@ -87,6 +87,7 @@ def prepare(
         std=dataset.std,
         dtype=config.dtype,
         local_batch_norm=config.local_batch_norm,
+        precision=config.precision,
     )
     # What is the library's has its tests, and tracing a large network costs seconds.
     arguments = zip(parts, (strategy, weight_tx, arch_tx), strict=True)

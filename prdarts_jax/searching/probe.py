@@ -20,6 +20,7 @@ from prdarts_jax.data.batches import Images, padded_batches
 from prdarts_jax.devices import sharding
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.losses import cross_entropy
+from prdarts_jax.ops.precision import at_precision
 from prdarts_jax.space import supernet
 from prdarts_jax.strategy import Arch, Numbers
 
@@ -107,7 +108,8 @@ def probe_program(problem: Any, mesh: Mesh, what: str) -> Callable[..., Any]:
     axis = sharding.axis_of(mesh)
     norm_axis = None if problem.local_batch_norm else axis
     # Second derivatives are those of plain JAX operations: the rules of the fast path have none.
-    apply = supernet.apply_reference if what == "hvp" else supernet.apply
+    lowered = functools.partial(supernet.apply, lowering=sharding.lowering_of(mesh))
+    apply = supernet.apply_reference if what == "hvp" else lowered
 
     def program(state: SearchState, point: Any, indices: jax.Array, numbers: Numbers, data: Images) -> Any:
         def loss(arch: Arch, index: jax.Array) -> jax.Array:
@@ -131,4 +133,4 @@ def probe_program(problem: Any, mesh: Mesh, what: str) -> Callable[..., Any]:
 
     everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
     specs = (everywhere, everywhere, batch, everywhere, everywhere)
-    return jax.jit(sharding.map_over(mesh, program, specs, everywhere))
+    return jax.jit(sharding.map_over(mesh, at_precision(problem.precision, program), specs, everywhere))

@@ -21,6 +21,8 @@ from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import on_mesh
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
+from prdarts_jax.ops.lowering import Lowering
+from prdarts_jax.ops.precision import at_precision
 from prdarts_jax.run.steps import Sums, run_steps
 from prdarts_jax.searching.probe import probe_program
 from prdarts_jax.searching.step import init_state, make_search_step
@@ -59,6 +61,7 @@ class SearchProblem(NamedTuple):
     std: tuple[float, ...]
     dtype: str
     local_batch_norm: bool = False
+    precision: str = "default"
 
 
 def strong(leaf: jax.Array) -> jax.Array:
@@ -66,8 +69,8 @@ def strong(leaf: jax.Array) -> jax.Array:
     return lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf.aval, "weak_type", False) else leaf
 
 
-def _initial(problem: SearchProblem, image: tuple[int, ...]) -> Callable[[jax.Array, Numbers], SearchCarry]:
-    step = _step(problem, None)
+def _initial(problem: SearchProblem, mesh: Mesh, image: tuple[int, ...]) -> Callable[[jax.Array, Numbers], SearchCarry]:
+    step = _step(problem, None, sharding.lowering_of(mesh))
 
     def program(key: jax.Array, numbers: Numbers) -> SearchCarry:
         state = init_state(
@@ -122,7 +125,7 @@ class SearchPrograms:
     @functools.cached_property
     def initial(self) -> Callable[[jax.Array, Numbers], SearchCarry]:
         """(base key, numbers of any epoch) -> the carry before the first step, on one device."""
-        return jax.jit(_initial(self.problem, self._image))
+        return jax.jit(_initial(self.problem, self.mesh, self._image))
 
     @functools.cached_property
     def dispatch(self) -> Callable[..., tuple[SearchCarry, Sums]]:
@@ -150,11 +153,11 @@ def abstract_carry(
     problem: SearchProblem, mesh: Mesh, key: jax.Array, numbers: Numbers, image: tuple[int, ...]
 ) -> SearchCarry:
     """Shapes, dtypes and shardings of the carry: what a checkpoint is restored into, without computing anything."""
-    shapes = jax.eval_shape(_initial(problem, image), key, numbers)
+    shapes = jax.eval_shape(_initial(problem, mesh, image), key, numbers)
     return on_mesh(mesh, shapes)
 
 
-def _step(problem: SearchProblem, axis_name: str | None) -> Callable[..., Any]:
+def _step(problem: SearchProblem, axis_name: str | None, lowering: Lowering) -> Callable[..., Any]:
     return make_search_step(
         space=problem.space,
         strategy=problem.strategy,
@@ -162,12 +165,15 @@ def _step(problem: SearchProblem, axis_name: str | None) -> Callable[..., Any]:
         arch_tx=problem.arch_tx,
         axis_name=axis_name,
         local_batch_norm=problem.local_batch_norm,
+        apply=functools.partial(supernet.apply, lowering=lowering),
     )
 
 
-def dispatch_program(problem: SearchProblem, axis_name: str | None) -> Callable[..., tuple[SearchCarry, Sums]]:
+def dispatch_program(
+    problem: SearchProblem, axis_name: str | None, lowering: Lowering
+) -> Callable[..., tuple[SearchCarry, Sums]]:
     """What `make_dispatch` compiles, as a pure per-device function."""
-    step = _step(problem, axis_name)
+    step = _step(problem, axis_name, lowering)
 
     def load(key: jax.Array, data: Images, index: jax.Array, positions: jax.Array) -> Batch:
         images = load_images(
@@ -203,17 +209,20 @@ def dispatch_program(problem: SearchProblem, axis_name: str | None) -> Callable[
         state, sums, rows = run_steps(one, carry.state, carry.sums, count=count, fresh=fresh, length=length)
         return SearchCarry(state, sums), rows
 
-    return program
+    return at_precision(problem.precision, program)
 
 
-def make_dispatch(problem: SearchProblem, mesh: Mesh) -> Callable[..., tuple[SearchCarry, Sums]]:
+def make_dispatch(
+    problem: SearchProblem, mesh: Mesh, lowering: Lowering | None = None
+) -> Callable[..., tuple[SearchCarry, Sums]]:
     """The jitted program (carry, count, fresh, orders, positions, key, numbers, data) -> (carry, rows).
 
     It runs `count` steps on the first `count` batches of `orders`; `fresh` starts the sums of an epoch; `positions`
     int32[B] are the places in the global batch, 0..B-1 (they are split over the devices with the batch). `rows` holds
     each metric of each step, float32[S]. The carry is donated.
+    `lowering`: default that of the mesh; another one where the program is exported for other platforms.
     """
-    program = dispatch_program(problem, sharding.axis_of(mesh))
+    program = dispatch_program(problem, sharding.axis_of(mesh), lowering or sharding.lowering_of(mesh))
     everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
     in_specs = (
         everywhere,
@@ -239,6 +248,8 @@ def make_evaluation(
     """
     axis_name = sharding.axis_of(mesh)
     norm_axis = None if problem.local_batch_norm else axis_name
+    static: dict[str, Any] = {"space": problem.space, "axis_name": norm_axis, "lowering": sharding.lowering_of(mesh)}
+    network = at_precision(problem.precision, functools.partial(supernet.apply, **static))
 
     def at(
         state: SearchState, gates: Gates, indices: jax.Array, mask: jax.Array, data: Images
@@ -247,7 +258,7 @@ def make_evaluation(
             index, counted = batch
             images = normalize(data.images[index], problem.mean, problem.std, problem.dtype)
             labels = data.labels[index]
-            logits, _ = supernet.apply(state.weights, gates, images, space=problem.space, axis_name=norm_axis)
+            logits, _ = network(state.weights, gates, images)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             right = (jnp.argmax(logits, axis=1) == labels).astype(jnp.float32)
             found = jnp.stack([jnp.sum(jnp.where(counted, v, 0.0)) for v in (losses, right, jnp.ones_like(losses))])

@@ -22,6 +22,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from prdarts_jax.ops.layers import Weight
+from prdarts_jax.ops.lowering import ANYWHERE, Lowering
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.space import cell_kernels, cell_partial
 from prdarts_jax.space.cell_scan import _reverse_group, _run_group, _unflatten
@@ -62,10 +63,24 @@ def _forward(
     factors: jax.Array | None,
 ) -> jax.Array:
     """All nodes after the cell: [2+N,B,H,W,C], or [N,B,h,w,C] of a reduction cell."""
-    if cell_kernels.serves(program, weights, values, s0, s1):
-        if factors is not None:
-            return cell_partial.forward(program, weights, values, s0, s1, executed, noise, factors)
-        return cell_kernels.forward(program, weights, values, s0, s1, executed, noise)
+    args = (program, weights, values, s0, s1, executed, noise)
+
+    def in_place() -> jax.Array:
+        return cell_kernels.forward(*args) if factors is None else cell_partial.forward(*args, factors)
+
+    return cell_kernels.where_served(program, (weights, values, s0, s1), in_place, lambda: _scanned(*args, factors))
+
+
+def _scanned(
+    program: CellProgram,
+    weights: CellWeights,
+    values: jax.Array,
+    s0: jax.Array,
+    s1: jax.Array,
+    executed: jax.Array,
+    noise: CellNoise | None,
+    factors: jax.Array | None,
+) -> jax.Array:
     space, kind = program.space, program.kind
     inputs = jnp.stack([s0, s1])
     groups = space.edge_groups(kind)
@@ -128,28 +143,52 @@ def _reverse(
     factors: jax.Array | None,
 ) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, Params], jax.Array, jax.Array | None]:
     """Cotangents of sources and nodes, of the stacks of a group, of its gates [n], and of the factors of its edges."""
-    if factors is None and cell_kernels.serves(program, {"": stacks}, terms.value, nodes, cotangents[1]):
-        return *cell_kernels.reverse_group(
-            program, group, stacks, terms, sources, nodes, cotangents, wanted, noise
-        ), None
-    carry, flats, dvalues, dfactors = _reverse_group(
-        program, group, stacks, terms, sources, nodes, cotangents, wanted, noise, factors
-    )
-    return carry, _unflatten(program, group, stacks, terms, flats) if wanted.weights else {}, dvalues, dfactors
+    args = (program, group, stacks, terms, sources, nodes, cotangents, wanted, noise)
+
+    def in_place() -> Any:
+        return *cell_kernels.reverse_group(*args), None
+
+    def scanned() -> Any:
+        carry, flats, dvalues, dfactors = _reverse_group(*args, factors)
+        return carry, _unflatten(program, group, stacks, terms, flats) if wanted.weights else {}, dvalues, dfactors
+
+    if factors is not None:
+        return scanned()
+    return cell_kernels.where_served(program, (stacks, terms.value, nodes, cotangents[1]), in_place, scanned)
 
 
 def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
     wanted, weights, values, inputs, executed, noise, factors, nodes = res
+    if isinstance(ct, SymbolicZero):
+        ct = jnp.zeros(ct.shape, ct.dtype)
+    args = (program, weights, values, inputs, executed, noise, factors, nodes, ct, wanted)
+    if factors is None:
+        found = _reverse_groups(*args)
+    else:
+        in_place, elsewhere = partial(cell_partial.reverse, *args), partial(_reverse_groups, *args)
+        found = cell_kernels.where_served(program, (weights, values, nodes, ct), in_place, elsewhere)
+    dweights, dvalues, ds0, ds1, dfactors = found
+    if not wanted.weights:
+        dweights = jax.tree.map(jnp.zeros_like, weights)
+    return dweights, dvalues, ds0, ds1, None, None, dfactors
+
+
+def _reverse_groups(
+    program: CellProgram,
+    weights: CellWeights,
+    values: jax.Array,
+    inputs: tuple[jax.Array, jax.Array] | None,
+    executed: jax.Array,
+    noise: CellNoise | None,
+    factors: jax.Array | None,
+    nodes: jax.Array,
+    ct: jax.Array,
+    wanted: Wanted,
+) -> tuple[CellWeights, jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Cotangents of weights (empty unless they are wanted), gates, both inputs and factors; see `cell_partial`."""
     space, kind = program.space, program.kind
     dvalues = jnp.zeros(values.shape, values.dtype)
     dweights: CellWeights = {}
-    if isinstance(ct, SymbolicZero):
-        ct = jnp.zeros(ct.shape, ct.dtype)
-    no_weights = jax.tree.map(jnp.zeros_like, weights)
-    if factors is not None and cell_kernels.serves(program, weights, values, nodes, ct):
-        args = (inputs, executed, noise, factors, nodes, ct, wanted)
-        dweights, *inner, of_factors = cell_partial.reverse(program, weights, values, *args)
-        return dweights if wanted.weights else no_weights, *inner, None, None, of_factors
     dfactors = None
     if factors is not None:
         dfactors = jnp.zeros_like(factors)
@@ -179,15 +218,7 @@ def _mixed_bwd(program: CellProgram, res: Any, ct: Any) -> Any:
             dfactors = dfactors + dfactor
     source_cts = ct_nodes if kind == "normal" else ct_sources
     assert source_cts is not None
-    return (
-        dweights if wanted.weights else no_weights,
-        dvalues,
-        source_cts[0],
-        source_cts[1],
-        None,
-        None,
-        dfactors,
-    )
+    return dweights, dvalues, source_cts[0], source_cts[1], dfactors
 
 
 _mixed.defvjp(_mixed_fwd, _mixed_bwd, symbolic_zeros=True)
@@ -205,6 +236,7 @@ def mixed_nodes(
     axis_name: str | None = None,
     noise: CellNoise | None = None,
     multipliers: jax.Array | None = None,
+    lowering: Lowering = ANYWHERE,
 ) -> jax.Array:
     """The intermediate nodes of a cell, executed operations only: X_n = sum_{edges into n} sum_k g_k op_k(x)  (eq. 7).
 
@@ -218,10 +250,12 @@ def mixed_nodes(
       noise: drop-path and dropout of this cell; no gradient flows through it.
       multipliers: [E], of the edges, which `values` contain already: what the channels that pass by are multiplied by
         in a space of partial channels; None: 1.
+      lowering: what the program is lowered for; a known platform is traced alone.
 
     Returns:
       [N,B,h,w,C]; h = H, or ceil(H/2) in a reduction cell. Reverse mode only (see `mixed_nodes_reference`).
     """
     dropout = () if noise is None else tuple(sorted(noise.rates))
     factors = factors_of(space, multipliers, noise, values)
-    return _mixed(CellProgram(space, kind, axis_name, dropout), weights, values, s0, s1, executed, noise, factors)
+    program = CellProgram(space, kind, axis_name, dropout, lowering)
+    return _mixed(program, weights, values, s0, s1, executed, noise, factors)

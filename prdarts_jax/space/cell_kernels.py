@@ -10,6 +10,7 @@ by a kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -135,9 +136,17 @@ def _numbers(terms: Terms) -> jax.Array:
     return jnp.stack([jnp.asarray(c, jnp.int32) for c in columns], axis=1)
 
 
-def serves(program: CellProgram, weights: CellWeights, *arrays: jax.Array) -> bool:
-    """Whether a cell can be run so: kernels, their dtype, and statistics that no other device takes part in."""
-    return program.axis_name is None and kernels.serve(*arrays, *jax.tree.leaves(weights))
+def where_served(program: CellProgram, arrays: Any, in_place: Callable[[], Any], elsewhere: Callable[[], Any]) -> Any:
+    """in_place() on a CPU, if the kernels can run the cell there; else elsewhere(), which gives the same shapes.
+
+    They take float32 `arrays`, and statistics in which no other device has a part.
+    """
+    lowering = program.lowering
+    if not (lowering.own_kernels and program.axis_name is None and kernels.serve(*jax.tree.leaves(arrays))):
+        return elsewhere()
+    if lowering.platform is not None:
+        return in_place()
+    return lax.platform_dependent(cpu=in_place, default=elsewhere)
 
 
 def _add(rows: jax.Array, y: jax.Array, index: jax.Array, value: jax.Array) -> jax.Array:

@@ -93,7 +93,7 @@ def _run_group(
     With `factors` (partial channels) also what passes by; after the edges of stride 1, which come last, it is shuffled.
     """
     space, stride = program.space, group.stride
-    layers = fast_layers(program.axis_name)
+    layers = fast_layers(program.axis_name, own_kernels=program.lowering.own_kernels)
 
     def branch(op: str) -> Branch:
         def run(total: jax.Array, read: tuple[dict[str, Params], jax.Array, Terms, CellNoise | None]) -> jax.Array:
@@ -154,7 +154,7 @@ def _reverse_group(
     With `factors` (partial channels) those of targets are kept as they were before the shuffle; the factors' come last.
     """
     space, stride = program.space, group.stride
-    layers = fast_layers(program.axis_name)
+    layers = fast_layers(program.axis_name, own_kernels=program.lowering.own_kernels)
     width = max(_flat_sizes(stacks).values(), default=0) if wanted.weights else 0
     flat_dtype = wide_dtype(*jax.tree.leaves(stacks))
     value_dtype = terms.value.dtype
@@ -179,7 +179,7 @@ def _reverse_group(
                 y, pull = jax.vjp(lambda x: apply(params, x), x)
                 (dx,) = pull(ct)
             if wanted.values:
-                dvalue = inner(ct, y).astype(value_dtype)
+                dvalue = inner(ct, y, own_kernels=program.lowering.own_kernels).astype(value_dtype)
             return total + term.value.astype(dx.dtype) * dx, flat, dvalue
 
         return run

@@ -23,6 +23,7 @@ from prdarts_jax.ops.layers import (
     factorized_reduce,
     linear,
 )
+from prdarts_jax.ops.lowering import ANYWHERE, Lowering
 from prdarts_jax.space.cell import declare_edges, mixed_nodes
 from prdarts_jax.space.cell_reference import mixed_nodes_reference
 from prdarts_jax.space.noise import Noise, cell_noise
@@ -186,6 +187,7 @@ def apply(
     space: Space,
     axis_name: str | None = None,
     noise: Noise | None = None,
+    lowering: Lowering = ANYWHERE,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Logits of the search network under sampled gates; only the executed operations are computed.
 
@@ -196,6 +198,7 @@ def apply(
       space: the search space.
       axis_name: mapped axis over which the batch is split (batch normalisation is over all of it).
       noise: drop-path and dropout of the cells; None: nothing random is inside the network.
+      lowering: what the program is lowered for; a known platform is traced alone.
 
     Returns:
       (logits float32[B,classes], {"features": float32[B, N*4C]}). Reverse-mode derivatives.
@@ -203,10 +206,11 @@ def apply(
 
     def nodes(edges: Any, gates: Gates, s0: jax.Array, s1: jax.Array, *, kind: str, **static: Any) -> jax.Array:
         multipliers = None if gates.edges is None else gates.edges[kind]
-        terms = gates.terms(kind)
-        return mixed_nodes(edges, *terms, s0, s1, kind=kind, axis_name=axis_name, multipliers=multipliers, **static)
+        static |= {"kind": kind, "axis_name": axis_name, "multipliers": multipliers, "lowering": lowering}
+        return mixed_nodes(edges, *gates.terms(kind), s0, s1, **static)
 
-    return _forward(weights, gates, images, space, _Mode(fast_layers(axis_name), nodes, scans=True), noise)
+    layers = fast_layers(axis_name, own_kernels=lowering.own_kernels)
+    return _forward(weights, gates, images, space, _Mode(layers, nodes, scans=True), noise)
 
 
 def apply_reference(

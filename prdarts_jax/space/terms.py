@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from prdarts_jax.ops.layer_set import LayerSet
+from prdarts_jax.ops.lowering import ANYWHERE, Lowering
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.space.noise import CellNoise, dropped
 from prdarts_jax.space.spec import EdgeGroup, Space
@@ -24,6 +25,7 @@ class CellProgram(NamedTuple):
     kind: str
     axis_name: str | None
     dropout: tuple[str, ...] = ()  # operations of whose output elements are dropped
+    lowering: Lowering = ANYWHERE
 
 
 @jax.tree_util.register_static

@@ -170,7 +170,6 @@ def make_problem(
         stem=config.network.stem,
         auxiliary=config.network.auxiliary,
         dtype=config.dtype,
-        recompute=jax.default_backend() == "cpu",  # elsewhere not measured
         primitives=tuple({**PRIMITIVES, **(operations or {})}.items()),
         auxiliary_second_norm=config.network.auxiliary_second_norm,
     )
@@ -185,6 +184,7 @@ def make_problem(
         label_smoothing=config.label_smoothing,
         ema=config.ema,
         local_batch_norm=config.local_batch_norm,
+        precision=config.precision,
     )
 
 

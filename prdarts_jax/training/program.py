@@ -23,6 +23,8 @@ from prdarts_jax.devices import sharding
 from prdarts_jax.devices.sharding import mean_over, on_mesh
 from prdarts_jax.network.module import DerivedNetwork
 from prdarts_jax.ops.losses import accuracy, smoothed_cross_entropy
+from prdarts_jax.ops.lowering import ANYWHERE, Lowering
+from prdarts_jax.ops.precision import at_precision
 from prdarts_jax.optimizers import set_learning_rate, with_extra_arguments
 from prdarts_jax.run.steps import Sums, run_steps
 
@@ -61,7 +63,7 @@ class TrainCarry:
 class TrainProblem(NamedTuple):
     """Static parts of a training: what is computed, without numbers that change."""
 
-    network: DerivedNetwork  # on one device: its axis_name is set where it is mapped
+    network: DerivedNetwork  # as on one device of any platform: what depends on devices is set where they are known
     tx: optax.GradientTransformation
     data: ImagesConfig
     mean: tuple[float, ...]
@@ -71,6 +73,7 @@ class TrainProblem(NamedTuple):
     label_smoothing: float
     ema: float  # decay; 0 = none
     local_batch_norm: bool = False
+    precision: str = "default"
 
 
 def average(old: Any, new: Any, decay: float) -> Any:
@@ -82,8 +85,17 @@ def average(old: Any, new: Any, decay: float) -> Any:
     return jax.tree.map(lambda a, b: decay * a + (1.0 - decay) * b, old, new)
 
 
+def _lowered(network: DerivedNetwork, lowering: Lowering, **changes: Any) -> DerivedNetwork:
+    """The network with other attributes, and with those of what it is lowered for."""
+    if lowering.platform == "cpu":  # elsewhere not measured
+        changes["recompute"] = True
+    if not lowering.own_kernels:
+        changes["own_kernels"] = False
+    return network.clone(**changes)
+
+
 def make_step(
-    problem: TrainProblem, axis_name: str | None = None
+    problem: TrainProblem, axis_name: str | None = None, lowering: Lowering = ANYWHERE
 ) -> Callable[[TrainState, Batch, jax.Array, jax.Array, Numbers], tuple[TrainState, Sums]]:
     """A pure function (state, batch, positions, key, numbers) -> (state, metrics): one step of SGD.
 
@@ -91,8 +103,10 @@ def make_step(
     BN statistics and metrics are means over `axis_name`. Metrics are of the network with drop-path, before the update.
     With `local_batch_norm` a device normalises by its own part of the batch; the running statistics, of which there is
     one set, move by the mean of the devices' statistics.
+
+    `lowering` says what the step is lowered for: on a CPU equal cells are computed again for the backward pass.
     """
-    network = problem.network.clone(axis_name=None if problem.local_batch_norm else axis_name)
+    network = _lowered(problem.network, lowering, axis_name=None if problem.local_batch_norm else axis_name)
 
     def losses(
         params: Any, statistics: Any, batch: Batch, positions: jax.Array, key: jax.Array, numbers: Numbers
@@ -172,7 +186,7 @@ def abstract_carry(problem: TrainProblem, mesh: Mesh, key: jax.Array, image: tup
 
 
 def make_dispatch(
-    problem: TrainProblem, mesh: Mesh, *, streamed: bool = False
+    problem: TrainProblem, mesh: Mesh, *, streamed: bool = False, lowering: Lowering | None = None
 ) -> Callable[..., tuple[TrainCarry, Sums]]:
     """The jitted program (carry, count, fresh, batches, positions, key, numbers, *data) -> (carry, rows).
 
@@ -180,8 +194,9 @@ def make_dispatch(
     `Images` on the devices; or, streamed, `batches` themselves, a tuple of S `Images` of uint8[B,H,W,C] and int32[B],
     without `data`. `fresh` starts the sums of an epoch; `positions` int32[B] are the places in the global batch, 0..B-1
     (split over the devices with the batch). `rows` holds each metric of each step, float32[S]. The carry is donated.
+    `lowering`: default that of the mesh; another one where the program is exported for other platforms.
     """
-    step = make_step(problem, sharding.axis_of(mesh))
+    step = make_step(problem, sharding.axis_of(mesh), lowering or sharding.lowering_of(mesh))
 
     def program(
         carry: TrainCarry,
@@ -225,7 +240,8 @@ def make_dispatch(
         everywhere,
         *(() if streamed else (everywhere,)),
     )
-    return jax.jit(sharding.map_over(mesh, program, in_specs, (everywhere, everywhere)), donate_argnums=0)
+    mapped = sharding.map_over(mesh, at_precision(problem.precision, program), in_specs, (everywhere, everywhere))
+    return jax.jit(mapped, donate_argnums=0)
 
 
 class Outputs(NamedTuple):
@@ -258,11 +274,12 @@ def make_evaluation(problem: TrainProblem, mesh: Mesh, *, streamed: bool = False
     Streamed: (variables, one batch of `Images`) -> Outputs of [B]. An image's figures do not depend on the others of
     its batch, so nothing is summed here: the caller drops what pads the last batch.
     """
-    network = problem.network.clone(auxiliary=False)
+    network = _lowered(problem.network, sharding.lowering_of(mesh), auxiliary=False)
+    predict = at_precision(problem.precision, network.apply)
 
     def measure(variables: Variables, data: Images) -> Outputs:
         seen = normalize(data.images, problem.mean, problem.std, network.dtype)
-        logits, _ = network.apply({"params": variables.params, "batch_stats": variables.batch_stats}, seen)
+        logits, _ = predict({"params": variables.params, "batch_stats": variables.batch_stats}, seen)
         return outputs(logits, data.labels)
 
     def program(variables: Variables, indices: jax.Array, data: Images) -> Outputs:

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import quick_jit
 
 from benchmarks import bench_gpu, gpu_sections, ours
 from benchmarks.lowerings import LIBRARY, LOWERINGS, using
 from prdarts_jax.ops import depthwise
 from prdarts_jax.ops.depthwise import depthwise_conv, depthwise_conv_reference
+from prdarts_jax.space.cell_reference import mixed_nodes_reference
 
 ROOT = Path(__file__).parents[2]
 ABSENT = [
@@ -59,16 +61,68 @@ def test_sections_without_time_are_left_out_with_a_line() -> None:
     said: list[str] = []
     assert list(bench_gpu.rows("gpu", "full", 5.0, said.append)) == []
     assert len(said) == len(bench_gpu._full())
-    assert said[0] == 'bandwidth "": left out, 5 s of 5 s are left and it needs 15 s'
+    assert said[0] == 'step-correctness "": left out, 5 s of 5 s are left and it needs 40 s'
 
 
 def test_the_whole_run_names_only_sections_that_exist_and_stays_under_nine_minutes() -> None:
-    for section in bench_gpu._full() + bench_gpu._smoke("gpu"):
+    for section in bench_gpu._full(("scan", "waves")) + bench_gpu._smoke("gpu"):
         assert section.name in gpu_sections.SECTIONS and section.least <= section.limit
         json.dumps(section.given)
     lowerings = {s.given["lowering"] for s in bench_gpu._full() if s.name == "search"}
     assert lowerings >= {LIBRARY, "shifts", "diagonal"}  # `grouped` is what the library takes on a GPU
     assert bench_gpu.BUDGET + 20 < 9 * 60  # with what it takes to ask for the GPU and to end the last section
+
+
+def test_the_lowerings_of_the_cell_are_compared_before_all_else() -> None:
+    """What is wrong, before that; whole epochs and a piece of a search behind it."""
+    sections = bench_gpu._full(("scan", "waves"))
+    names = [section.name for section in sections]
+    assert names[:3] == ["step-correctness", "step-correctness", "cell"]
+    (cell,) = [section.given for section in sections if section.name == "cell"]
+    assert cell["lowerings"] == ["scan", "waves"] and cell["precisions"] == list(gpu_sections.PRECISIONS)
+    steps = [s.given for s in sections if s.name == "search" and s.given["lowering"] == LIBRARY and not s.xla_flags]
+    compared = {(one["case"]["lowering"], one["precision"]) for one in steps if one["case"]["executed"] == 2}
+    assert compared == {(lowering, p) for lowering in ("scan", "waves") for p in gpu_sections.PRECISIONS}
+    rest = names.index("bandwidth")
+    assert {"epochs", "piece"} <= set(names[:rest]) and "peer" not in names[:rest]
+    assert all(section.given["case"]["lowering"] == "scan" for section in sections if section.name == "epochs")
+
+
+def test_the_cell_that_is_timed_computes_each_step_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the dense cell with plain autodiff: inputs, weights and gates move along their gradients."""
+    seen: list[Any] = []
+    real = ours.compiled
+
+    def compiled(program: Any, *args: Any) -> Any:
+        seen.extend(args)
+        return real(program, *args)
+
+    monkeypatch.setattr(ours, "compiled", compiled)
+    case = bench_gpu._TINY._replace(side=5, batch=2)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        run, _ = ours.cell("normal", **case._asdict())
+        found: Any = run(2)
+        first, executed, ct, _ = seen
+        space, state = ours.search_parts(case)["space"], first
+
+        def nodes(weights: Any, values: jax.Array, s0: jax.Array, s1: jax.Array, terms: jax.Array) -> jax.Array:
+            dense = (
+                jnp.zeros((space.num_edges, space.num_ops)).at[jnp.arange(space.num_edges)[:, None], terms].add(values)
+            )
+            return mixed_nodes_reference(weights, dense, s0, s1, space=space, kind="normal")
+
+        @quick_jit
+        def step(state: Any, terms: jax.Array) -> Any:
+            y, pull = jax.vjp(lambda *state: nodes(*state, terms), *state)
+            return jax.tree.map(lambda a, d: a + 1e-4 * d, state, pull(ct + 1e-4 * y))
+
+        for i in range(2):
+            state = step(state, executed[i])
+    for (path, a), b, before in zip(
+        jax.tree.leaves_with_path(found), *map(jax.tree.leaves, (state, first)), strict=True
+    ):
+        moved = np.abs(np.asarray(b) - before).max()
+        np.testing.assert_allclose(a, b, rtol=0, atol=0.02 * moved + 1e-6, err_msg=jax.tree_util.keystr(path))
 
 
 def test_a_section_that_dies_or_hangs_costs_its_own_numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +197,7 @@ def test_the_loop_that_is_timed_computes_each_step_from_the_one_before(monkeypat
 
 def test_the_same_command_goes_on_with_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sections = [bench_gpu.Section(name, {"of": name}, 0, 60) for name in ("whole", "failed")]
-    monkeypatch.setattr(bench_gpu, "_smoke", lambda platform: sections)
+    monkeypatch.setattr(bench_gpu, "_smoke", lambda platform, lowerings: sections)
     ran: list[str] = []
 
     def run(section: bench_gpu.Section, *rest: Any) -> Any:

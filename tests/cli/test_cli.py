@@ -112,6 +112,7 @@ def _error(capsys, words, status=2):
         (["--data-dir", "/x"], "run.data_dir", "/x"),
         (["--devices", "2"], "run.devices", "2"),
         (["--dtype", "bfloat16"], "dtype", "bfloat16"),
+        (["--precision", "tf32"], "precision", "tf32"),
         (["--checkpoint-every", "2"], "run.checkpoint_every", 2),
         (["--checkpoint-minutes", "0.5"], "run.checkpoint_minutes", 0.5),
         (["--steps-per-dispatch", "1"], "run.steps_per_dispatch", 1),

@@ -67,6 +67,7 @@ def test_json_round_trip_keeps_every_value():
         ({"seed": "99999999999999999999"}, "seed: 99999999999999999999 is not possible; allowed: 0..4294967295"),
         ({"seed": "9" * 5000}, "is not possible; allowed: a whole number"),
         ({"dtype": "float31"}, "dtype: unknown value 'float31'; did you mean 'float32'?"),
+        ({"precision": "tf23"}, "precision: unknown value 'tf23'; did you mean 'tf32'?"),
         ({"run.devices": "two"}, "run.devices: 'two' is not possible; allowed: >= 1 | all"),
         ({"run.devices": "0"}, "run.devices: '0' is not possible; allowed: >= 1 | all"),
         ({"run.devices": "²"}, "run.devices: '²' is not possible; allowed: >= 1 | all"),

@@ -288,6 +288,7 @@ def test_a_finished_search_is_reported_again(finished, npz, tmp_path, capsys):
         {"method__strategy": "darts"},
         {"space__channels": 6},
         {"dtype": "bfloat16"},
+        {"precision": "highest"},
     ],
     ids=lambda changed: "+".join(changed),
 )
