@@ -19,6 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices.sharding import mean_over
@@ -50,7 +51,7 @@ RADIUS = 0.01  # of the finite difference of DARTS, over the norm of the gradien
 class SearchState:
     """Everything a bilevel step changes."""
 
-    step: jax.Array  # int32[], steps done since the start of the search
+    step: Int[jax.Array, ""]  # int32, steps done since the start of the search
     weights: Any  # float32 tree, see supernet.init
     arch: Any  # float32 tree, see Strategy.init
     weight_opt: Any  # state of the optimizer of the weights
@@ -75,9 +76,9 @@ class Optimizers(NamedTuple):
 class Evaluated(NamedTuple):
     """A loss at one point, with its gradients; means over the devices."""
 
-    value: jax.Array  # what is differentiated
-    ce: jax.Array  # the cross-entropy in it
-    accuracy: jax.Array
+    value: Float[jax.Array, ""]  # what is differentiated
+    ce: Float[jax.Array, ""]  # the cross-entropy in it
+    accuracy: Float[jax.Array, ""]
     weights: Any  # gradient, or None where it was not asked for
     arch: Any  # gradient, or None
     terms: Metrics  # what the objective adds to the cross-entropy, by name
@@ -102,8 +103,8 @@ class Loss:
     axis_name: str | None = None
 
     def __call__(
-        self, weights: Any, arch: Any, memory: Any, batch: Batch, key: jax.Array, numbers: Numbers
-    ) -> jax.Array:
+        self, weights: Any, arch: Any, memory: Any, batch: Batch, key: PRNGKeyArray, numbers: Numbers
+    ) -> Float[jax.Array, ""]:
         """The loss, a float32 scalar, the same on all devices."""
         gates = self.gates(weights, arch, memory, batch, key, numbers)
         ce = mean_over(self.axis_name, self.network(weights, gates, batch, key, numbers)[0])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from prdarts_jax.bilevel import Rule, alternating
 from prdarts_jax.errors import UserError
@@ -22,7 +23,7 @@ from prdarts_jax.space.spec import Space
 Arch = Any  # the architecture parameters, a pytree
 Memory = Any  # what a method keeps beside them, a pytree of arrays
 Numbers = Mapping[str, Any]  # numbers that change between epochs, as scalars: they enter the compiled step as arrays
-Tables: TypeAlias = Mapping[str, Any]  # {"normal", "reduce"} -> [E,O]
+Tables: TypeAlias = Mapping[str, Float[jax.Array | np.ndarray, "E O"]]  # {"normal", "reduce"} -> [E,O]
 
 ROLES = ("weights", "arch", "eval")  # for whose step gates are sampled; "eval": no randomness
 
@@ -130,8 +131,8 @@ Event: TypeAlias = Continue | Stop | Restage | Rollback
 
 
 def cross_entropy_alone(
-    ce: jax.Array, arch: Arch, gates: Gates, memory: Memory, numbers: Numbers
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ce: Float[jax.Array, ""], arch: Arch, gates: Gates, memory: Memory, numbers: Numbers
+) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
     """The objective of a method without penalties: (ce, no terms)."""
     del arch, gates, memory, numbers
     return ce, {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import inspect
 import os
 import shutil
 import socket
@@ -26,9 +28,26 @@ if not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))
 
 import jax
 import pytest
+from beartype import BeartypeConf, beartype
+from jaxtyping import jaxtyped
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Rooms, the lower floors first, whose public functions say shapes and dtypes of their arrays: here these are checked at
+# every call and every tracing. Modules that import them later get the checked ones.
+TYPED = ("gates", "space.derive", "space.supernet", "regularizers", "network.layers", "strategy")
+
+
+def _check_shapes() -> None:
+    checker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as everywhere in Python
+    for module in (importlib.import_module(f"prdarts_jax.{name}") for name in TYPED):
+        for name, value in list(vars(module).items()):
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+                setattr(module, name, jaxtyped(value, typechecker=checker))
+
+
+_check_shapes()
 
 # A quarter of the compile time, and that is most of the time of the quick tests, whose programs run a few times on tiny
 # arrays. The long tests compile as users do.

@@ -19,6 +19,7 @@ import numpy as np
 from flax import traverse_util
 from jax import lax
 from jax.scipy.linalg import block_diag
+from jaxtyping import Float
 
 from prdarts_jax.ops.batch_norm import BN_EPS, Moments, batch_norm_moments, per_channel
 from prdarts_jax.ops.depthwise import depthwise_conv_reference, wide_dtype
@@ -118,7 +119,7 @@ def preprocess(channels_in: int, channels: int, reduces: bool) -> Layer:
     return Layer(channels_in, {name: Weight((channels_in, c), channels_in) for name, c in widths.items()}, apply)
 
 
-def widened(x: jax.Array, width: int, halves: bool) -> jax.Array:
+def widened(x: Float[jax.Array, "B H W C"], width: int, halves: bool) -> Float[jax.Array, "B _ _ {width}"]:
     """The input of a preprocessing for its form as one 1x1 convolution of `width` inputs (`dense_preprocess`).
 
     A FactorizedReduce (`halves`) is a 1x1 convolution of the even pixels and the odd pixels side by side.
@@ -200,14 +201,14 @@ def _linear(params: Params, x: jax.Array) -> jax.Array:
 
 
 def batch_norm(
-    x: jax.Array,
+    x: Float[jax.Array, "B H W C"],
     affine: Params,
     running: Params,
     *,
     train: bool,
     axis_name: str | None = None,
     own_kernels: bool = True,
-) -> tuple[jax.Array, Params]:
+) -> tuple[Float[jax.Array, "B H W C"], Params]:
     """Affine batch normalisation with running statistics, torch's convention.
 
         train:  y = scale (x - m) / sqrt(v + 1e-5) + bias        m, v: mean and biased variance of the batch

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import unfreeze
 from jax import lax
+from jaxtyping import Float, Int
 
 from prdarts_jax.errors import UserError
 from prdarts_jax.network.counts import Profile, profile
@@ -253,12 +254,12 @@ class DerivedNetwork(nn.Module):
     @nn.compact
     def __call__(
         self,
-        images: jax.Array,
+        images: Float[jax.Array, "B H W C"],
         *,
         train: bool = False,
-        drop_path: jax.Array | float | None = None,
-        positions: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+        drop_path: Float[jax.Array, ""] | float | None = None,
+        positions: Int[jax.Array, "#B"] | None = None,
+    ) -> tuple[Float[jax.Array, "B {self.classes}"], Float[jax.Array, "B {self.classes}"] | None]:
         """Logits of normalised images.
 
         Args:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, PRNGKeyArray
 
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.depthwise import wide_dtype
@@ -85,7 +86,7 @@ def declare(space: Space) -> dict[str, Any]:
     return declared
 
 
-def init(key: jax.Array, space: Space) -> Weights:
+def init(key: PRNGKeyArray, space: Space) -> Weights:
     """Weights of the search network; architecture parameters are not among them.
 
     Every convolution and the linear layer: uniform in +-1/sqrt(fan_in); BN scale 1, bias 0.
@@ -181,12 +182,12 @@ def _forward(
 def apply(
     weights: Weights,
     gates: Gates,
-    images: jax.Array,
+    images: Float[jax.Array, "B H W {space.in_channels}"],
     *,
     space: Space,
     axis_name: str | None = None,
     noise: Noise | None = None,
-) -> tuple[jax.Array, dict[str, Any]]:
+) -> tuple[Float[jax.Array, "B {space.classes}"], dict[str, Any]]:
     """Logits of the search network under sampled gates; only the executed operations are computed.
 
     Args:
@@ -212,12 +213,12 @@ def apply(
 def apply_reference(
     weights: Weights,
     gates: Gates,
-    images: jax.Array,
+    images: Float[jax.Array, "B H W {space.in_channels}"],
     *,
     space: Space,
     axis_name: str | None = None,
     noise: Noise | None = None,
-) -> tuple[jax.Array, dict[str, Any]]:
+) -> tuple[Float[jax.Array, "B {space.classes}"], dict[str, Any]]:
     """The same logits from all operations (masked by the gates) with plain autodiff: any order and mode of derivative.
 
     Slow to compile (every operation of every edge is unrolled): for tests and for exact second order on small spaces.
