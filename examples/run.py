@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
@@ -54,12 +55,17 @@ def execute(path: Path, *, full: bool) -> None:
         client = NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": folder}})
         client.execute()
     if full:
-        for cell in notebook.cells:  # how long something took says nothing about another machine
+        for cell in notebook.cells:
             cell.metadata.pop("execution", None)
             if "outputs" in cell:
-                cell.outputs = [out for out in cell.outputs if not out.get("text", "").startswith("compil")]
+                cell.outputs = [out for out in cell.outputs if not _of_this_machine(out)]
         notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-        nbformat.write(notebook, path)
+        path.write_text(nbformat.writes(notebook).replace(f"{folder}/", "") + "\n", encoding="utf-8")
+
+
+def _of_this_machine(output: dict[str, Any]) -> bool:
+    """Warnings, and how long compiling took: they say nothing about another machine."""
+    return output.get("name") == "stderr" or output.get("text", "").startswith("compil")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

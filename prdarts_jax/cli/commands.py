@@ -95,7 +95,8 @@ def _completion(args: argparse.Namespace) -> int:
     arguments = {"search": completion.flags(cli_search.SEARCH), "train": completion.flags(cli_train.TRAIN)}
     fixed = {name: of.arguments for name, (of, _) in _COMMANDS.items() if isinstance(of, FixedCommand)}
     summaries = {name: summary for name, (_, summary) in _COMMANDS.items()}
-    print(completion.script(args.shell, {name: (summaries[name], (arguments | fixed)[name]) for name in _COMMANDS}))
+    known = arguments | fixed
+    print(completion.script(args.shell, {name: (summary, known.get(name, ())) for name, summary in summaries.items()}))
     return 0
 
 
