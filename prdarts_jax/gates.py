@@ -17,7 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-Scalar: TypeAlias = Float[jax.Array, ""] | float  # a number, or an array of one that enters a compiled function
+AnyArray: TypeAlias = jax.Array | np.ndarray  # on a device, or on the host as `at_epoch` sees the architecture
+Scalar: TypeAlias = Float[AnyArray, ""] | float | np.floating  # a number, or an array of one that enters a program
 
 
 @flax.struct.dataclass
@@ -61,7 +62,7 @@ class Gates:
         return values if self.edges is None else values * self.edges[kind][:, None]
 
 
-def executed_mask(executed: Int[jax.Array, "E K"], num_ops: int) -> Bool[jax.Array, "E {num_ops}"]:
+def executed_mask(executed: Int[AnyArray, "E K"], num_ops: int) -> Bool[jax.Array, "E {num_ops}"]:
     """bool[E,O] of the operations in int32[E,K].
 
     >>> executed_mask(jnp.array([[2, 0]]), 3).tolist()
@@ -100,7 +101,7 @@ def check_interval(a: float, b: float) -> None:
 
 
 def stretched(
-    u: Float[jax.Array, ...], beta: Float[jax.Array, ...], *, tau: Scalar, a: float, b: float
+    u: Float[AnyArray, ...], beta: Float[AnyArray, ...], *, tau: Scalar, a: float, b: float
 ) -> Float[jax.Array, ...]:
     """g = min(1, max(0, a + (b-a) sigmoid((ln u - ln(1-u) + beta)/tau))) for given noise u in (0,1), shape of beta."""
     bar = jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + beta) / tau)
@@ -120,7 +121,7 @@ def _clip01_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[
 
 
 def hard_concrete(
-    key: PRNGKeyArray, beta: Float[jax.Array, "*shape"], *, tau: Scalar, a: float = -0.1, b: float = 1.1
+    key: PRNGKeyArray, beta: Float[AnyArray, "*shape"], *, tau: Scalar, a: float = -0.1, b: float = 1.1
 ) -> Float[jax.Array, "*shape"]:
     """Sampled gates g = min(1, max(0, a + (b-a) g_bar)), g_bar = sigmoid((ln u - ln(1-u) + beta)/tau)   (section 4.1).
 
@@ -143,7 +144,7 @@ def hard_concrete(
 
 
 def activation_probability(
-    beta: Float[jax.Array, "*shape"], *, tau: Scalar, a: float = -0.1, b: float = 1.1
+    beta: Float[AnyArray, "*shape"], *, tau: Scalar, a: float = -0.1, b: float = 1.1
 ) -> Float[jax.Array, "*shape"]:
     """P(g != 0) = sigmoid(beta - tau ln(-a/b))   (Theorem 3), shape of beta.
 
@@ -155,7 +156,7 @@ def activation_probability(
 
 
 def expected_gate(
-    beta: Float[jax.Array, "*shape"], *, tau: Scalar, a: float = -0.1, b: float = 1.1, points: int = 256
+    beta: Float[AnyArray, "*shape"], *, tau: Scalar, a: float = -0.1, b: float = 1.1, points: int = 256
 ) -> Float[jax.Array, "*shape"]:
     """E[g] by the midpoint rule over u on a fixed grid (the integrand is bounded and monotone), shape of beta.
 
@@ -167,8 +168,8 @@ def expected_gate(
 
 
 def expected_executed(
-    beta: Float[jax.Array, "E O"],
-    allowed: Bool[np.ndarray, "E O"],
+    beta: Float[AnyArray, "E O"],
+    allowed: Bool[AnyArray, "E O"],
     k: int,
     *,
     tau: Scalar,
@@ -239,7 +240,7 @@ def expected_executed(
 
 
 def top_k(
-    key: PRNGKeyArray, scores: Float[jax.Array, "E O"], allowed: Bool[np.ndarray, "E O"], k: int
+    key: PRNGKeyArray, scores: Float[AnyArray, "E O"], allowed: Bool[AnyArray, "E O"], k: int
 ) -> Int[jax.Array, "E {k}"]:
     """The K best allowed operations of each edge, ties broken at random.
 
@@ -264,7 +265,7 @@ def top_k(
     return order[:, :k]
 
 
-def void_zeros(executed: Int[jax.Array, "E K"], ops: Float[jax.Array, "E O"]) -> Int[jax.Array, "E K"]:
+def void_zeros(executed: Int[AnyArray, "E K"], ops: Float[AnyArray, "E O"]) -> Int[jax.Array, "E K"]:
     """Terms whose gate is exactly 0 execute nothing: value and gradient of a clipped gate are zero anyway.
 
     Only for gates whose gradient at 0 is zero by definition (clipped ones), never for gates that merely pass through 0.
@@ -279,7 +280,7 @@ def straight_through(g: Float[jax.Array, "*shape"]) -> Float[jax.Array, "*shape"
     return g + lax.stop_gradient(1.0 - g)
 
 
-def all_ops(allowed: Bool[np.ndarray, "E O"]) -> Int[jax.Array, "E O"]:
+def all_ops(allowed: Bool[AnyArray, "E O"]) -> Int[jax.Array, "E O"]:
     """int32[E,O]: every allowed operation of every edge is executed.
 
     >>> all_ops(np.array([[True, False]])).tolist()
@@ -289,9 +290,7 @@ def all_ops(allowed: Bool[np.ndarray, "E O"]) -> Int[jax.Array, "E O"]:
     return jnp.asarray(np.where(allowed, np.arange(num_ops)[None, :], num_ops).astype(np.int32))
 
 
-def saturated_share(
-    g: Float[jax.Array, "E O"], counted: Bool[np.ndarray, "E O"] | Bool[jax.Array, "E O"]
-) -> Float[jax.Array, ""]:
+def saturated_share(g: Float[AnyArray, "E O"], counted: Bool[AnyArray, "E O"]) -> Float[jax.Array, ""]:
     """Share of the counted gates (bool[E,O]: those allowed, or executed) that are exactly 0 or 1, a float32 scalar.
 
     >>> float(saturated_share(jnp.array([[0.0, 0.5, 1.0]]), np.array([[True, True, False]])))
@@ -302,7 +301,7 @@ def saturated_share(
     return jnp.sum(clipped.astype(jnp.float32)) / jnp.maximum(number, 1.0)
 
 
-def share_without_gradient(g: Float[jax.Array, "E O"], executed: Bool[jax.Array, "E O"]) -> Float[jax.Array, ""]:
+def share_without_gradient(g: Float[AnyArray, "E O"], executed: Bool[AnyArray, "E O"]) -> Float[jax.Array, ""]:
     """Share of the edges none of whose executed gates (bool[E,O]) lies inside (0, 1), a float32 scalar.
 
     No gradient of a sample reaches the architecture there: the gradient of a clipped gate is zero.

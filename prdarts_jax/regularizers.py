@@ -16,17 +16,18 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from prdarts_jax.errors import unknown
+from prdarts_jax.gates import AnyArray
 from prdarts_jax.space.spec import Space
 
 PATH_REDUCTIONS = ("sum", "mean")
 
 
 def group_term(
-    probabilities: Float[jax.Array, "E O"],
-    columns: Bool[np.ndarray, "#O"],
+    probabilities: Float[AnyArray, "E O"],
+    columns: Bool[AnyArray, "#O"],
     space: Space,
     kind: str = "normal",
-    mask: Bool[jax.Array, "E O"] | None = None,
+    mask: Bool[AnyArray, "E O"] | None = None,
 ) -> Float[jax.Array, ""]:
     """Mean P over the edges and the operations of a group; 0 if the mask leaves none.
 
@@ -47,9 +48,9 @@ def group_term(
 
 
 def skip_term(
-    probabilities: Float[jax.Array, "E O"],
+    probabilities: Float[AnyArray, "E O"],
     space: Space,
-    mask: Bool[jax.Array, "E O"] | None = None,
+    mask: Bool[AnyArray, "E O"] | None = None,
     *,
     kind: str = "normal",
 ) -> Float[jax.Array, ""]:
@@ -62,9 +63,9 @@ def skip_term(
 
 
 def nonskip_term(
-    probabilities: Float[jax.Array, "E O"],
+    probabilities: Float[AnyArray, "E O"],
     space: Space,
-    mask: Bool[jax.Array, "E O"] | None = None,
+    mask: Bool[AnyArray, "E O"] | None = None,
     *,
     kind: str = "normal",
 ) -> Float[jax.Array, ""]:
@@ -77,9 +78,9 @@ def nonskip_term(
 
 
 def path_depth_term(
-    probabilities: Float[jax.Array, "E O"],
+    probabilities: Float[AnyArray, "E O"],
     space: Space,
-    mask: Bool[jax.Array, "E O"] | None = None,
+    mask: Bool[AnyArray, "E O"] | None = None,
     *,
     kind: str = "normal",
     reduction: str = "sum",

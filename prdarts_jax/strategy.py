@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from prdarts_jax.bilevel import Rule, alternating
 from prdarts_jax.errors import UserError
-from prdarts_jax.gates import Gates
+from prdarts_jax.gates import AnyArray, Gates
 from prdarts_jax.space.derive import derive_pairs
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import Space
@@ -23,7 +23,7 @@ from prdarts_jax.space.spec import Space
 Arch = Any  # the architecture parameters, a pytree
 Memory = Any  # what a method keeps beside them, a pytree of arrays
 Numbers = Mapping[str, Any]  # numbers that change between epochs, as scalars: they enter the compiled step as arrays
-Tables: TypeAlias = Mapping[str, Float[jax.Array | np.ndarray, "E O"]]  # {"normal", "reduce"} -> [E,O]
+Tables: TypeAlias = Mapping[str, Float[AnyArray, "E O"]]  # {"normal", "reduce"} -> [E,O]
 
 ROLES = ("weights", "arch", "eval")  # for whose step gates are sampled; "eval": no randomness
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray, Real
 
+from prdarts_jax.gates import AnyArray
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
 
@@ -19,7 +20,7 @@ def init_normal(key: PRNGKeyArray, space: Space, scale: float) -> dict[str, Floa
 
 
 def derive_pairs(
-    scores: Mapping[str, Real[np.ndarray | jax.Array, "E O"]],
+    scores: Mapping[str, Real[AnyArray, "E O"]],
     space: Space,
     *,
     distinct_inputs: bool = True,
@@ -70,7 +71,7 @@ def derive_pairs(
 
 
 def derive_edges(
-    scores: Mapping[str, Real[np.ndarray | jax.Array, "E O"]],
+    scores: Mapping[str, Real[AnyArray, "E O"]],
     space: Space,
     *,
     per_edge: int = 1,
