@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float, Int, PRNGKeyArray
 
 from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices.sharding import mean_over
 from prdarts_jax.gates import Gates
 from prdarts_jax.optimizers import set_learning_rate, virtual_step
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, PRNGKeyArray
 
 __all__ = [
     "Batch",

@@ -7,7 +7,7 @@ g = min(1, max(0, a + (b-a) g_bar));  P(g != 0) = sigmoid(beta - tau ln(-a/b))  
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import chex
 import flax.struct
@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 AnyArray: TypeAlias = jax.Array | np.ndarray  # on a device, or on the host as `at_epoch` sees the architecture
-Scalar: TypeAlias = Float[AnyArray, ""] | float | np.floating  # a number, or an array of one that enters a program
+Scalar: TypeAlias = AnyArray | float | np.floating  # a number, or an array of one that enters a program
 
 
 @flax.struct.dataclass

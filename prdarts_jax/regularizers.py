@@ -10,14 +10,18 @@ use never count.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
 
 from prdarts_jax.errors import unknown
 from prdarts_jax.gates import AnyArray
 from prdarts_jax.space.spec import Space
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 PATH_REDUCTIONS = ("sum", "mean")
 

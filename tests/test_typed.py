@@ -1,4 +1,4 @@
-"""py.typed holds: a user's program passes `mypy --strict`, and a mistake in it is found."""
+"""Shapes are checked in these tests; py.typed holds: a user's program passes `mypy --strict`, its mistakes are found."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
 import pytest
+
+from prdarts_jax import gates, regularizers
+from prdarts_jax.space import Space
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = Path(__file__).with_name("typed_program.py")
@@ -18,6 +25,21 @@ MISTAKES = {
     'regularizers.path_depth_term(drawn, "normal")': 'incompatible type "str"; expected "Space"',
     'prdarts_jax.search("digits", workdir)': 'incompatible type "str"; expected "SearchConfig"',
 }
+
+
+def test_a_shape_or_dtype_that_does_not_fit_is_found() -> None:
+    """By the signature, where the function itself would broadcast or convert; the right call passes."""
+    key, scores, allowed = jax.random.key(0), jnp.zeros((2, 3)), np.ones((2, 3), bool)
+    assert gates.top_k(key, scores, allowed, 2).shape == (2, 2)
+    wrong = (
+        lambda: gates.top_k(key, scores, allowed[:1], 2),  # one edge for all of them
+        lambda: gates.top_k(key, scores.astype(jnp.int32), allowed, 2),
+        lambda: gates.straight_through(np.zeros(3, np.float32)),
+        lambda: regularizers.skip_term(jnp.zeros((14, 8)), Space(), jnp.ones((1, 8), bool)),
+    )
+    for call in wrong:
+        with pytest.raises(jaxtyping.TypeCheckError):
+            call()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,15 @@ import numpy as np
 from flax import traverse_util
 from jax import lax
 from jax.scipy.linalg import block_diag
-from jaxtyping import Float
 
 from prdarts_jax.ops.batch_norm import BN_EPS, Moments, batch_norm_moments, per_channel
 from prdarts_jax.ops.depthwise import depthwise_conv_reference, wide_dtype
 from prdarts_jax.ops.layer_set import LayerSet, Norm, composed_pointwise, composed_separable
 from prdarts_jax.ops.layers import Weight, conv, factorized_reduce, linear, pointwise
 from prdarts_jax.ops.primitives import Params, Primitive
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 BN_MOMENTUM = 0.1  # torch's: the weight of the new statistic
 AUX_POOL = 5  # pixels of the auxiliary head's average

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import unfreeze
 from jax import lax
-from jaxtyping import Float, Int
 
 from prdarts_jax.errors import UserError
 from prdarts_jax.network.counts import Profile, profile
@@ -39,6 +38,9 @@ from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
 from prdarts_jax.ops.separable import WORTH_KEEPING, Affine, Unit, pointwise_unit, separable_units
 from prdarts_jax.space.genotype import Genotype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 __all__ = ["DerivedNetwork", "Profile", "drop_path", "drop_path_draws", "profile"]
 

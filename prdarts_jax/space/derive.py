@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray, Real
 
 from prdarts_jax.gates import AnyArray
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, PRNGKeyArray, Real
 
 
 def init_normal(key: PRNGKeyArray, space: Space, scale: float) -> dict[str, Float[jax.Array, "E O"]]:

@@ -7,12 +7,11 @@ Neighbouring cells that are equal share an entry of the weights, stacked on a le
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float, PRNGKeyArray
 
 from prdarts_jax.gates import Gates
 from prdarts_jax.ops.depthwise import wide_dtype
@@ -28,6 +27,9 @@ from prdarts_jax.space.cell import declare_edges, mixed_nodes
 from prdarts_jax.space.cell_reference import mixed_nodes_reference
 from prdarts_jax.space.noise import Noise, cell_noise
 from prdarts_jax.space.spec import Space
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, PRNGKeyArray
 
 Weights = dict[str, Any]
 Pair = tuple[jax.Array, jax.Array]  # outputs of the last two cells
