@@ -1,4 +1,4 @@
-"""Shapes are checked in these tests; py.typed holds: a user's program passes `mypy --strict`, its mistakes are found."""
+"""Shapes are checked in these tests; a user's program passes `mypy --strict`, and its mistakes are found."""
 
 from __future__ import annotations
 
