@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.installed-docs
 ARGS ?=
 # Processes of `make test`; each takes neighbouring files, which share programs, and at the end of what another has left.
 # XLA compiles most of the small programs of the tests on one thread.
@@ -10,11 +11,11 @@ JOBS ?= 2
 # Versions of what the pinned packages need in turn. `make setup CONSTRAINTS=` lets pip choose them.
 CONSTRAINTS ?= -c constraints.txt
 
-.PHONY: help setup search test test-slow mutate lint doctest bench bench-full bench-gpu check-accelerators clean
+.PHONY: help setup search test test-slow mutate lint doctest bench bench-full bench-gpu check-accelerators docs notebooks package clean
 
 help:
 	@echo "make setup | search [ARGS='--seed 1'] | test | test-slow | mutate [ARGS=kernel] | lint | doctest"
-	@echo "     bench | bench-full | bench-gpu | check-accelerators | clean"
+	@echo "     bench | bench-full | bench-gpu | check-accelerators | docs | notebooks | package | clean"
 
 setup: $(STAMP)
 
@@ -77,6 +78,24 @@ $(ACCELERATORS)/.%: benchmarks/accelerators/%.txt $(ACCELERATORS)/.installed
 	$(ACCELERATORS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
+$(DOCS_STAMP): $(STAMP) requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt $(CONSTRAINTS)
+	touch $(DOCS_STAMP)
+
+# The site, in site/: strictly, and nothing is fetched. `.venv/bin/mkdocs serve` shows it while one writes.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
+	$(BIN)/python -m website.check site
+	$(BIN)/python -m pytest -q --doctest-modules website
+
+# The notebooks with the settings of a trial (ARGS=--full: with their own, and keep what they show).
+notebooks: $(DOCS_STAMP)
+	$(BIN)/python -m examples.run $(ARGS)
+
+# sdist and wheel in dist/, installed into an environment of their own, and a search from there.
+package: $(DOCS_STAMP)
+	.ci/package $(BIN)/python
+
 clean:
-	rm -rf .venv .venv-accelerators build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-accelerators build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

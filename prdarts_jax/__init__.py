@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from prdarts_jax.config.train import TrainConfig
     from prdarts_jax.errors import RunError, UserError
     from prdarts_jax.presets import resolve
-    from prdarts_jax.searching.loop import SearchResult, search
+    from prdarts_jax.searching.loop import search
     from prdarts_jax.searching.population import PopulationResult, search_population
+    from prdarts_jax.searching.result import SearchResult
     from prdarts_jax.space.genotype import Genotype
     from prdarts_jax.training.evaluation import Evaluation, evaluate
     from prdarts_jax.training.loop import TrainResult, train
@@ -47,7 +48,7 @@ _HOME = {
     "PopulationResult": "searching.population",
     "RunError": "errors",
     "SearchConfig": "config.search",
-    "SearchResult": "searching.loop",
+    "SearchResult": "searching.result",
     "TrainConfig": "config.train",
     "TrainResult": "training.loop",
     "UserError": "errors",

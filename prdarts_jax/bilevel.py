@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import flax.struct
 import jax
@@ -24,6 +24,9 @@ from prdarts_jax.data.batches import Batch
 from prdarts_jax.devices.sharding import mean_over
 from prdarts_jax.gates import Gates
 from prdarts_jax.optimizers import set_learning_rate, virtual_step
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, PRNGKeyArray
 
 __all__ = [
     "Batch",
@@ -50,7 +53,7 @@ RADIUS = 0.01  # of the finite difference of DARTS, over the norm of the gradien
 class SearchState:
     """Everything a bilevel step changes."""
 
-    step: jax.Array  # int32[], steps done since the start of the search
+    step: Int[jax.Array, ""]  # int32, steps done since the start of the search
     weights: Any  # float32 tree, see supernet.init
     arch: Any  # float32 tree, see Strategy.init
     weight_opt: Any  # state of the optimizer of the weights
@@ -75,9 +78,9 @@ class Optimizers(NamedTuple):
 class Evaluated(NamedTuple):
     """A loss at one point, with its gradients; means over the devices."""
 
-    value: jax.Array  # what is differentiated
-    ce: jax.Array  # the cross-entropy in it
-    accuracy: jax.Array
+    value: Float[jax.Array, ""]  # what is differentiated
+    ce: Float[jax.Array, ""]  # the cross-entropy in it
+    accuracy: Float[jax.Array, ""]
     weights: Any  # gradient, or None where it was not asked for
     arch: Any  # gradient, or None
     terms: Metrics  # what the objective adds to the cross-entropy, by name
@@ -102,8 +105,8 @@ class Loss:
     axis_name: str | None = None
 
     def __call__(
-        self, weights: Any, arch: Any, memory: Any, batch: Batch, key: jax.Array, numbers: Numbers
-    ) -> jax.Array:
+        self, weights: Any, arch: Any, memory: Any, batch: Batch, key: PRNGKeyArray, numbers: Numbers
+    ) -> Float[jax.Array, ""]:
         """The loss, a float32 scalar, the same on all devices."""
         gates = self.gates(weights, arch, memory, batch, key, numbers)
         ce = mean_over(self.axis_name, self.network(weights, gates, batch, key, numbers)[0])

@@ -7,7 +7,7 @@ g = min(1, max(0, a + (b-a) g_bar));  P(g != 0) = sigmoid(beta - tau ln(-a/b))  
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import chex
 import flax.struct
@@ -15,6 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, PRNGKeyArray
+
+AnyArray: TypeAlias = jax.Array | np.ndarray  # on a device, or on the host as `at_epoch` sees the architecture
+Scalar: TypeAlias = AnyArray | float | np.floating  # a number, or an array of one that enters a program
 
 
 @flax.struct.dataclass
@@ -58,7 +64,7 @@ class Gates:
         return values if self.edges is None else values * self.edges[kind][:, None]
 
 
-def executed_mask(executed: jax.Array, num_ops: int) -> jax.Array:
+def executed_mask(executed: Int[AnyArray, "E K"], num_ops: int) -> Bool[jax.Array, "E {num_ops}"]:
     """bool[E,O] of the operations in int32[E,K].
 
     >>> executed_mask(jnp.array([[2, 0]]), 3).tolist()
@@ -67,7 +73,7 @@ def executed_mask(executed: jax.Array, num_ops: int) -> jax.Array:
     return jnp.any(executed[:, :, None] == jnp.arange(num_ops, dtype=executed.dtype)[None, None, :], axis=1)
 
 
-def uniform_open(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def uniform_open(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[jax.Array, ...]:
     """Uniform on the open interval (0,1), float32; `jax.random.uniform` alone can return 0.
 
     >>> bool((uniform_open(jax.random.key(0), (1000,)) > 0).all())
@@ -77,7 +83,7 @@ def uniform_open(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.minimum(jax.random.uniform(key, shape, jnp.float32, minval=tiny, maxval=1.0), np.float32(1 - 2**-24))
 
 
-def gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def gumbel(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[jax.Array, ...]:
     """-ln(-ln u), u uniform on (0,1), float32: finite. The argmax of ln p + gumbel has the distribution p.
 
     >>> round(float(gumbel(jax.random.key(0), (100_000,)).mean()), 1)  # Euler's constant
@@ -96,7 +102,9 @@ def check_interval(a: float, b: float) -> None:
         raise UserError(f"method.options.b: {b!r} is not possible; allowed: > 1 (gates could never be exactly 1)")
 
 
-def stretched(u: jax.Array, beta: jax.Array, *, tau: jax.Array | float, a: float, b: float) -> jax.Array:
+def stretched(
+    u: Float[AnyArray, ...], beta: Float[AnyArray, ...], *, tau: Scalar, a: float, b: float
+) -> Float[jax.Array, ...]:
     """g = min(1, max(0, a + (b-a) sigmoid((ln u - ln(1-u) + beta)/tau))) for given noise u in (0,1), shape of beta."""
     bar = jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + beta) / tau)
     return _clip01(a + (b - a) * bar)
@@ -115,8 +123,8 @@ def _clip01_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[
 
 
 def hard_concrete(
-    key: jax.Array, beta: jax.Array, *, tau: jax.Array | float, a: float = -0.1, b: float = 1.1
-) -> jax.Array:
+    key: PRNGKeyArray, beta: Float[AnyArray, "*shape"], *, tau: Scalar, a: float = -0.1, b: float = 1.1
+) -> Float[jax.Array, "*shape"]:
     """Sampled gates g = min(1, max(0, a + (b-a) g_bar)), g_bar = sigmoid((ln u - ln(1-u) + beta)/tau)   (section 4.1).
 
     Args:
@@ -137,7 +145,9 @@ def hard_concrete(
     return stretched(uniform_open(key, beta.shape), beta, tau=tau, a=a, b=b)
 
 
-def activation_probability(beta: jax.Array, *, tau: jax.Array | float, a: float = -0.1, b: float = 1.1) -> jax.Array:
+def activation_probability(
+    beta: Float[AnyArray, "*shape"], *, tau: Scalar, a: float = -0.1, b: float = 1.1
+) -> Float[jax.Array, "*shape"]:
     """P(g != 0) = sigmoid(beta - tau ln(-a/b))   (Theorem 3), shape of beta.
 
     >>> round(float(activation_probability(jnp.zeros(()), tau=1.0)), 4)
@@ -148,8 +158,8 @@ def activation_probability(beta: jax.Array, *, tau: jax.Array | float, a: float 
 
 
 def expected_gate(
-    beta: jax.Array, *, tau: jax.Array | float, a: float = -0.1, b: float = 1.1, points: int = 256
-) -> jax.Array:
+    beta: Float[AnyArray, "*shape"], *, tau: Scalar, a: float = -0.1, b: float = 1.1, points: int = 256
+) -> Float[jax.Array, "*shape"]:
     """E[g] by the midpoint rule over u on a fixed grid (the integrand is bounded and monotone), shape of beta.
 
     >>> round(float(expected_gate(jnp.zeros(()), tau=1.0)), 2)
@@ -160,17 +170,17 @@ def expected_gate(
 
 
 def expected_executed(
-    beta: jax.Array,
-    allowed: np.ndarray,
+    beta: Float[AnyArray, "E O"],
+    allowed: Bool[AnyArray, "E O"],
     k: int,
     *,
-    tau: jax.Array | float,
-    dropout: jax.Array | float = 0.0,
+    tau: Scalar,
+    dropout: Scalar = 0.0,
     a: float = -0.1,
     b: float = 1.1,
     points: int = 256,
     ties: int = 16,
-) -> jax.Array:
+) -> Float[jax.Array, "E O"]:
     """E[g | the operation is among the K largest sampled gates of its edge], ties broken at random.
 
     E[g | executed] = int g(u) P(executed | g(u)) du / int P(executed | g(u)) du. P(executed | g) is the chance
@@ -231,7 +241,9 @@ def expected_executed(
     return jnp.where(jnp.asarray(allowed), mean, 0.0)
 
 
-def top_k(key: jax.Array, scores: jax.Array, allowed: np.ndarray, k: int) -> jax.Array:
+def top_k(
+    key: PRNGKeyArray, scores: Float[AnyArray, "E O"], allowed: Bool[AnyArray, "E O"], k: int
+) -> Int[jax.Array, "E {k}"]:
     """The K best allowed operations of each edge, ties broken at random.
 
     Args:
@@ -255,7 +267,7 @@ def top_k(key: jax.Array, scores: jax.Array, allowed: np.ndarray, k: int) -> jax
     return order[:, :k]
 
 
-def void_zeros(executed: jax.Array, ops: jax.Array) -> jax.Array:
+def void_zeros(executed: Int[AnyArray, "E K"], ops: Float[AnyArray, "E O"]) -> Int[jax.Array, "E K"]:
     """Terms whose gate is exactly 0 execute nothing: value and gradient of a clipped gate are zero anyway.
 
     Only for gates whose gradient at 0 is zero by definition (clipped ones), never for gates that merely pass through 0.
@@ -265,12 +277,12 @@ def void_zeros(executed: jax.Array, ops: jax.Array) -> jax.Array:
     return jnp.where(values == 0.0, num_ops, executed)
 
 
-def straight_through(g: jax.Array) -> jax.Array:
+def straight_through(g: Float[jax.Array, "*shape"]) -> Float[jax.Array, "*shape"]:
     """1 in the forward pass, the gradient of g in the backward pass."""
     return g + lax.stop_gradient(1.0 - g)
 
 
-def all_ops(allowed: np.ndarray) -> jax.Array:
+def all_ops(allowed: Bool[AnyArray, "E O"]) -> Int[jax.Array, "E O"]:
     """int32[E,O]: every allowed operation of every edge is executed.
 
     >>> all_ops(np.array([[True, False]])).tolist()
@@ -280,7 +292,7 @@ def all_ops(allowed: np.ndarray) -> jax.Array:
     return jnp.asarray(np.where(allowed, np.arange(num_ops)[None, :], num_ops).astype(np.int32))
 
 
-def saturated_share(g: jax.Array, counted: np.ndarray | jax.Array) -> jax.Array:
+def saturated_share(g: Float[AnyArray, "E O"], counted: Bool[AnyArray, "E O"]) -> Float[jax.Array, ""]:
     """Share of the counted gates (bool[E,O]: those allowed, or executed) that are exactly 0 or 1, a float32 scalar.
 
     >>> float(saturated_share(jnp.array([[0.0, 0.5, 1.0]]), np.array([[True, True, False]])))
@@ -291,7 +303,7 @@ def saturated_share(g: jax.Array, counted: np.ndarray | jax.Array) -> jax.Array:
     return jnp.sum(clipped.astype(jnp.float32)) / jnp.maximum(number, 1.0)
 
 
-def share_without_gradient(g: jax.Array, executed: jax.Array) -> jax.Array:
+def share_without_gradient(g: Float[AnyArray, "E O"], executed: Bool[AnyArray, "E O"]) -> Float[jax.Array, ""]:
     """Share of the edges none of whose executed gates (bool[E,O]) lies inside (0, 1), a float32 scalar.
 
     No gradient of a sample reaches the architecture there: the gradient of a clipped gate is zero.

@@ -10,19 +10,29 @@ use never count.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from prdarts_jax.errors import unknown
+from prdarts_jax.gates import AnyArray
 from prdarts_jax.space.spec import Space
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 PATH_REDUCTIONS = ("sum", "mean")
 
 
 def group_term(
-    probabilities: jax.Array, columns: np.ndarray, space: Space, kind: str = "normal", mask: jax.Array | None = None
-) -> jax.Array:
+    probabilities: Float[AnyArray, "E O"],
+    columns: Bool[AnyArray, "#O"],
+    space: Space,
+    kind: str = "normal",
+    mask: Bool[AnyArray, "E O"] | None = None,
+) -> Float[jax.Array, ""]:
     """Mean P over the edges and the operations of a group; 0 if the mask leaves none.
 
     Args:
@@ -42,8 +52,12 @@ def group_term(
 
 
 def skip_term(
-    probabilities: jax.Array, space: Space, mask: jax.Array | None = None, *, kind: str = "normal"
-) -> jax.Array:
+    probabilities: Float[AnyArray, "E O"],
+    space: Space,
+    mask: Bool[AnyArray, "E O"] | None = None,
+    *,
+    kind: str = "normal",
+) -> Float[jax.Array, ""]:
     """L_skip = (1/E) sum_e P(skip on e), a float32 scalar; arguments as in `group_term`.
 
     >>> round(float(skip_term(jnp.full((14, 8), 0.25), Space())), 6)
@@ -53,8 +67,12 @@ def skip_term(
 
 
 def nonskip_term(
-    probabilities: jax.Array, space: Space, mask: jax.Array | None = None, *, kind: str = "normal"
-) -> jax.Array:
+    probabilities: Float[AnyArray, "E O"],
+    space: Space,
+    mask: Bool[AnyArray, "E O"] | None = None,
+    *,
+    kind: str = "normal",
+) -> Float[jax.Array, ""]:
     """L_nonskip = 1/(E (O-1)) sum_e sum_{o != skip} P, a float32 scalar; arguments as in `group_term`.
 
     >>> round(float(nonskip_term(jnp.full((14, 8), 0.5), Space())), 6)
@@ -64,13 +82,13 @@ def nonskip_term(
 
 
 def path_depth_term(
-    probabilities: jax.Array,
+    probabilities: Float[AnyArray, "E O"],
     space: Space,
-    mask: jax.Array | None = None,
+    mask: Bool[AnyArray, "E O"] | None = None,
     *,
     kind: str = "normal",
     reduction: str = "sum",
-) -> jax.Array:
+) -> Float[jax.Array, ""]:
     """L_path = prod over the path edges of the sum (or mean) over their convolutions of P   (eq. 8), float32 scalar.
 
     A path edge that allows no convolution makes the product 0, as the empty sum of eq. 8 does. With a mask, as in the

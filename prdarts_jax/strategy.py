@@ -7,22 +7,25 @@ compiled step, checkpoints, plots and reports know methods through this contract
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
 
 from prdarts_jax.bilevel import Rule, alternating
 from prdarts_jax.errors import UserError
-from prdarts_jax.gates import Gates
+from prdarts_jax.gates import AnyArray, Gates
 from prdarts_jax.space.derive import derive_pairs
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import Space
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 Arch = Any  # the architecture parameters, a pytree
 Memory = Any  # what a method keeps beside them, a pytree of arrays
 Numbers = Mapping[str, Any]  # numbers that change between epochs, as scalars: they enter the compiled step as arrays
-Tables: TypeAlias = Mapping[str, Any]  # {"normal", "reduce"} -> [E,O]
+Tables: TypeAlias = Mapping[str, AnyArray]  # {"normal", "reduce"} -> [E,O]
 
 ROLES = ("weights", "arch", "eval")  # for whose step gates are sampled; "eval": no randomness
 
@@ -130,8 +133,8 @@ Event: TypeAlias = Continue | Stop | Restage | Rollback
 
 
 def cross_entropy_alone(
-    ce: jax.Array, arch: Arch, gates: Gates, memory: Memory, numbers: Numbers
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ce: Float[jax.Array, ""], arch: Arch, gates: Gates, memory: Memory, numbers: Numbers
+) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
     """The objective of a method without penalties: (ce, no terms)."""
     del arch, gates, memory, numbers
     return ce, {}

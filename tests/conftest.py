@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import inspect
 import os
 import shutil
 import socket
@@ -25,10 +27,30 @@ if not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))
     os.environ.setdefault("PRDARTS_CPU_KERNELS", "off")  # or every command would say on stderr that there are none
 
 import jax
+import jaxtyping
 import pytest
+from beartype import BeartypeConf, beartype
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Rooms, the lower floors first, whose public functions say shapes and dtypes of their arrays: here these are checked at
+# every call and every tracing. Modules that import them later get the checked ones. The library itself does not import
+# jaxtyping, so that it runs where that is not installed; its names are put where the signatures are looked up.
+TYPED = ("gates", "space.derive", "space.supernet", "regularizers", "network.layers", "strategy")
+
+
+def _check_shapes() -> None:
+    checker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as everywhere in Python
+    names = {name: getattr(jaxtyping, name) for name in ("Bool", "Float", "Int", "PRNGKeyArray", "Real")}
+    for module in (importlib.import_module(f"prdarts_jax.{name}") for name in TYPED):
+        vars(module).update(names)
+        for name, value in list(vars(module).items()):
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+                setattr(module, name, jaxtyping.jaxtyped(value, typechecker=checker))
+
+
+_check_shapes()
 
 # A quarter of the compile time, and that is most of the time of the quick tests, whose programs run a few times on tiny
 # arrays. The long tests compile as users do.

@@ -5,6 +5,7 @@ JAX is imported by the commands that compute, never by `--help`.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import signal
@@ -14,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import prdarts_jax
 from prdarts_jax.cli import check as cli_check
+from prdarts_jax.cli import completion, show
 from prdarts_jax.cli import export as cli_export
 from prdarts_jax.cli import search as cli_search
-from prdarts_jax.cli import show
 from prdarts_jax.cli import train as cli_train
+from prdarts_jax.cli.flags import Argument, FixedCommand, command
 from prdarts_jax.devices import launch
 from prdarts_jax.errors import RunError, UserError, unknown, warn
 from prdarts_jax.run.output import steady
@@ -85,6 +87,20 @@ def _dispatch(words: list[str]) -> int:
     return _COMMANDS[name][0](rest)
 
 
+@command(
+    "completion",
+    "The script by which a shell completes commands, flags and names.",
+    Argument("shell", metavar="SHELL", choices=completion.SHELLS, help=" | ".join(completion.SHELLS)),
+)
+def _completion(args: argparse.Namespace) -> int:
+    arguments = {"search": completion.flags(cli_search.SEARCH), "train": completion.flags(cli_train.TRAIN)}
+    fixed = {name: of.arguments for name, (of, _) in _COMMANDS.items() if isinstance(of, FixedCommand)}
+    summaries = {name: summary for name, (_, summary) in _COMMANDS.items()}
+    known = arguments | fixed
+    print(completion.script(args.shell, {name: (summary, known.get(name, ())) for name, summary in summaries.items()}))
+    return 0
+
+
 _RUNS = ("search", "train")  # what they are for is in the workdir, and their status is that of the run
 _COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "search": (cli_search.search, "search a cell; the same command again resumes"),
@@ -98,4 +114,5 @@ _COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "export": (cli_export.export_command, "take a trained network away: StableHLO or safetensors"),
     "import-torch": (cli_export.import_command, "a workdir from a PyTorch checkpoint of the DARTS family"),
     "data": (show.data, "prepare a data set from its official archive"),
+    "completion": (_completion, "a script for bash or zsh that completes command lines"),
 }

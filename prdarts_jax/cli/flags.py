@@ -49,9 +49,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+@dataclass(frozen=True)
+class FixedCommand:
+    """A command whose words are a fixed list of arguments: called with the words that follow its name."""
+
+    name: str
+    description: str
+    arguments: Sequence[Argument]
+    function: Callable[[argparse.Namespace], int]
+
+    def __call__(self, words: Sequence[str]) -> int:
+        """Parses the words and does what the command does; the exit status."""
+        return self.function(Parser(self.name, self.arguments, description=self.description).parse_args(words))
+
+
 def command(
     name: str, description: str, *arguments: Argument
-) -> Callable[[Callable[[argparse.Namespace], int]], Callable[[Sequence[str]], int]]:
+) -> Callable[[Callable[[argparse.Namespace], int]], FixedCommand]:
     """Makes a command of a function of parsed arguments: a function of the words that follow the command's name.
 
     >>> @command("twice", "A number, twice.", Argument("number", type=int))
@@ -60,15 +74,7 @@ def command(
     >>> twice(["21"])
     42
     """
-
-    def of_words(function: Callable[[argparse.Namespace], int]) -> Callable[[Sequence[str]], int]:
-        @functools.wraps(function)
-        def run(words: Sequence[str]) -> int:
-            return function(Parser(name, arguments, description=description).parse_args(words))
-
-        return run
-
-    return of_words
+    return functools.partial(FixedCommand, name, description, arguments)
 
 
 def no_flag(name: str, known: Iterable[str], command_line: str) -> UserError:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from prdarts_jax.ops.depthwise import depthwise_conv_reference, wide_dtype
 from prdarts_jax.ops.layer_set import LayerSet, Norm, composed_pointwise, composed_separable
 from prdarts_jax.ops.layers import Weight, conv, factorized_reduce, linear, pointwise
 from prdarts_jax.ops.primitives import Params, Primitive
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 BN_MOMENTUM = 0.1  # torch's: the weight of the new statistic
 AUX_POOL = 5  # pixels of the auxiliary head's average
@@ -118,7 +121,7 @@ def preprocess(channels_in: int, channels: int, reduces: bool) -> Layer:
     return Layer(channels_in, {name: Weight((channels_in, c), channels_in) for name, c in widths.items()}, apply)
 
 
-def widened(x: jax.Array, width: int, halves: bool) -> jax.Array:
+def widened(x: Float[jax.Array, "B H W C"], width: int, halves: bool) -> Float[jax.Array, "B _ _ {width}"]:
     """The input of a preprocessing for its form as one 1x1 convolution of `width` inputs (`dense_preprocess`).
 
     A FactorizedReduce (`halves`) is a 1x1 convolution of the even pixels and the odd pixels side by side.
@@ -200,14 +203,14 @@ def _linear(params: Params, x: jax.Array) -> jax.Array:
 
 
 def batch_norm(
-    x: jax.Array,
+    x: Float[jax.Array, "B H W C"],
     affine: Params,
     running: Params,
     *,
     train: bool,
     axis_name: str | None = None,
     own_kernels: bool = True,
-) -> tuple[jax.Array, Params]:
+) -> tuple[Float[jax.Array, "B H W C"], Params]:
     """Affine batch normalisation with running statistics, torch's convention.
 
         train:  y = scale (x - m) / sqrt(v + 1e-5) + bias        m, v: mean and biased variance of the batch

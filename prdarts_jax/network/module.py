@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -38,6 +38,9 @@ from prdarts_jax.ops.layers import draw
 from prdarts_jax.ops.primitives import PRIMITIVES, Params, Primitive
 from prdarts_jax.ops.separable import WORTH_KEEPING, Affine, Unit, pointwise_unit, separable_units
 from prdarts_jax.space.genotype import Genotype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 __all__ = ["DerivedNetwork", "Profile", "drop_path", "drop_path_draws", "profile"]
 
@@ -253,12 +256,12 @@ class DerivedNetwork(nn.Module):
     @nn.compact
     def __call__(
         self,
-        images: jax.Array,
+        images: Float[jax.Array, "B H W C"],
         *,
         train: bool = False,
-        drop_path: jax.Array | float | None = None,
-        positions: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+        drop_path: Float[jax.Array, ""] | float | None = None,
+        positions: Int[jax.Array, "#B"] | None = None,
+    ) -> tuple[Float[jax.Array, "B {self.classes}"], Float[jax.Array, "B {self.classes}"] | None]:
         """Logits of normalised images.
 
         Args:

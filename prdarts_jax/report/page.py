@@ -11,27 +11,26 @@ import html
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
 import numpy as np
 
 from prdarts_jax.errors import UserError, brief, warn
+from prdarts_jax.pictures.cell_layout import state_name
+from prdarts_jax.pictures.figure import with_own_ids
 from prdarts_jax.report import plots
 from prdarts_jax.report.data import Run, grouped, number, population, read
 from prdarts_jax.report.sweep import average, figures_of, label, settings, spread
+from prdarts_jax.report.theme import DARK, themed
 from prdarts_jax.run.workdir import atomic_write_text
-from prdarts_jax.space.genotype import CELLS
+from prdarts_jax.space.genotype import CELL_INPUTS, CELLS
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    Drawing = Callable[[], Figure]  # a figure that is drawn where it stands
+Drawing = Callable[[], str]  # SVG that is drawn where it stands
 
 # The figures that are compared and averaged; a run shows those it has. Accuracies are shares of 1.
 _HEADLINES = (
@@ -110,10 +109,10 @@ def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str
     failures: list[str] = []
 
     def svg(drawing: Drawing) -> str:
-        """Inline SVG whose ids are its own: on one page, matplotlib's would repeat from figure to figure."""
-        own_ids = rf"\g<1>f{next(figure_numbers)}-"
+        """Inline SVG whose ids are its own and whose colours are those of the page."""
+        prefix = f"f{next(figure_numbers)}-"
         try:
-            return re.sub(r'(\bid="|url\(#|href="#)', own_ids, plots.to_svg(drawing()))
+            return themed(with_own_ids(drawing(), prefix))
         except Exception as error:  # one picture is not the page
             failures.append(f"{type(error).__name__}: {brief(error)}")
             return f'<p class="note">This picture could not be drawn ({html.escape(failures[-1])}).</p>'
@@ -133,13 +132,14 @@ def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str
         "spread": spread,
         "svg": svg,
     }
-    groups = grouped(runs, lambda run: run.group)
+    lettered = {_letter(i): group for i, group in enumerate(grouped(runs, lambda run: run.group))}
     by_setting = settings(runs, swept) if swept else []
     probabilities = [run.history(cell)[1].ravel() for run in runs for cell in CELLS]
     page = pages.get_template("page.html.jinja").render(
         title=f"{runs[0].path.name}: {runs[0].kind}" if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
-        groups={_letter(i): group for i, group in enumerate(groups)},
+        groups=lettered,
+        averaged={name: seeds for name, group in lettered.items() if len(seeds := _to_average(group)) > 1},
         settings=by_setting,
         sweep_figures=figures_of(by_setting),
         headlines=[f for f in _HEADLINES if any(number(run.last.get(f)) is not None for run in runs)],
@@ -148,14 +148,35 @@ def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str
         cells=CELLS,
         limits=plots.value_range(np.concatenate(probabilities)),  # one colour scale: runs can be compared
         average=average,
-        cell_diagram=functools.partial(functools.partial, plots.cell_diagram),
+        cell_diagram=_cell_diagram,
+        dark=DARK,
         heatmaps=_heatmaps,
         panels=_panels,
+        parts=_parts,
         test_error=_test_error,
     )
     if failures:
         warn(f"{len(failures)} pictures of the report could not be drawn: {failures[0]}")
     return page
+
+
+def _to_average(group: Sequence[Run]) -> list[Run]:
+    return [run for run in group if run.finished and run.epochs]
+
+
+def _parts(run: Run) -> dict[str, str]:
+    """What a run's card shows: the id of a part, without the number of the run -> its heading."""
+    whole = run.finished or run.kind == "train"
+    parts = {
+        "cells": ("Cells" if whole else "Cells of the last epoch", run.genotype),
+        "curves": ("Curves", run.epochs),
+        **{cell: (f"P, {cell} cell", run.history(cell)[0]) for cell in CELLS},
+        "events": ("Stages and steps back", run.events),
+        "figures": ("Final figures", run.figures),
+        "config-of": ("Config", True),
+        "versions": ("Versions and devices", True),
+    }
+    return {part: heading for part, (heading, shown) in parts.items() if shown}
 
 
 def _letter(i: int) -> str:
@@ -188,6 +209,26 @@ def _test_error(runs: Sequence[Run]) -> tuple[str, list[str]] | None:
     return last, [f"{100 * (1 - accuracy):.2f} %" for accuracy in best]
 
 
+def _drawing(draw: Callable[..., Any], *args: Any, hover: Mapping[str, str] | None = None, **options: Any) -> Drawing:
+    """A picture of plots.py that is drawn later."""
+    return lambda: plots.to_svg(draw(*args, **options), hover=hover)
+
+
+def _cell_diagram(run: Run, cell: str) -> Drawing:
+    """A cell of a run; the pointer on an operation shows its P after the last epoch."""
+    hover: dict[str, str] = {}
+    epochs, history = run.history(cell)
+    for node, pairs in enumerate(run.genotype.cell(cell)[0] if run.genotype else ()):
+        for k, (op, source) in enumerate(pairs):
+            text = f"{op} from {state_name(source).strip('$')} to node {node}"
+            edge = [source, node + CELL_INPUTS]
+            if epochs and edge in run.edges and op in run.ops:
+                p = history[-1, list(run.edges).index(edge), list(run.ops).index(op)]
+                text += f": P = {p:.3f} after epoch {epochs[-1] + 1}"
+            hover |= {f"{part}-{node}-{k}-{op}-{source}": text for part in ("pair", "box")}
+    return _drawing(plots.cell_diagram, run.genotype, cell, title=f"{cell} cell", hover=hover)
+
+
 def _panels(runs: Sequence[Run]) -> Iterator[Drawing]:
     """The curves of one run, or their mean and standard deviation over several."""
     for title, ylabel, patterns in _PANELS:
@@ -195,11 +236,11 @@ def _panels(runs: Sequence[Run]) -> Iterator[Drawing]:
         if len(runs) == 1:
             lines = {name: points for name, (points,) in curves.items() if points}
             if lines:
-                yield functools.partial(plots.curves, lines, ylabel, title=title, log=title == _NORMS)
+                yield _drawing(plots.curves, lines, ylabel, title=title, log=title == _NORMS)
         else:
             bands = {name: band for name, curve in curves.items() if (band := plots.mean_and_std(curve))}
             if bands:
-                yield functools.partial(plots.curves, {}, ylabel, title=title, bands=bands)
+                yield _drawing(plots.curves, {}, ylabel, title=title, bands=bands)
 
 
 def _fields(patterns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -215,7 +256,7 @@ def _heatmaps(run: Run, cell: str, limits: tuple[float, float]) -> Iterator[tupl
         return
     relative = history - np.nanmean(history, axis=(1, 2), keepdims=True)
     widest = float(np.nanmax(np.abs(relative), initial=0.0)) or 1.0
-    draw = functools.partial(functools.partial, plots.probability_heatmap, edges=run.edges, ops=run.ops, epochs=epochs)
+    draw = functools.partial(_drawing, plots.probability_heatmap, edges=run.edges, ops=run.ops, epochs=epochs)
     yield (
         draw(history, limits=limits),
         draw(relative, limits=(-widest, widest), label="P - mean", colours="PuOr_r"),

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ from prdarts_jax.searching.inputs import SearchInputs
 from prdarts_jax.searching.own_code import ARCH, METHOD, WEIGHTS, check_strategy
 from prdarts_jax.searching.probe import NetworkProbe
 from prdarts_jax.searching.program import Orders, SearchCarry, SearchPrograms, abstract_carry
+from prdarts_jax.searching.result import SearchResult
 from prdarts_jax.searching.stages import (
     Stage,
     changed_fields,
@@ -69,26 +70,6 @@ _OWN = (
     "report.html",
     "config.json",
 )
-
-
-class SearchResult(NamedTuple):
-    """How a search ended.
-
-    Attributes:
-      status: "finished" | "already-finished" | "interrupted" | "time-limit".
-      genotype: the result, or None if the search is not finished.
-      workdir: where everything lies.
-      report: path of report.html, or None.
-      metrics: the last epoch's row.
-      signum: the signal that interrupted it.
-    """
-
-    status: str
-    genotype: Genotype | None
-    workdir: Path
-    report: Path | None = None
-    metrics: Mapping[str, Any] = {}
-    signum: int | None = None
 
 
 def search(

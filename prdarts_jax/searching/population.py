@@ -66,6 +66,19 @@ class PopulationResult(NamedTuple):
     report: Path | None = None
     signum: int | None = None
 
+    def _repr_html_(self) -> str:
+        from prdarts_jax.report.notebook import result_html, table
+
+        ended = [(name, member.status, _accuracy(member)) for name, member in self.members.items()]
+        failed = [(name, "failed", why) for name, why in self.failures.items()]
+        title = f"Population: {self.status} ({self.workdir.name})"
+        return result_html(title, {}, report=self.report) + table([*ended, *failed])
+
+
+def _accuracy(result: SearchResult) -> str:
+    accuracy = result.metrics.get("val_accuracy")
+    return "" if accuracy is None else f"{accuracy:.4g}"
+
 
 class _Prepared(NamedTuple):
     """A member, ready to be started."""

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
+from prdarts_jax.gates import AnyArray
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, PRNGKeyArray, Real
 
-def init_normal(key: jax.Array, space: Space, scale: float) -> dict[str, jax.Array]:
+
+def init_normal(key: PRNGKeyArray, space: Space, scale: float) -> dict[str, Float[jax.Array, "E O"]]:
     """{"normal", "reduce"} -> scale * N(0,1), float32[E,O]: the usual start of architecture parameters."""
     shape = (space.num_edges, space.num_ops)
     return {kind: scale * jax.random.normal(jax.random.fold_in(key, i), shape) for i, kind in enumerate(CELL_TYPES)}
 
 
 def derive_pairs(
-    scores: Mapping[str, np.ndarray],
+    scores: Mapping[str, Real[AnyArray, "E O"]],
     space: Space,
     *,
     distinct_inputs: bool = True,
@@ -69,7 +74,7 @@ def derive_pairs(
 
 
 def derive_edges(
-    scores: Mapping[str, np.ndarray],
+    scores: Mapping[str, Real[AnyArray, "E O"]],
     space: Space,
     *,
     per_edge: int = 1,

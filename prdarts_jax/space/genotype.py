@@ -202,6 +202,16 @@ class Genotype:
         """
         return json.dumps({"schema_version": SCHEMA_VERSION} | {f: getattr(self, f) for f in _FIELDS}, indent=indent)
 
+    def _repr_svg_(self) -> str:
+        """Both cells as a notebook shows them.
+
+        >>> Genotype.named("PRDARTS")._repr_svg_().count("skip_connect</text>")
+        1
+        """
+        from prdarts_jax.pictures import cell
+
+        return cell.svg({name: self.cell(name) for name in CELLS})
+
     def cell(self, cell: str = "normal") -> tuple[Cell, tuple[int, ...]]:
         """The nodes and the concat of one cell.
 

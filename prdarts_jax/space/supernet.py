@@ -7,7 +7,7 @@ Neighbouring cells that are equal share an entry of the weights, stacked on a le
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from prdarts_jax.space.cell import declare_edges, mixed_nodes
 from prdarts_jax.space.cell_reference import mixed_nodes_reference
 from prdarts_jax.space.noise import Noise, cell_noise
 from prdarts_jax.space.spec import Space
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, PRNGKeyArray
 
 Weights = dict[str, Any]
 Pair = tuple[jax.Array, jax.Array]  # outputs of the last two cells
@@ -86,7 +89,7 @@ def declare(space: Space) -> dict[str, Any]:
     return declared
 
 
-def init(key: jax.Array, space: Space) -> Weights:
+def init(key: PRNGKeyArray, space: Space) -> Weights:
     """Weights of the search network; architecture parameters are not among them.
 
     Every convolution and the linear layer: uniform in +-1/sqrt(fan_in); BN scale 1, bias 0.
@@ -182,13 +185,13 @@ def _forward(
 def apply(
     weights: Weights,
     gates: Gates,
-    images: jax.Array,
+    images: Float[jax.Array, "B H W {space.in_channels}"],
     *,
     space: Space,
     axis_name: str | None = None,
     noise: Noise | None = None,
     lowering: Lowering = ANYWHERE,
-) -> tuple[jax.Array, dict[str, Any]]:
+) -> tuple[Float[jax.Array, "B {space.classes}"], dict[str, Any]]:
     """Logits of the search network under sampled gates; only the executed operations are computed.
 
     Args:
@@ -216,12 +219,12 @@ def apply(
 def apply_reference(
     weights: Weights,
     gates: Gates,
-    images: jax.Array,
+    images: Float[jax.Array, "B H W {space.in_channels}"],
     *,
     space: Space,
     axis_name: str | None = None,
     noise: Noise | None = None,
-) -> tuple[jax.Array, dict[str, Any]]:
+) -> tuple[Float[jax.Array, "B {space.classes}"], dict[str, Any]]:
     """The same logits from all operations (masked by the gates) with plain autodiff: any order and mode of derivative.
 
     Slow to compile (every operation of every edge is unrolled): for tests and for exact second order on small spaces.

@@ -75,6 +75,11 @@ class Evaluation:
         }
         return row | ({"ema": _plain(self.ema)} if self.ema else {})
 
+    def _repr_html_(self) -> str:
+        from prdarts_jax.report.notebook import result_html
+
+        return result_html(f"Evaluation: {self.images} images of {self.source}", dataclasses.asdict(self.figures))
+
 
 def _plain(figures: Figures) -> dict[str, Any]:
     row = dataclasses.asdict(figures)

@@ -78,6 +78,11 @@ class TrainResult(NamedTuple):
     report: Path | None = None
     signum: int | None = None
 
+    def _repr_html_(self) -> str:
+        from prdarts_jax.report.notebook import result_html
+
+        return result_html(f"Training: {self.status} ({self.workdir.name})", self.metrics, report=self.report)
+
 
 class SeedsResult(NamedTuple):
     """How the trainings of several seeds ended.
@@ -95,6 +100,11 @@ class SeedsResult(NamedTuple):
     metrics: Mapping[str, float] = {}
     report: Path | None = None
     signum: int | None = None
+
+    def _repr_html_(self) -> str:
+        from prdarts_jax.report.notebook import result_html
+
+        return result_html(f"Trainings of {len(self.runs)} seeds: {self.status}", self.metrics, report=self.report)
 
 
 def train(

@@ -17,8 +17,9 @@ from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.transforms import Bbox
 
 from prdarts_jax.errors import UserError
+from prdarts_jax.pictures.cell_layout import _spread, lay_out
+from prdarts_jax.pictures.figure import stacked
 from prdarts_jax.report import plots
-from prdarts_jax.report.cell_layout import _spread, lay_out
 from prdarts_jax.space.genotype import CELLS, Genotype, names
 
 USER_CELL = Genotype(
@@ -221,3 +222,20 @@ def test_files_are_deterministic_and_safe(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"allowed: .png \| .svg"):
         plots.save(plots.curves({}, "y"), tmp_path / "x.pdf")
     assert not (tmp_path / "x.pdf").exists()
+
+
+def test_a_genotype_shows_both_cells_below_each_other() -> None:
+    """The heights add up, every pair of both cells is there, and no id twice."""
+    genotype = Genotype.named("PRDARTS")
+    root = ET.fromstring(genotype._repr_svg_())
+    inner = [child for child in root if child.tag.endswith("svg")]
+    assert [float(part.get("y", 0)) for part in inner] == [0, float(inner[0].get("height", 0))]
+    size = [float(root.get(side, "").removesuffix("pt")) for side in ("width", "height")]
+    assert size[1] == pytest.approx(sum(float(part.get("height", 0)) for part in inner), abs=0.01)
+    assert size[0] == max(float(part.get("width", 0)) for part in inner)
+    for part, cell in zip(inner, CELLS, strict=True):
+        names = [group.get("id", "").split("-")[-2] for group in part.iter() if "-pair-" in group.get("id", "")]
+        assert sorted(names) == sorted(op for pairs in genotype.cell(cell)[0] for op, _ in pairs)
+    ids = [element.get("id") for element in root.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    assert stacked([plots.to_svg(plots.cell_diagram(genotype))]).count("<svg") == 2

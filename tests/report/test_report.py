@@ -170,6 +170,75 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert "@import" not in page.source
 
 
+def test_every_part_is_in_the_contents(tmp_path: Path) -> None:
+    """And every heading of a run can be linked to; one page of one run, one of two."""
+    one = report([workdir(tmp_path / "a")])
+    page = Page(one)
+    links = [value[1:] for name, value in page.attributes if name == "href" and value.startswith("#")]
+    headings = re.findall(r'<(?:h2|h3|details) id="([^"]+)"', page.source)
+    assert headings == [
+        *("summary", "runs", "cells-1", "curves-1", "normal-1", "reduce-1"),
+        *("figures-1", "config-of-1", "versions-1"),
+    ]
+    assert set(headings) <= set(links)
+    two = Page(report([tmp_path / "a", workdir(tmp_path / "b", seed=1, done=False)], tmp_path / "two.html"))
+    links = [value for name, value in two.attributes if name == "href"]
+    assert {"#differences", "#run-1", "#run-2", "#cells-2", "#curves-2"} <= set(links)
+    assert "Cells of the last epoch" in two.source.partition("</nav>")[0]
+
+
+def test_the_pointer_on_an_operation_shows_its_p(tmp_path: Path) -> None:
+    """The last row of probabilities.jsonl, by the edge and the operation of each pair; both the box and its name."""
+    run = workdir(tmp_path / "run")
+    cell = [[("skip_connect", 0), ("sep_conv_3x3", 1)]]
+    (run / "genotype.json").write_text(Genotype(cell, [2], cell, [2]).to_json())
+    rows = [
+        {
+            "epoch": e,
+            "normal": [[0.1, 0.2 + e, 0.3], [0.4, 0.5, 0.25 * e]],
+            "reduce": [[0.0, 0.9, 0.0], [0.0, 0.0, 0.7]],
+        }
+        for e in range(3)
+    ]
+    jsonl(run / "probabilities.jsonl", rows)
+    source = report([run]).read_text()
+    titles = re.findall(r'<g id="f\d+-(pair|box)-0-(\d)-\w+-\d">\s*<title>([^<]*)</title>', source)
+    said = [
+        "skip_connect from c_{k-2} to node 0: P = {} after epoch 3",
+        "sep_conv_3x3 from c_{k-1} to node 0: P = {} after epoch 3",
+    ]
+    wanted = [
+        said[0].replace("{}", "2.200"),
+        said[1].replace("{}", "0.500"),
+        said[0].replace("{}", "0.900"),
+        said[1].replace("{}", "0.700"),
+    ]
+    for part in ("pair", "box"):
+        assert [text for kind, _, text in titles if kind == part] == wanted
+
+
+def test_a_dark_screen_has_other_colours(tmp_path: Path) -> None:
+    """Every colour that a picture takes from the page is given for a dark one; ink and ground differ on both."""
+    source = report([workdir(tmp_path / "run")]).read_text()
+    dark = source.partition("@media screen and (prefers-color-scheme: dark) { :root {\n")[2].partition("}")[0]
+    given = dict(re.findall(r"--(\w+): (#\w{6})", dark))
+    used = set(re.findall(r"var\(--([0-9a-f]{6}), #\1\)", source))
+    assert used and used <= set(given)
+    assert {"ffffff", "000000"} <= used
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one: str, other: str) -> float:
+        bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
+        return (bright + 0.05) / (dim + 0.05)
+
+    for ink in ("000000", "222222", *(colour[1:].lower() for colour in plots.FAMILY_COLOURS.values())):
+        assert contrast(given[ink], given["ffffff"]) > 4.5, ink  # WCAG 2.1, 1.4.3
+
+
 def test_mean_and_standard_deviation_over_seeds(tmp_path: Path) -> None:
     runs = [workdir(tmp_path / f"s{s}", seed=s, full=False) for s in range(3)]
     other = workdir(tmp_path / "other", full=False, method={"strategy": "darts", "options": {}})

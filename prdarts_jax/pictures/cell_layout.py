@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prdarts_jax.space.genotype import CELL_INPUTS
-
+INPUTS = ("$c_{k-2}$", "$c_{k-1}$")  # the states that a cell is given: the first two
 _BOX = 0.25  # height of an op's label
 _ROW_GAP = 0.11  # between two boxes of a column
 _LANE_GAP = 0.2  # between a lane and its neighbour
@@ -91,17 +90,17 @@ def state_name(state: int) -> str:
     >>> state_name(0), state_name(2)
     ('$c_{k-2}$', '0')
     """
-    return ("$c_{k-2}$", "$c_{k-1}$")[state] if state < CELL_INPUTS else str(state - CELL_INPUTS)
+    return INPUTS[state] if state < len(INPUTS) else str(state - len(INPUTS))
 
 
 def _layered(
     nodes: Sequence[Sequence[tuple[str, int]]], concat: Sequence[int], label_width: Callable[[str], float]
 ) -> Layout:
-    level = [0] * CELL_INPUTS
+    level = [0] * len(INPUTS)
     for pairs in nodes:
         level.append(1 + max((level[source] for _, source in pairs), default=0))
     last = 2 * max(level) + 1
-    empty = [False] * CELL_INPUTS + [not pairs for pairs in nodes]
+    empty = [False] * len(INPUTS) + [not pairs for pairs in nodes]
     boxes = [
         *(Box("state", 2 * lv, state_name(i), f"state-{i}", empty[i], *_STATE) for i, lv in enumerate(level)),
         Box("state", last, "$c_k$", "output", False, *_STATE),
@@ -116,10 +115,10 @@ def _layered(
     def lanes(source: int, stop: int) -> list[Box]:
         return [Box("lane", column) for column in range(2 * level[source] + 1, stop)]
 
-    for state, pairs in enumerate(nodes, start=CELL_INPUTS):
+    for state, pairs in enumerate(nodes, start=len(INPUTS)):
         column = 2 * level[state] - 1
         for k, (op, source) in enumerate(pairs):
-            gid = f"pair-{state - CELL_INPUTS}-{k}-{op}-{source}"
+            gid = f"pair-{state - len(INPUTS)}-{k}-{op}-{source}"
             [label] = add(Box("op", column, op, gid, op == "none", label_width(op), _BOX))
             lines.append(Line([source, *add(*lanes(source, column)), label, state], op, faint=op == "none"))
     for state in concat:
