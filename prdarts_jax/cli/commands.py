@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import prdarts_jax
 from prdarts_jax.cli import export as cli_export
+from prdarts_jax.cli import pipeline as cli_pipeline
 from prdarts_jax.cli import search as cli_search
 from prdarts_jax.cli import show
 from prdarts_jax.cli import train as cli_train
@@ -84,10 +85,11 @@ def _dispatch(words: list[str]) -> int:
     return _COMMANDS[name][0](rest)
 
 
-_RUNS = ("search", "train")  # what they are for is in the workdir, and their status is that of the run
+_RUNS = ("search", "train", "pipeline")  # what they are for is in the workdir, and their status is that of the run
 _COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "search": (cli_search.search, "search a cell; the same command again resumes"),
     "train": (cli_train.train, "train a genotype from scratch; the same command again resumes"),
+    "pipeline": (cli_pipeline.pipeline, "search, choose, train and test over seeds; the same command again goes on"),
     "evaluate": (cli_train.evaluate, "how good a trained network is: accuracy, classes, calibration"),
     "derive": (show.derive, "the genotype of a search, as JSON"),
     "report": (show.report, "one self-contained HTML report of one or several searches"),

@@ -104,10 +104,9 @@ def report(workdirs: Sequence[str | Path], out: str | Path | None = None) -> Pat
     return target
 
 
-def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str:
-    """The page; runs are linked, from a page in the folder `linked`, or shown in full."""
+def templates(failures: list[str]) -> jinja2.Environment:
+    """The templates of this folder with their filters; what cannot be drawn on a page is added to `failures`."""
     figure_numbers = itertools.count()
-    failures: list[str] = []
 
     def svg(drawing: Drawing) -> str:
         """Inline SVG whose ids are its own: on one page, matplotlib's would repeat from figure to figure."""
@@ -133,6 +132,13 @@ def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str
         "spread": spread,
         "svg": svg,
     }
+    return pages
+
+
+def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str:
+    """The page; runs are linked, from a page in the folder `linked`, or shown in full."""
+    failures: list[str] = []
+    pages = templates(failures)
     groups = grouped(runs, lambda run: run.group)
     by_setting = settings(runs, swept) if swept else []
     probabilities = [run.history(cell)[1].ravel() for run in runs for cell in CELLS]
