@@ -1,7 +1,8 @@
-"""The protocol: its stages are ordinary runs, no test image chooses a cell, and it goes on in whatever stage it ended."""
+"""The protocol: stages are ordinary runs, no test image chooses a cell, and it goes on in whatever stage it ended."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -172,7 +173,7 @@ def test_best_first_by_brute_force() -> None:
         rows = {f"seed={i}": {"accuracy": rng.integers(3) / 2, "loss": rng.integers(2) / 2} for i in range(4)}
         ranking = protocol.best_first(rows)
         assert sorted(ranking) == sorted(rows)
-        for first, second in zip(ranking, ranking[1:], strict=False):
+        for first, second in itertools.pairwise(ranking):
             (a, la), (b, lb) = ((rows[n]["accuracy"], rows[n]["loss"]) for n in (first, second))
             assert a > b or (a == b and (la < lb or (la == lb and first < second)))
 
@@ -381,7 +382,10 @@ def test_presets_are_those_of_search_and_training(name: str) -> None:
         ({"train_seeds": (2**32,)}, "train_seeds: (4294967296,) is not possible; allowed: seeds in 0..4294967295"),
         ({"holdout": 0}, "short.data.holdout: 0.0 is not possible; allowed: > 0"),
         ({"holdout": 1.5}, "data.holdout: 1.5 is not possible"),
-        ({"search.data.holdout": 0.3}, "short.data.holdout: 28.0 is not possible; allowed: that of search.data.holdout"),
+        (
+            {"search.data.holdout": 0.3},
+            "short.data.holdout: 28.0 is not possible; allowed: that of search.data.holdout",
+        ),
         ({"short.evaluate_every": 1}, "short.evaluate_every: 1 is not possible; allowed: 0: no cell is chosen by"),
         ({"full.evaluate_every": 0}, "full.evaluate_every: 0 is not possible; allowed: >= 1"),
         ({"full.data.source": "npz:x.npz"}, "full.data.source: 'npz:x.npz' is not possible; allowed: that of the"),

@@ -27,14 +27,13 @@ PIPELINE = Command(
     own=(
         Argument("--preset", metavar="NAME", default="paper", help=" | ".join(presets.PRESETS) + " (default: paper)"),
         Argument("--data", metavar="SOURCE", help="of all stages: digits | tfds:NAME | npz:FILE | folder:DIR"),
-        Argument(
-            "--holdout", metavar="SHARE", help="training images by which a cell is chosen: a share, or how many"
-        ),
+        Argument("--holdout", metavar="SHARE", help="training images by which a cell is chosen: a share, or how many"),
         *runs.OWN,
     ),
-    intro="usage: prdarts pipeline [--preset NAME] [--search.FIELD VALUE] [--short.FIELD VALUE] [--full.FIELD VALUE]\n\n"
-    "Searches with several seeds, trains each cell for a while, chooses one by its accuracy on held-out images, trains\n"
-    "it in full with several seeds and tests it. The same command again goes on. Seeds are A..B or A,B,C.",
+    intro="usage: prdarts pipeline [--preset NAME] [--search.FIELD VALUE ...] [--short.FIELD VALUE ...]\n"
+    "                        [--full.FIELD VALUE ...]\n\n"
+    "Searches with several seeds, trains each cell for a while, chooses one by its accuracy on held-out images,\n"
+    "trains it in full with several seeds and tests it. The same command again goes on. Seeds are A..B or A,B,C.",
     presets=presets.PRESETS,
 )
 

@@ -17,7 +17,11 @@ HOLDOUT = 0.1  # of the training images, unless a preset or a flag says otherwis
 _SAME = ("source", "holdout", "holdout_seed")  # of the data of search and short training
 # What the protocol sets for each stage: field -> where it is said instead.
 _COMMON = {name: name for name in ("run.workdir", "run.overwrite", "run.time_limit")}
-_ELSEWHERE = {"search": {**_COMMON, "seed": "search_seeds"}, "short": _COMMON, "full": {**_COMMON, "seed": "train_seeds"}}
+_ELSEWHERE = {
+    "search": {**_COMMON, "seed": "search_seeds"},
+    "short": _COMMON,
+    "full": {**_COMMON, "seed": "train_seeds"},
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,11 @@ class PipelineConfig:
         for name in _SAME:
             value, other = getattr(short, name), getattr(search, name)
             require(value == other, f"short.data.{name}", value, f"that of search.data.{name} ({other!r})")
-        require(full.source == search.source, "full.data.source", full.source, f"that of the search ({search.source!r})")
+        require(
+            full.source == search.source, "full.data.source", full.source, f"that of the search ({search.source!r})"
+        )
         allowed = "> 0: the images by which a cell is chosen"
         require(short.holdout > 0, "short.data.holdout", short.holdout, allowed)
         every = self.short.evaluate_every
         require(every == 0, "short.evaluate_every", every, "0: no cell is chosen by its test images")
         require(self.full.evaluate_every > 0, "full.evaluate_every", self.full.evaluate_every, ">= 1")
-

@@ -61,7 +61,10 @@ def absolute(config: Any) -> Any:
 
     found: dict[str, str] = {}
     for field, _, _ in schema.fields(type(config)):
-        name, value = ".".join(field.split(".")[-2:]), schema.get(config, field)  # of a part of a config as of a whole one
+        name, value = (
+            ".".join(field.split(".")[-2:]),
+            schema.get(config, field),
+        )  # of a part of a config as of a whole one
         head, colon, rest = value.partition(":") if name == _SOURCE else (value, "", "")
         if name in (*_FOLDERS, *_FILES):
             found[field] = whole(value, field)

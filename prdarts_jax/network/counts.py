@@ -81,9 +81,11 @@ def profile(
     if dataset not in SCALES:
         raise unknown("dataset", dataset, SCALES)
     scale = SCALES[dataset]
-    changes = {name: value for name, value in (("channels", channels), ("cells", cells)) if value is not None}
+    scale = scale._replace(
+        channels=scale.channels if channels is None else channels, cells=scale.cells if cells is None else cells
+    )
     image = (scale.pixels, scale.pixels, 3)
-    return profile_at(genotype, scale._replace(**changes), image, auxiliary_second_norm=auxiliary_second_norm)
+    return profile_at(genotype, scale, image, auxiliary_second_norm=auxiliary_second_norm)
 
 
 def profile_at(

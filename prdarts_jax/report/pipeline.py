@@ -1,4 +1,4 @@
-"""The page and the figures of a pipeline: its searches, the choice, the full trainings, and what each stage has cost."""
+"""The page and the figures of a pipeline: searches, choice, full trainings, and what each stage has cost."""
 
 from __future__ import annotations
 
@@ -214,7 +214,9 @@ def write(workdir: str | Path, out: str | Path | None = None) -> Path:
         title=f"{folder.resolve().name}: pipeline",
         found=found,
         names=STAGES,
-        figures={stage: [f for f in fields if f in found["stages"][stage]["mean"]] for stage, fields in _FIGURES.items()},
+        figures={
+            stage: [f for f in fields if f in found["stages"][stage]["mean"]] for stage, fields in _FIGURES.items()
+        },
         ranking=ranking(folder),
         finished=(folder / RESULT).is_file(),
         cells=cells,
