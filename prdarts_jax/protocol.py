@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 
 import jax
 
-from prdarts_jax.config import schema
+from prdarts_jax.config import schema, userfile
 from prdarts_jax.config.pipeline import STAGES, PipelineConfig
 from prdarts_jax.config.places import expanded
 from prdarts_jax.data.sources import Dataset
@@ -119,7 +119,8 @@ def run_pipeline(
         claim(lock, workdir, document, overwrite=config.run.overwrite, compared=compared, own=_OWN)
         notes = out if out is not None else sys.stdout
         several = inputs.problem.strategy.stage_epochs(config.search.epochs) < config.search.epochs
-        return _Pipeline(config, workdir, stop, several, strategy, {"data": data, "out": notes}).go()
+        given = {"data": data, "out": notes}
+        return _Pipeline(config, workdir, stop, several, strategy, sources or {}, given).go()
 
 
 def compared(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,6 +136,8 @@ def compared(document: Mapping[str, Any]) -> dict[str, Any]:
             for path, value in schema.computed(getattr(config, stage)).items()
             if path not in _FILES
         }
+    method = flat["search.method.strategy"]
+    flat["search.method.strategy"] = method.rpartition(":")[2] if userfile.is_path(method) else method
     return flat | {f"digest of {name}": value for name, value in document["digests"].items()}
 
 
@@ -157,10 +160,11 @@ class _Pipeline:
         stop: StopRequest,
         several_stages: bool,
         strategy: Any,
+        sources: Mapping[str, str],
         given: Mapping[str, Any],
     ) -> None:
         self.config, self.workdir, self.stop = config, workdir, stop
-        self.several_stages, self.strategy, self.given = several_stages, strategy, given
+        self.several_stages, self.strategy, self.sources, self.given = several_stages, strategy, sources, given
         self.began = time.monotonic()
         self.names = [f"seed={seed}" for seed in config.search_seeds]
 
@@ -191,6 +195,12 @@ class _Pipeline:
         chosen = self.workdir / "genotype.json"
         return PipelineResult(status, Genotype.load(chosen) if chosen.is_file() else None, self.workdir, signum=signum)
 
+    def _given(self, stage: str) -> dict[str, Any]:
+        """What every call of a stage is given beside its config."""
+        prefix = f"{stage}."
+        own = {p.removeprefix(prefix): source for p, source in self.sources.items() if p.startswith(prefix)}
+        return {**self.given, "sources": own}
+
     def _unless_left(self, result: Any) -> PipelineResult | None:
         """The end of this start, where a run was left early."""
         return self._left(result.status, result.signum) if result.status in ("interrupted", "time-limit") else None
@@ -202,7 +212,8 @@ class _Pipeline:
         if self.several_stages:  # searches side by side have one stage each
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, devices="1"))
         sweep = {"seed": self.config.search_seeds}
-        found = search_population(config, self.workdir / "search", sweep, strategy=self.strategy, **self.given)
+        given = {"strategy": self.strategy, **self._given("search")}
+        found = search_population(config, self.workdir / "search", sweep, **given)
         if found.failures:
             name, why = next(iter(found.failures.items()))
             raise RunError(f"pipeline: {name} failed: {why}; the other searches are kept")
@@ -223,7 +234,7 @@ class _Pipeline:
                 self._say(f"{name}: a cell without any operation cannot be trained, and is not chosen")
                 continue
             folder, genotype = self.workdir / "short" / name, self._genotype(name)
-            left = self._unless_left(train(self._stage("short"), genotype, folder, **self.given))
+            left = self._unless_left(train(self._stage("short"), genotype, folder, **self._given("short")))
             if left is None and self.stop:
                 left = self._left("interrupted", self.stop.signum)
             if left is not None:
@@ -253,9 +264,8 @@ class _Pipeline:
         """The chosen cell from scratch, on all training images."""
         self._say(f"stage 3 of 3: full trainings of the chosen cell with {len(self.config.train_seeds)} seeds")
         genotype = Genotype.load(self.workdir / "genotype.json")
-        return self._unless_left(
-            train_seeds(self._stage("full"), genotype, self.workdir / "full", self.config.train_seeds, **self.given)
-        )
+        seeds, given = self.config.train_seeds, self._given("full")
+        return self._unless_left(train_seeds(self._stage("full"), genotype, self.workdir / "full", seeds, **given))
 
     def _test(self) -> PipelineResult | None:
         for seed in self.config.train_seeds:

@@ -19,7 +19,8 @@ from prdarts_jax.config.search import OPS
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
 from prdarts_jax.space.spec import CELL_TYPES, Space
-from prdarts_jax.strategies import cells, composition, enas, get, pnas
+from prdarts_jax.strategies import cells, composition, enas, get, pnas, transforms
+from prdarts_jax.strategies.perturbation import select_by_perturbation
 from prdarts_jax.strategy import Continue, Strategy, View
 
 NAMES = ("random", "evolution", "enas", "pnas")
@@ -448,6 +449,20 @@ def test_steps_train_whole_cells_and_cells_of_the_size_of_now() -> None:
     drawn = np.stack([np.asarray(executed[kind])[..., 0] for kind in CELL_TYPES], axis=1)
     sizes = Counter(_size(row) for row in drawn)
     assert set(sizes) == {2, 4} and sizes[4] / 400 == pytest.approx(0.5, abs=0.1)
+
+
+def test_an_architecture_that_an_event_sets_is_completed_by_what_is_around_the_method() -> None:
+    tables = {kind: np.ones((SPACE.num_edges, SPACE.num_ops), np.float32) for kind in CELL_TYPES}
+    base = get("darts", space=SPACE)._replace(at_epoch=lambda view: Continue((), tables))
+    larger = transforms.edge_weights(base)
+    arch = jax.device_get(larger.init(jax.random.key(0)))
+    event = larger.at_epoch(_view(larger, arch, (), _Judge(_hashed), 0, 5))
+    assert isinstance(event, Continue) and event.arch == {"base": tables, "edges": arch["edges"]}
+    remembering = select_by_perturbation(base, tuning=1)  # which decides about the first edge after epoch 3 of 13
+    arch = jax.device_get(remembering.init(jax.random.key(0)))
+    event = remembering.at_epoch(_view(remembering, arch, remembering.memory, _Judge(_hashed), 3, 13))
+    assert isinstance(event, Continue) and event.arch is tables
+    assert not all(np.array_equal(event.memory[1][kind], remembering.memory[1][kind]) for kind in CELL_TYPES)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
