@@ -1,4 +1,7 @@
-"""The protocol: stages are ordinary runs, no test image chooses a cell, and it goes on in whatever stage it ended."""
+"""The protocol: stages are ordinary runs, no test image chooses a cell, and it goes on in whatever stage it ended.
+
+Searches have a stub of the network here; the test that kills the command has the real one.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ SEARCHES, TRAININGS = ("seed=0", "seed=1"), ("seed3", "seed4")
 
 @pytest.fixture(autouse=True)
 def _quick() -> Iterator[None]:
-    with search_cases.shared_programs(), train_cases.shared_programs():
+    with search_cases.shared_programs(stub=True), train_cases.shared_programs():
         yield
 
 

@@ -357,6 +357,7 @@ ROWS = (
             **_DARTS,
             "epochs": 150,
             "batch_size": 160,
+            "data.split": "0.9,0.1",
             "space.channels": 20,
             "space.nodes": 5,
             "weights.learning_rate": 0.05,

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import search_cases
 from prdarts_jax.config.search import OPS
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
+from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import CELL_TYPES, Space
 from prdarts_jax.strategies import cells, composition, enas, get, pnas, transforms
 from prdarts_jax.strategies.perturbation import select_by_perturbation
@@ -463,6 +465,15 @@ def test_an_architecture_that_an_event_sets_is_completed_by_what_is_around_the_m
     event = remembering.at_epoch(_view(remembering, arch, remembering.memory, _Judge(_hashed), 3, 13))
     assert isinstance(event, Continue) and event.arch is tables
     assert not all(np.array_equal(event.memory[1][kind], remembering.memory[1][kind]) for kind in CELL_TYPES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_search_resumes_to_the_bit(name: str, tmp_path: Path) -> None:
+    """Stopped after every dispatch, with a stub of the network; test_methods has the real one."""
+    few = {f"method__options__{option}": value for option, value in {**_FEW[name], "warm_up": 0.3}.items()}
+    with search_cases.shared_programs(stub=True):
+        workdir = search_cases.assert_resumes(search_cases.config_of(name, **few), tmp_path)
+    assert Genotype.load(workdir).normal[0] and len(search_cases.rows(workdir, "epoch")) == search_cases.EPOCHS
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

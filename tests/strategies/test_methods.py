@@ -34,7 +34,6 @@ from prdarts_jax.strategies import get, registry
 from prdarts_jax.strategy import ROLES, Continue, Strategy, View, cross_entropy_alone
 
 METHODS = [row.name for row in registry.rows()]
-WITHOUT_GRADIENTS = ("random", "evolution", "enas", "pnas")  # their architecture moves between epochs alone
 _LISTS = (("skip_connect",), ("none", "max_pool_3x3"), OPS, ("sep_conv_3x3", "skip_connect"), ("dil_conv_5x5",))
 _NOISE = Primitive("conv", lambda c, stride: {}, lambda params, x, stride, layers: 0.1 * x[:, ::stride, ::stride])
 SPACES = {
@@ -218,7 +217,7 @@ def test_one_bilevel_step_runs_and_moves_both_groups(name: str) -> None:
     step = oracles.quick_jit(search_step.make_search_step(**made))
     new, metrics = step(state.replace(step=_MANY), _batches(STEP_SPACE), jax.random.key(2), numbers)
     assert int(new.step) == _MANY + 1 and all(np.isfinite(float(m)) for m in metrics.values())
-    by_gradient = name not in WITHOUT_GRADIENTS
+    by_gradient = name not in search_cases.WITHOUT_GRADIENTS
     assert {"train_loss", "train_accuracy"} <= metrics.keys() and ("penalty/total" in metrics) == by_gradient
     assert not _same(state.weights, new.weights) and _same(state.arch, new.arch) != by_gradient
 
