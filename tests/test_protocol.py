@@ -48,7 +48,7 @@ FLAGS: dict[str, Any] = {
     **{f"{stage}.{path}": value for stage in ("short", "full") for path, value in _TRAIN.items()},
     **{f"run.{name}": value for name, value in _SHARED.items()},
     "search.epochs": 2,
-    "short.epochs": 1,
+    "short.epochs": 2,
     "full.epochs": 2,
     "holdout": HELD_OUT,
     "search_seeds": (0, 1),
@@ -424,7 +424,7 @@ def test_a_foreign_workdir_is_left_alone(finished: Path, tmp_path: Path) -> None
     shutil.copytree(finished, other)
     before = snapshot(other)
     for flags, said in (
-        ({"short__epochs": 2}, r"holds another pipeline \(short\.epochs: 1 in the workdir, 2 now\)"),
+        ({"short__epochs": 3}, r"holds another pipeline \(short\.epochs: 2 in the workdir, 3 now\)"),
         ({"search_seeds": (0, 1, 2)}, r"search_seeds: \[0, 1\] in the workdir, \[0, 1, 2\] now"),
         ({"search__method__options__lambda1": 0.5}, r"search\.method\.options\.lambda1: 0\.01 in the workdir"),
     ):
