@@ -365,7 +365,7 @@ CONTRACT_SLIPS = (
         "prdarts_jax/searching/stages.py",
         "(row, was[op].index(e))",
         "(row, row)",
-        ("tests/searching/test_events.py::test_kept_weights_are_those_of_the_same_edge_and_operation",),
+        ("tests/searching/test_stages.py::test_kept_weights_are_those_of_the_same_edge_and_operation",),
     ),
     Mutation(
         "gates: the mean of all gates for that of executed ones",
