@@ -13,10 +13,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prdarts_jax.config.pipeline import PipelineConfig
     from prdarts_jax.config.search import SearchConfig
     from prdarts_jax.config.train import TrainConfig
     from prdarts_jax.errors import RunError, UserError
     from prdarts_jax.presets import resolve
+    from prdarts_jax.protocol import PipelineResult, run_pipeline
     from prdarts_jax.searching.loop import search
     from prdarts_jax.searching.population import PopulationResult, search_population
     from prdarts_jax.searching.result import SearchResult
@@ -28,6 +30,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Evaluation",
     "Genotype",
+    "PipelineConfig",
+    "PipelineResult",
     "PopulationResult",
     "RunError",
     "SearchConfig",
@@ -37,6 +41,7 @@ __all__ = [
     "UserError",
     "evaluate",
     "resolve",
+    "run_pipeline",
     "search",
     "search_population",
     "train",
@@ -45,6 +50,8 @@ __all__ = [
 _HOME = {
     "Evaluation": "training.evaluation",
     "Genotype": "space.genotype",
+    "PipelineConfig": "config.pipeline",
+    "PipelineResult": "protocol",
     "PopulationResult": "searching.population",
     "RunError": "errors",
     "SearchConfig": "config.search",
@@ -54,6 +61,7 @@ _HOME = {
     "UserError": "errors",
     "evaluate": "training.evaluation",
     "resolve": "presets",
+    "run_pipeline": "protocol",
     "search": "searching.loop",
     "search_population": "searching.population",
     "train": "training.loop",

@@ -4,6 +4,7 @@
     joint         (w, a) <- (w, a) - opt grad_(w,a) L(w, a)                                     one batch, one pass
     unrolled      a <- a - opt grad_a L_val(w - eta (mu v + grad_w L_train + d w), a);  then w   DARTS, second order
     mixed_level   a <- a - opt [grad_a L_val + scale grad_a CE_train];  then w                  MiLeNAS
+    weights_alone w <- w - opt grad_w L_train(w, a);  nothing moves a                           judges of whole cells
 
 Each group is a constant in the other's gradient unless the equation says otherwise. A step is a pure per-device
 function; `sharding.map_over` maps it over a mesh, and gradients, batch statistics and metrics are means over the axis.
@@ -42,6 +43,7 @@ __all__ = [
     "joint",
     "mixed_level",
     "unrolled",
+    "weights_alone",
 ]
 
 Metrics = dict[str, jax.Array]
@@ -301,6 +303,18 @@ def mixed_level(scale: float = 1.0) -> Rule:
         return _halves(losses, optimizers, gradient, "arch", 1)
 
     return rule
+
+
+def weights_alone(losses: Losses, optimizers: Optimizers) -> Step:
+    """The weights descend their loss, the architecture is no gradient's: a rule, of methods that judge whole cells."""
+
+    def step(state: SearchState, batches: Batches, key: jax.Array, numbers: Numbers) -> tuple[SearchState, Metrics]:
+        rest = (state.arch, state.memory, batches.train, key, numbers)
+        found = losses.weight.gradient(("weights",), state.weights, *rest)
+        state, metrics = _move_weights(optimizers, state, found, numbers, lambda w: losses.weight(w, *rest))
+        return _counted(state), metrics
+
+    return step
 
 
 def joint(observe: Callable[[SearchState, Evaluated, Batch], Any] | None = None) -> Rule:

@@ -49,11 +49,11 @@ class Probe(Protocol):
         difference [grad(a + r v/|v|) - grad(a - r v/|v|)] |v| / 2r of the gradient above.
         """
 
-    def gates_loss(self, gates: Gates, *, batches: int | None = None) -> float:
-        """Cross-entropy at given gates."""
+    def gates_loss(self, gates: Gates, *, batches: int | None = None, first: int = 0) -> float:
+        """Cross-entropy at given gates, on the batches from the `first` on, around the end of the images."""
 
-    def gates_accuracy(self, gates: Gates, *, batches: int | None = None) -> float:
-        """Share of images classified correctly at given gates."""
+    def gates_accuracy(self, gates: Gates, *, batches: int | None = None, first: int = 0) -> float:
+        """Share of images classified correctly at given gates, on the same batches."""
 
 
 class View(NamedTuple):
@@ -69,6 +69,7 @@ class View(NamedTuple):
       probe: losses on validation images; compiled when first asked for.
       hyperparameters: of the optimizers now, with the names that a `Rollback` sets.
       derive: arch -> what the whole strategy derives from it; None: nothing is around the strategy that is asked.
+      seed: (seed of the search, epoch of the search), for `numpy.random.default_rng`: what a method draws on the host.
     """
 
     epoch: int
@@ -81,12 +82,19 @@ class View(NamedTuple):
     probe: Probe
     hyperparameters: Mapping[str, float] = {}
     derive: Callable[[Arch], Genotype] | None = None
+    seed: tuple[int, int] = (0, 0)
 
 
 class Continue(NamedTuple):
-    """The search goes on, with this memory."""
+    """The search goes on, with this memory.
+
+    Attributes:
+      memory: from now on.
+      arch: from now on, of a method whose architecture is not moved by gradients; None: it stays.
+    """
 
     memory: Memory
+    arch: Arch | None = None
 
 
 class Stop(NamedTuple):

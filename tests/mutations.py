@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from slips import Mutation
 from slips_darts import DARTS_SLIPS
+from slips_gradient_free import GRADIENT_FREE_SLIPS
 from slips_methods import CONTRACT_SLIPS, GATE_SLIPS, PENALTY_SLIPS, STEP_SLIPS
 from slips_network import CELL_SLIPS, KERNEL_SLIPS, LAYER_SLIPS
 from slips_runs import DATA_SLIPS, RESULT_SLIPS, RUN_SLIPS
@@ -24,4 +25,5 @@ MUTATIONS = (
     *CONTRACT_SLIPS,
     *DARTS_SLIPS,
     *SAMPLING_SLIPS,
+    *GRADIENT_FREE_SLIPS,
 )

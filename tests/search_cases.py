@@ -39,6 +39,7 @@ from prdarts_jax.strategies import registry
 IMAGES, BATCH, EPOCHS = 112, 8, 3
 EPOCH_STEPS = IMAGES // 2 // BATCH  # 7, a prime: dispatches of 3 leave a remainder
 TOTAL = EPOCHS * EPOCH_STEPS
+WITHOUT_GRADIENTS = ("random", "evolution", "enas", "pnas")  # their architecture moves between epochs alone
 FLAGS: Mapping[str, Any] = {
     "data.source": "digits",
     "space.cells": 3,

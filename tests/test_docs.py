@@ -177,7 +177,7 @@ def test_commands_parse(
     monkeypatch.setattr(targets, "before_jax", lambda: None)  # this process goes on
     for command in _commands(page):
         words = shlex.split(command, comments=True)[1:]
-        if words[0] in ("search", "train") and not {"--help", "--print-config"} & set(words):
+        if words[0] in ("search", "train", "pipeline") and not {"--help", "--print-config"} & set(words):
             words.append("--print-config")
         status, said = cli.main(words), capsys.readouterr().err
         if words[0] in ("derive", "report", "evaluate"):

@@ -145,6 +145,15 @@ def _numerical(f: Callable[[np.ndarray], float], at: np.ndarray) -> np.ndarray:
 # --- the other rules --------------------------------------------------------------------------------------------------
 
 
+def test_the_weights_alone_move_as_in_their_half() -> None:
+    """w - eta H (w - P a), a at rest with the state of its optimizer; a penalty of the architecture has no say."""
+    state, metrics = _after(bilevel.weights_alone, _losses(_penalty), arch=optax.sgd(1.0, momentum=0.9))
+    np.testing.assert_allclose(state.weights["w"], W - ETA * H @ (W - P @ A), rtol=1e-5)
+    np.testing.assert_array_equal(state.arch["a"], jnp.asarray(A))
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.arch_opt)) and int(state.step) == 1
+    assert metrics.keys() == {"train_loss", "train_accuracy", "gradient_norm/weights", "update_norm/weights"}
+
+
 @pytest.mark.parametrize("first", ["weights", "arch"])
 def test_alternating_by_hand(first: str) -> None:
     state, _ = _after(bilevel.alternating(first), _losses(_penalty))

@@ -17,6 +17,7 @@ import prdarts_jax
 from prdarts_jax.cli import check as cli_check
 from prdarts_jax.cli import completion, show
 from prdarts_jax.cli import export as cli_export
+from prdarts_jax.cli import pipeline as cli_pipeline
 from prdarts_jax.cli import search as cli_search
 from prdarts_jax.cli import train as cli_train
 from prdarts_jax.cli.flags import Argument, FixedCommand, command
@@ -93,7 +94,13 @@ def _dispatch(words: list[str]) -> int:
     Argument("shell", metavar="SHELL", choices=completion.SHELLS, help=" | ".join(completion.SHELLS)),
 )
 def _completion(args: argparse.Namespace) -> int:
-    arguments = {"search": completion.flags(cli_search.SEARCH), "train": completion.flags(cli_train.TRAIN)}
+    run = {
+        "search": cli_search.SEARCH,
+        "train": cli_train.TRAIN,
+        "pipeline": cli_pipeline.PIPELINE,
+        "check": cli_check.CHECK,
+    }
+    arguments = {name: completion.flags(command) for name, command in run.items()}
     fixed = {name: of.arguments for name, (of, _) in _COMMANDS.items() if isinstance(of, FixedCommand)}
     summaries = {name: summary for name, (_, summary) in _COMMANDS.items()}
     known = arguments | fixed
@@ -101,10 +108,11 @@ def _completion(args: argparse.Namespace) -> int:
     return 0
 
 
-_RUNS = ("search", "train")  # what they are for is in the workdir, and their status is that of the run
+_RUNS = ("search", "train", "pipeline")  # what they are for is in the workdir, and their status is that of the run
 _COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "search": (cli_search.search, "search a cell; the same command again resumes"),
     "train": (cli_train.train, "train a genotype from scratch; the same command again resumes"),
+    "pipeline": (cli_pipeline.pipeline, "search, choose, train and test over seeds; the same command again goes on"),
     "evaluate": (cli_train.evaluate, "how good a trained network is: accuracy, classes, calibration"),
     "check": (cli_check.check, "whether a preset fits GPUs and TPUs that are not here, and what a step does"),
     "derive": (show.derive, "the genotype of a search, as JSON"),

@@ -100,7 +100,7 @@ def existing_folder(name: str) -> Path:
 class Command:
     """A command that runs something: its flags are the fields of a config class, and some of its own."""
 
-    name: str  # search | train
+    name: str  # search | train | pipeline
     kind: type  # the config class
     aliases: Mapping[str, str]  # short flag -> config path; every other field is its path, `--arch.beta1 0.9`
     own: Sequence[Argument]  # the flags that are no config fields; one with a metavar takes a value
@@ -143,7 +143,7 @@ def split(words: Sequence[str], command: Command) -> CommandLine:
             continue
         path, negated = _find(name, hints, command)
         # An option's type is known by its strategy only: without a value it is a switch, and the strategy objects.
-        switch = hints.get(path) is bool or path.startswith(OPTIONS)
+        switch = hints.get(path) is bool or OPTIONS in path
         if negated and (equals or not switch):
             raise UserError(f"{path}: --{name} takes no value; allowed: a true | false field")
         value: str | bool = text if equals else not negated
@@ -153,7 +153,7 @@ def split(words: Sequence[str], command: Command) -> CommandLine:
         elif not equals and not switch:
             raise UserError(f"{path}: --{name} needs a value")
         # Transforms are given one a flag: a comma is between the options of one.
-        line.fields[path] = [*line.fields.get(path, []), value] if path == TRANSFORMS else value
+        line.fields[path] = [*line.fields.get(path, []), value] if path.endswith(TRANSFORMS) else value
         if path not in ("run.overwrite", "run.time_limit"):
             line.again.extend(taken)
     return line
@@ -166,18 +166,20 @@ def _plain(flag: str) -> str:
 def _find(name: str, fields: Mapping[str, Any], command: Command) -> tuple[str, bool]:
     """The config path that a flag means, and whether the flag negates it."""
     aliases = {_plain(alias): path for alias, path in command.aliases.items()}
-    plain = _plain(name)
+    plain, options = _plain(name), next((path for path in fields if f"{path}.".endswith(OPTIONS)), "")
+    stage = options.removesuffix("method.options")  # of several parts of a config the one that has a method
     positive = re.sub(r"^no_|(?<=\.)no_(?=[^.]*$)", "", plain, count=1)  # no_data.flip and data.no_flip: data.flip
     for spelled, negated in ((plain, False), (positive, True)):
         path = aliases.get(spelled, spelled)
-        if path in fields and path != "method.options":
+        if path in fields and path != options:
             return path, negated
-        option = path.removeprefix("method.").removeprefix("options.")
-        is_option = path.startswith("method.") and option and "method.options" in fields
+        of_method = path.removeprefix(stage)
+        option = of_method.removeprefix("method.").removeprefix("options.")
+        is_option = of_method.startswith("method.") and option and options
         if is_option and (negated or plain == positive):
-            return f"{OPTIONS}{option}", negated
+            return f"{stage}{OPTIONS}{option}", negated
     known = [f"--{alias}" for alias in command.aliases] + [argument.names[0] for argument in command.own] + ["--help"]
-    known += [f"--{path}" for path in fields if path != "method.options"]
+    known += [f"--{path}" for path in fields if path != options]
     raise no_flag(f"--{name}", known, f"prdarts {command.name}")
 
 
@@ -192,8 +194,9 @@ def help_text(command: Command) -> str:
         spelled = path if section else path.replace("_", "-")
         flag = f"--{aliases[path]}, --{spelled}" if aliases.get(path, spelled) != spelled else f"--{spelled}"
         row = (flag, comments[path] + (f" (default: {shown(value)})" if value != "" else ""))
-        if path == "method.options":
-            row = ("--method.NAME", "an option of the strategy (prdarts strategies lists them)")
+        if f"{path}.".endswith(OPTIONS):
+            flag = path.removesuffix("options") + "NAME"
+            row = (f"--{flag}", "an option of the strategy (prdarts strategies lists them)")
         sections.setdefault(section, []).append(row)
     width = max(len(flag) for section, rows in sections.items() for flag, _ in rows) + 2
     lines = [*command.intro.splitlines(), ""]

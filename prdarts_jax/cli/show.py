@@ -44,15 +44,20 @@ def derive(args: argparse.Namespace) -> int:
 
 @command(
     "report",
-    "One self-contained HTML report of one or several searches.",
+    "One self-contained HTML report of one or several runs, or of a pipeline.",
     Argument("workdirs", metavar="WORKDIR", nargs="+"),
     Argument("--out", metavar="FILE", help="default: WORKDIR/report.html, or report.html"),
 )
 def report(args: argparse.Namespace) -> int:
     """`prdarts report`."""
     workdirs = [existing_folder(name) for name in args.workdirs]
-    from prdarts_jax.report import page
+    from prdarts_jax.report import page, pipeline
 
+    if any(map(pipeline.is_pipeline, workdirs)):
+        if len(workdirs) > 1:
+            raise UserError("WORKDIR: a pipeline has a report of its own; allowed: its workdir alone")
+        print(f"report: {pipeline.write(workdirs[0], args.out)}")
+        return 0
     print(f"report: {page.report(workdirs, args.out)}")
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prdarts_jax.cli import runs
 from prdarts_jax.cli.flags import Argument, Command, command, existing_folder
 from prdarts_jax.config import schema
+from prdarts_jax.config.schema import parse_seeds
 from prdarts_jax.config.train import TrainConfig, TrainRunConfig
 from prdarts_jax.errors import UserError
 from prdarts_jax.presets import train as presets
@@ -42,27 +42,6 @@ TRAIN = Command(
     "Trains a genotype from scratch. The same command again resumes; --flag, --no-flag and --flag=false set a switch.",
     presets=presets.PRESETS,
 )
-_MOST_SEEDS = 1000
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Seeds from `A..B` (both included) or `A,B,C`.
-
-    Raises:
-      UserError: neither, or a seed twice.
-
-    >>> parse_seeds("0..2"), parse_seeds("7,3")
-    ([0, 1, 2], [7, 3])
-    """
-    seeds: Sequence[int] = ()
-    if match := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", text):
-        first, last = int(match[1]), int(match[2])
-        seeds = range(first, last + 1) if last - first < _MOST_SEEDS else ()
-    elif re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
-        seeds = [int(word) for word in text.split(",")]
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds: {text!r} is not possible; allowed: A..B with A <= B, or different seeds A,B,C")
-    return list(seeds)
 
 
 def train(words: Sequence[str]) -> int:

@@ -1,5 +1,6 @@
 """What is computed and how it is run: dataclasses, their checks, and objects of the user's own files."""
 
+from prdarts_jax.config.pipeline import PipelineConfig
 from prdarts_jax.config.search import (
     ArchConfig,
     DataConfig,
@@ -16,6 +17,7 @@ __all__ = [
     "DataConfig",
     "MethodConfig",
     "NetworkConfig",
+    "PipelineConfig",
     "RunConfig",
     "SearchConfig",
     "SgdConfig",

@@ -11,6 +11,7 @@ from prdarts_jax.errors import UserError
 
 _FOLDERS = ("run.workdir", "run.data_dir")
 _FILES = ("space.primitives", "network.primitives")
+_SOURCE = "data.source"
 _OBJECTS = ("method.strategy", "weights.transform", "arch.transform")  # path.py:name, or a name of the library
 
 
@@ -58,13 +59,19 @@ def absolute(config: Any) -> Any:
     def whole(path: str, field: str) -> str:
         return str(expanded(path, field).absolute()) if path else path
 
-    present = {path for path, _, _ in schema.fields(type(config))}
-    found = {field: whole(schema.get(config, field), field) for field in present & {*_FOLDERS, *_FILES}}
-    kind, colon, rest = config.data.source.partition(":")
-    if kind in ("npz", "folder"):
-        found["data.source"] = f"{kind}{colon}{whole(rest, 'data.source')}"
-    for field in present.intersection(_OBJECTS):
-        file, colon, name = schema.get(config, field).rpartition(":")
-        if file and file != "argument":  # what the caller passed as an object is no file
-            found[field] = f"{whole(file, field)}{colon}{name}"
+    found: dict[str, str] = {}
+    for field, _, _ in schema.fields(type(config)):
+        name, value = (
+            ".".join(field.split(".")[-2:]),
+            schema.get(config, field),
+        )  # of a part of a config as of a whole one
+        head, colon, rest = value.partition(":") if name == _SOURCE else (value, "", "")
+        if name in (*_FOLDERS, *_FILES):
+            found[field] = whole(value, field)
+        elif name == _SOURCE and head in ("npz", "folder"):
+            found[field] = f"{head}{colon}{whole(rest, field)}"
+        elif name in _OBJECTS:
+            file, colon, name = value.rpartition(":")
+            if file and file != "argument":  # what the caller passed as an object is no file
+                found[field] = f"{whole(file, field)}{colon}{name}"
     return schema.replace(config, found)

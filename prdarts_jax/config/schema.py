@@ -10,13 +10,15 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prdarts_jax.errors import UserError, unknown
 
 SCHEMA_VERSION = 1
+_MOST_SEEDS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,3 +260,23 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for n in names
         if n not in old or n not in new or old[n] != new[n]
     ]
+
+
+def parse_seeds(text: str, path: str = "seeds") -> list[int]:
+    """Seeds from `A..B` (both included) or `A,B,C`.
+
+    Raises:
+      UserError: neither, or a seed twice.
+
+    >>> parse_seeds("0..2"), parse_seeds("7,3")
+    ([0, 1, 2], [7, 3])
+    """
+    seeds: Sequence[int] = ()
+    if match := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", text):
+        first, last = int(match[1]), int(match[2])
+        seeds = range(first, last + 1) if last - first < _MOST_SEEDS else ()
+    elif re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        seeds = [int(word) for word in text.split(",")]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}: {text!r} is not possible; allowed: A..B with A <= B, or different seeds A,B,C")
+    return list(seeds)

@@ -81,21 +81,45 @@ def profile(
     if dataset not in SCALES:
         raise unknown("dataset", dataset, SCALES)
     scale = SCALES[dataset]
+    scale = scale._replace(
+        channels=scale.channels if channels is None else channels, cells=scale.cells if cells is None else cells
+    )
+    image = (scale.pixels, scale.pixels, 3)
+    return profile_at(genotype, scale, image, auxiliary_second_norm=auxiliary_second_norm)
+
+
+def profile_at(
+    genotype: Genotype, scale: Scale, image: tuple[int, int, int], *, auxiliary_second_norm: bool = True
+) -> Profile:
+    """Parameters and multiply-adds of a genotype's network at any scale.
+
+    Args:
+      genotype: the two cells.
+      scale: of the network; its `pixels` are not read.
+      image: (H, W, C) that the network sees.
+      auxiliary_second_norm: as in `profile`.
+
+    Raises:
+      UserError: an operation without a definition, a value out of range.
+
+    >>> profile_at(Genotype.named("PRDARTS"), SCALES["cifar10"], (32, 32, 3)) == profile(Genotype.named("PRDARTS"))
+    True
+    """
     plan = make_plan(
         genotype,
-        channels=scale.channels if channels is None else channels,
-        cells=scale.cells if cells is None else cells,
+        channels=scale.channels,
+        cells=scale.cells,
         classes=scale.classes,
         stem=scale.stem,
         auxiliary=True,
-        in_channels=3,
+        in_channels=image[2],
         primitives=PRIMITIVES,
         auxiliary_second_norm=auxiliary_second_norm,
     )
     counts = {path: _layer_params(layer) for path, layer in plan.layers.items()}
     total = sum(counts.values())
-    image = jax.ShapeDtypeStruct((1, scale.pixels, scale.pixels, 3), jnp.float32)
-    macs = jaxpr_macs(jax.make_jaxpr(lambda x: _outline(plan, x))(image).jaxpr)
+    shape = jax.ShapeDtypeStruct((1, *image), jnp.float32)
+    macs = jaxpr_macs(jax.make_jaxpr(lambda x: _outline(plan, x))(shape).jaxpr)
     return Profile(total - counts[("auxiliary",)], total, macs)
 
 

@@ -69,6 +69,6 @@ def table(resolved: Resolved[Any]) -> list[tuple[str, Any, str]]:
     """
     paths: list[str] = []
     for path, _, _ in schema.fields(type(resolved.config)):
-        is_options = path == "method.options"
-        paths += [f"{OPTIONS}{name}" for name in resolved.config.method.options] if is_options else [path]
+        is_options = f"{path}.".endswith(OPTIONS)
+        paths += [f"{path}.{name}" for name in schema.get(resolved.config, path)] if is_options else [path]
     return [(path, schema.get(resolved.config, path), resolved.sources[path]) for path in paths]

@@ -103,10 +103,9 @@ def report(workdirs: Sequence[str | Path], out: str | Path | None = None) -> Pat
     return target
 
 
-def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str:
-    """The page; runs are linked, from a page in the folder `linked`, or shown in full."""
+def templates(failures: list[str]) -> jinja2.Environment:
+    """The templates of this folder with their filters; what cannot be drawn on a page is added to `failures`."""
     figure_numbers = itertools.count()
-    failures: list[str] = []
 
     def svg(drawing: Drawing) -> str:
         """Inline SVG whose ids are its own and whose colours are those of the page."""
@@ -132,6 +131,14 @@ def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str
         "spread": spread,
         "svg": svg,
     }
+    pages.globals["dark"] = DARK
+    return pages
+
+
+def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str:
+    """The page; runs are linked, from a page in the folder `linked`, or shown in full."""
+    failures: list[str] = []
+    pages = templates(failures)
     lettered = {_letter(i): group for i, group in enumerate(grouped(runs, lambda run: run.group))}
     by_setting = settings(runs, swept) if swept else []
     probabilities = [run.history(cell)[1].ravel() for run in runs for cell in CELLS]
@@ -149,7 +156,6 @@ def _page(runs: Sequence[Run], swept: Sequence[str], linked: Path | None) -> str
         limits=plots.value_range(np.concatenate(probabilities)),  # one colour scale: runs can be compared
         average=average,
         cell_diagram=_cell_diagram,
-        dark=DARK,
         heatmaps=_heatmaps,
         panels=_panels,
         parts=_parts,
@@ -209,7 +215,7 @@ def _test_error(runs: Sequence[Run]) -> tuple[str, list[str]] | None:
     return last, [f"{100 * (1 - accuracy):.2f} %" for accuracy in best]
 
 
-def _drawing(draw: Callable[..., Any], *args: Any, hover: Mapping[str, str] | None = None, **options: Any) -> Drawing:
+def drawing(draw: Callable[..., Any], *args: Any, hover: Mapping[str, str] | None = None, **options: Any) -> Drawing:
     """A picture of plots.py that is drawn later."""
     return lambda: plots.to_svg(draw(*args, **options), hover=hover)
 
@@ -226,7 +232,7 @@ def _cell_diagram(run: Run, cell: str) -> Drawing:
                 p = history[-1, list(run.edges).index(edge), list(run.ops).index(op)]
                 text += f": P = {p:.3f} after epoch {epochs[-1] + 1}"
             hover |= {f"{part}-{node}-{k}-{op}-{source}": text for part in ("pair", "box")}
-    return _drawing(plots.cell_diagram, run.genotype, cell, title=f"{cell} cell", hover=hover)
+    return drawing(plots.cell_diagram, run.genotype, cell, title=f"{cell} cell", hover=hover)
 
 
 def _panels(runs: Sequence[Run]) -> Iterator[Drawing]:
@@ -236,11 +242,11 @@ def _panels(runs: Sequence[Run]) -> Iterator[Drawing]:
         if len(runs) == 1:
             lines = {name: points for name, (points,) in curves.items() if points}
             if lines:
-                yield _drawing(plots.curves, lines, ylabel, title=title, log=title == _NORMS)
+                yield drawing(plots.curves, lines, ylabel, title=title, log=title == _NORMS)
         else:
             bands = {name: band for name, curve in curves.items() if (band := plots.mean_and_std(curve))}
             if bands:
-                yield _drawing(plots.curves, {}, ylabel, title=title, bands=bands)
+                yield drawing(plots.curves, {}, ylabel, title=title, bands=bands)
 
 
 def _fields(patterns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -256,7 +262,7 @@ def _heatmaps(run: Run, cell: str, limits: tuple[float, float]) -> Iterator[tupl
         return
     relative = history - np.nanmean(history, axis=(1, 2), keepdims=True)
     widest = float(np.nanmax(np.abs(relative), initial=0.0)) or 1.0
-    draw = functools.partial(_drawing, plots.probability_heatmap, edges=run.edges, ops=run.ops, epochs=epochs)
+    draw = functools.partial(drawing, plots.probability_heatmap, edges=run.edges, ops=run.ops, epochs=epochs)
     yield (
         draw(history, limits=limits),
         draw(relative, limits=(-widest, widest), label="P - mean", colours="PuOr_r"),

@@ -216,7 +216,8 @@ class WorkdirLock:
         os.close(self._file)
 
 
-NOUNS: Mapping[str, str] = {"search": "search", "train": "training"}  # kind in config.json -> what messages call it
+# kind in config.json -> what messages call it
+NOUNS: Mapping[str, str] = {"search": "search", "train": "training", "pipeline": "pipeline"}
 
 
 def check_workdir(

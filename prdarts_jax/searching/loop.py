@@ -48,8 +48,8 @@ from prdarts_jax.searching.stages import (
     plain_event,
     plan_in_words,
     space_of,
+    with_event,
     with_hyperparameter,
-    with_memory,
 )
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.strategy import Continue, Event, Restage, Rollback, Stop, View
@@ -176,8 +176,7 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         self.event: Event | None = None
         self.events: list[dict[str, Any]] = []
         first = inputs.problem.strategy.stage_epochs(config.epochs)
-        self.stages = [Stage(epochs=first)]
-        self.horizon = inputs.problem.strategy.horizon
+        self.stages, self.horizon = [Stage(epochs=first)], inputs.problem.strategy.horizon
         positions = np.arange(config.batch_size, dtype=np.int32)
         self.positions = sharding.place(self.mesh, positions, PartitionSpec(sharding.AXIS))
         super().__init__(
@@ -318,8 +317,9 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         probe = NetworkProbe(
             self.programs, carry.state, numbers, self.val_half, self.shared.images, self.config.batch_size
         )
-        place, set_now = (epoch - self.stage.start, self.stage.epochs), hyperparameters(carry.state)
-        view = View(*place, arch, memory, row, numbers, genotype, probe, set_now, strategy.derive)
+        place, now = (epoch - self.stage.start, self.stage.epochs), hyperparameters(carry.state)
+        seed = self.config.seed, epoch
+        view = View(*place, arch, memory, row, numbers, genotype, probe, now, strategy.derive, seed)
         self.event = plain_event(userfile.call(strategy.at_epoch, view, field=METHOD))
         self.stopped = self.event if isinstance(self.event, Stop) else None
         return row
@@ -344,7 +344,7 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
         """What the event of the strategy makes of the search."""
         event, epoch = self.event, step // self.epoch_steps - 1
         if isinstance(event, Continue):
-            return with_memory(carry, event.memory, self.mesh), step
+            return with_event(carry, event, self.mesh), step
         if isinstance(event, Restage):
             return self._restaged(carry, step, event)
         if isinstance(event, Rollback):
@@ -380,7 +380,7 @@ class _Search(EpochLoop[SearchCarry, SearchResult]):
                 state = with_hyperparameter(state, name, value)
         new = SearchCarry(state, sharding.replicate(self.mesh, made.sums))
         if event.memory is not None:
-            new = with_memory(new, event.memory, self.mesh)
+            new = with_event(new, Continue(event.memory), self.mesh)
         plan = plan_in_words(strategy, self.stage, self.epochs)
         words = [f"stage {len(self.stages)} begins: {epochs} epochs", in_words(fields), plan]
         self.say(", ".join(filter(None, words)))

@@ -68,13 +68,13 @@ class NetworkProbe:
         )
         return jax.tree.map(lambda u, d: (u - d) / np.float32(2 * step), up, down)
 
-    def gates_loss(self, gates: Gates, *, batches: int | None = None) -> float:
+    def gates_loss(self, gates: Gates, *, batches: int | None = None, first: int = 0) -> float:
         """Cross-entropy at given gates."""
-        return float(self._counted(gates, batches)[0])
+        return float(self._counted(gates, batches, first)[0])
 
-    def gates_accuracy(self, gates: Gates, *, batches: int | None = None) -> float:
+    def gates_accuracy(self, gates: Gates, *, batches: int | None = None, first: int = 0) -> float:
         """Share of images classified correctly at given gates."""
-        return float(self._counted(gates, batches)[1])
+        return float(self._counted(gates, batches, first)[1])
 
     # Inside.
 
@@ -90,8 +90,8 @@ class NetworkProbe:
         point = sharding.replicate(self._mesh, point)
         return program(self._state, point, self._place(order), self._numbers, self._images)
 
-    def _counted(self, gates: Gates, batches: int | None) -> Any:
-        order, mask = padded_batches(len(self._indices), self._size)
+    def _counted(self, gates: Gates, batches: int | None, first: int) -> Any:
+        order, mask = (np.roll(rows, -first, axis=0) for rows in padded_batches(len(self._indices), self._size))
         chosen = self._place((self._indices[order][:batches], mask[:batches]))
         gates = sharding.replicate(self._mesh, dataclasses.replace(gates, stats={}))
         return self._programs.at_gates(self._state, gates, *chosen, self._images)

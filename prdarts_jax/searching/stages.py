@@ -21,7 +21,7 @@ from prdarts_jax.searching.program import SearchCarry
 from prdarts_jax.space import supernet
 from prdarts_jax.space.genotype import Genotype
 from prdarts_jax.space.spec import Space
-from prdarts_jax.strategy import Event, Restage, Rollback, Stop, Strategy
+from prdarts_jax.strategy import Continue, Event, Restage, Rollback, Stop, Strategy
 
 _FIELDS = ("nodes", "ops", "edge_ops", "cells", "channels", "head_norm", "pool_norm", "partial")
 
@@ -136,23 +136,28 @@ def _kept_cell(old: Any, new: Any, before: Space, after: Space, kind: str) -> An
     return {**rest, "edges": edges}
 
 
-def with_memory(carry: SearchCarry, memory: Any, mesh: Mesh) -> SearchCarry:
-    """The carry with another memory of the same structure, shapes and dtypes."""
-    old = carry.state.memory
-    if _paths(old) != _paths(memory):
-        raise UserError(f"{METHOD}: the memory of an event is another tree than Strategy.memory; allowed: the same")
-    shapes = [(np.shape(a), np.shape(b)) for a, b in zip(*map(jax.tree.leaves, (old, memory)), strict=True)]
+def with_event(carry: SearchCarry, event: Continue, mesh: Mesh) -> SearchCarry:
+    """The carry with the memory, and the architecture, that an event names: the same trees, shapes and dtypes."""
+    new = {"memory": _as_before(carry.state.memory, event.memory, "memory", "Strategy.memory", mesh)}
+    if event.arch is not None:
+        new["arch"] = _as_before(carry.state.arch, event.arch, "arch", "Strategy.init", mesh)
+    return dataclasses.replace(carry, state=dataclasses.replace(carry.state, **new))
+
+
+def _as_before(old: Any, new: Any, what: str, first: str, mesh: Mesh) -> Any:
+    """A part of the state in the place of another one, on the devices."""
+    if _paths(old) != _paths(new):
+        raise UserError(f"{METHOD}: the {what} of an event is another tree than {first}; allowed: the same")
+    shapes = [(np.shape(a), np.shape(b)) for a, b in zip(*map(jax.tree.leaves, (old, new)), strict=True)]
     if any(a != b for a, b in shapes):
-        raise UserError(f"{METHOD}: the memory of an event has shapes {shapes}; allowed: those of Strategy.memory")
-    for a, b in zip(*map(jax.tree.leaves, (old, memory)), strict=True):
+        raise UserError(f"{METHOD}: the {what} of an event has shapes {shapes}; allowed: those of {first}")
+    for a, b in zip(*map(jax.tree.leaves, (old, new)), strict=True):
         if jnp.issubdtype(np.asarray(b).dtype, jnp.inexact) and not jnp.issubdtype(a.dtype, jnp.inexact):
             raise UserError(
-                f"{METHOD}: the memory of an event has {np.asarray(b).dtype} in place of {a.dtype}, which would cut "
-                "it; allowed: the dtypes of Strategy.memory"
+                f"{METHOD}: the {what} of an event has {np.asarray(b).dtype} in place of {a.dtype}, which would cut "
+                f"it; allowed: the dtypes of {first}"
             )
-    new = jax.tree.map(lambda a, b: np.asarray(b, np.asarray(a).dtype), old, memory)
-    state = dataclasses.replace(carry.state, memory=sharding.replicate(mesh, new))
-    return dataclasses.replace(carry, state=state)
+    return sharding.replicate(mesh, jax.tree.map(lambda a, b: np.asarray(b, np.asarray(a).dtype), old, new))
 
 
 def plain_event(event: Any) -> Event | None:
@@ -242,7 +247,7 @@ def gone_back(carry: SearchCarry, event: Rollback, mesh: Mesh) -> SearchCarry:
     for name, value in event.hyperparameters.items():
         state = with_hyperparameter(state, name, value)
     carry = dataclasses.replace(carry, state=state)
-    return carry if event.memory is None else with_memory(carry, event.memory, mesh)
+    return carry if event.memory is None else with_event(carry, Continue(event.memory), mesh)
 
 
 def in_words(fields: Mapping[str, Any]) -> str:

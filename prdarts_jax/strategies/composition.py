@@ -29,6 +29,7 @@ TRANSFORMS = {
     "perturbed": f"{_ROOM}.transforms:perturbed",
     "select_by_perturbation": f"{_ROOM}.perturbation:select_by_perturbation",
 }
+_WITHOUT_GRADIENTS = ("stop_at_skips", "at_most_skips")  # for a method whose architecture no gradient moves
 
 
 def transform(name: str) -> Callable[..., Strategy]:
@@ -91,7 +92,12 @@ def transformed(strategy: Strategy, texts: Sequence[str]) -> Strategy:
     >>> strategy.schedule(0, 3)
     {'arch_on': 0.0}
     """
+    from prdarts_jax.bilevel import weights_alone
+
     for text in texts:
         name, given = parse(text)
+        if strategy.rule is weights_alone and name not in _WITHOUT_GRADIENTS:
+            allowed = " | ".join(_WITHOUT_GRADIENTS)
+            raise UserError(f"{FIELD}: {name} needs an architecture that gradients move; allowed: {allowed}")
         strategy = transform(name)(strategy, **given)
     return strategy

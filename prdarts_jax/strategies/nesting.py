@@ -29,7 +29,10 @@ def with_arch(strategy: Strategy, *, inside: Callable[[Arch], Arch], outside: Ca
         probe = _InnerProbe(view.probe, view.arch, inside, outside)
         whole = view.derive
         derive = whole and (lambda arch: whole(outside(view.arch, arch)))
-        return strategy.at_epoch(view._replace(arch=inside(view.arch), probe=probe, derive=derive))
+        event = strategy.at_epoch(view._replace(arch=inside(view.arch), probe=probe, derive=derive))
+        if isinstance(event, Continue) and event.arch is not None:
+            return event._replace(arch=outside(view.arch, event.arch))
+        return event
 
     def rule(losses: Losses, optimizers: Optimizers) -> Step:
         return strategy.rule(losses._replace(own=lambda arch: inside(losses.own(arch))), optimizers)
@@ -67,11 +70,11 @@ class _InnerProbe(NamedTuple):
         at, along = self.outside(self.arch, arch), self.outside(rest, vector)
         return self.inside(self.whole.hvp(at, along, radius=radius, batches=batches))
 
-    def gates_loss(self, gates: Gates, *, batches: int | None = None) -> float:
-        return self.whole.gates_loss(gates, batches=batches)
+    def gates_loss(self, gates: Gates, *, batches: int | None = None, first: int = 0) -> float:
+        return self.whole.gates_loss(gates, batches=batches, first=first)
 
-    def gates_accuracy(self, gates: Gates, *, batches: int | None = None) -> float:
-        return self.whole.gates_accuracy(gates, batches=batches)
+    def gates_accuracy(self, gates: Gates, *, batches: int | None = None, first: int = 0) -> float:
+        return self.whole.gates_accuracy(gates, batches=batches, first=first)
 
 
 _LOSSES = ("plain", "full", "weight", "twice")
@@ -141,4 +144,4 @@ def remembering(event: Event | None, view: View, own: Memory) -> Event | None:
     """
     if event is None:
         return Continue((view.memory[0], own))
-    return Continue((event.memory[0], own)) if isinstance(event, Continue) else event
+    return event._replace(memory=(event.memory[0], own)) if isinstance(event, Continue) else event

@@ -316,4 +316,81 @@ ROWS = (
             "does not reproduce them, and the estimate of the Hessian and the space are others here"
         ),
     ),
+    Row(
+        name="random",
+        factory=f"{_ROOM}.random_search:random_search",
+        summary="random cells judged on shared weights that random cells have trained: the baseline",
+        reference="Li, Talwalkar: Random Search and Reproducibility for Neural Architecture Search, UAI 2019",
+        settings=_DARTS,
+        source="DARTS; the paper was not at hand",
+        competes="whole cells",
+        executed="1",
+        passes="1; 20 cells on the validation images an epoch, forward",
+        not_claimed=(
+            "the published settings, and that cells are judged in two steps, many on a part of the images and the best "
+            "on all"
+        ),
+    ),
+    Row(
+        name="evolution",
+        factory=f"{_ROOM}.evolution:evolution",
+        summary="regularized evolution on shared weights: tournament, one mutation, the oldest dies",
+        reference=(
+            "Real, Aggarwal, Huang, Le: Regularized Evolution for Image Classifier Architecture Search, AAAI 2019"
+        ),
+        settings=_DARTS,
+        source="DARTS for the weights; the notebook of its authors for the algorithm",
+        competes="whole cells",
+        executed="1",
+        passes="1; 20 cells on the validation images an epoch, forward",
+        not_claimed=(
+            "the published search, which trains each of its cells by itself, and has other operations, five nodes and "
+            "outputs of unused nodes alone: this is its algorithm on shared weights"
+        ),
+    ),
+    Row(
+        name="enas",
+        factory=f"{_ROOM}.enas:enas",
+        summary="after ENAS: a policy over cells, by REINFORCE on shared weights that it trains",
+        reference="Pham, Guan, Zoph, Le, Dean: Efficient Neural Architecture Search via Parameter Sharing, ICML 2018",
+        settings={
+            **_DARTS,
+            "epochs": 150,
+            "batch_size": 160,
+            "data.split": "0.9,0.1",
+            "space.channels": 20,
+            "space.nodes": 5,
+            "weights.learning_rate": 0.05,
+            "weights.learning_rate_min": 0.0005,
+            "weights.nesterov": True,
+            "weights.weight_decay": 2e-4,
+            "weights.clip_norm": float("inf"),
+        },
+        source="the program its authors released (melodyguan/enas), micro search",
+        competes="whole cells",
+        executed="1",
+        passes="1; 300 cells on a batch and 11 on the validation images an epoch, forward",
+        not_claimed=(
+            "the LSTM policy, the operations, the warm restarts of the learning rate, drop-path and the auxiliary "
+            "heads of the program are not there: the policy here factorises over edges"
+        ),
+    ),
+    Row(
+        name="pnas",
+        factory=f"{_ROOM}.pnas:pnas",
+        summary="after PNAS: cells grow node by node, chosen by a surrogate of what was judged on shared weights",
+        reference=(
+            "Liu, Zoph, Neumann, Shlens, Hua, Li, Fei-Fei, Yuille, Huang, Murphy: Progressive Neural Architecture "
+            "Search, ECCV 2018"
+        ),
+        settings=_DARTS,
+        source="DARTS; the paper was not at hand",
+        competes="whole cells",
+        executed="1",
+        passes="1; 20 cells on the validation images an epoch, forward",
+        not_claimed=(
+            "the published search, which trains each of its cells by itself, and whose surrogate is an ensemble of "
+            "LSTMs or perceptrons: sizes, beam and surrogate are smaller here"
+        ),
+    ),
 )

@@ -325,10 +325,28 @@ def test_a_memory_that_would_be_cut_is_refused() -> None:
     state = SearchState(jnp.int32(0), (), (), (), (), {"count": jnp.int32(0), "mean": jnp.float32(0)})
     mesh = sharding.make_mesh(jax.devices()[:1])
     carry = search_program.SearchCarry(state, {})
-    new = stages.with_memory(carry, {"count": np.int64(2), "mean": 1}, mesh).state.memory
+    new = stages.with_event(carry, Continue({"count": np.int64(2), "mean": 1}), mesh).state.memory
     assert new["count"].dtype == jnp.int32 and new["mean"].dtype == jnp.float32 and float(new["mean"]) == 1
     with pytest.raises(UserError, match=r"has float64 in place of int32, which would cut it"):
-        stages.with_memory(carry, {"count": 0.5, "mean": 0.5}, mesh)
+        stages.with_event(carry, Continue({"count": 0.5, "mean": 0.5}), mesh)
+
+
+def test_an_event_may_set_the_architecture() -> None:
+    """In the dtypes it has; another tree or shape is refused, and without one it stays."""
+    state = SearchState(jnp.int32(0), (), {"normal": jnp.zeros((2, 3))}, (), (), ())
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    carry = search_program.SearchCarry(state, {})
+    table = np.arange(6.0).reshape(2, 3)
+    new = stages.with_event(carry, Continue((), {"normal": table}), mesh).state.arch["normal"]
+    assert new.dtype == jnp.float32 and new.tolist() == table.tolist()
+    assert stages.with_event(carry, Continue(()), mesh).state.arch is state.arch
+    for arch, said in (
+        ({"reduce": table}, "another tree"),
+        ({"normal": table[:1]}, "has shapes"),
+        ((), "another tree"),
+    ):
+        with pytest.raises(UserError, match=f"the arch of an event .*{said}|the arch of an event {said}"):
+            stages.with_event(carry, Continue((), arch), mesh)
 
 
 @pytest.fixture

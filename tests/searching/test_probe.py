@@ -112,6 +112,11 @@ def test_given_gates_are_evaluated_on_every_image(probe: NetworkProbe, parts: An
         if start == 0:
             assert probe.gates_accuracy(gates, batches=1) == pytest.approx(np.mean(right), abs=1e-6)
             assert probe.gates_loss(gates, batches=1) == pytest.approx(total / BATCH, rel=1e-4)
+        assert probe.gates_accuracy(gates, batches=1, first=start // BATCH) == pytest.approx(
+            np.mean(right[start : start + counted]), abs=1.1 / counted if counted < BATCH else 1e-6
+        )
+    number = -(-len(INDICES) // BATCH)
+    assert probe.gates_accuracy(gates, batches=1, first=number) == probe.gates_accuracy(gates, batches=1)
     # The last batch is filled in another way than here, which its statistics show: within an image.
     assert probe.gates_accuracy(gates) == pytest.approx(np.mean(right), abs=1.1 / len(INDICES))
 

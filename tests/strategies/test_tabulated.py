@@ -178,3 +178,53 @@ def test_random_sampling_of_as_many_cells_does_not_find_it() -> None:
         hits += bool((drawn[values.argmin()] == best).all())
         assert ((values < 1e-6) == (drawn == best).all(axis=(1, 2, 3))).all(), "the best cell alone has no loss"
     assert hits <= 2
+
+
+# --- searches without gradients ---------------------------------------------------------------------------------------
+
+
+class _Judge:
+    """The probe of the tabulated objective: the accuracy falls linearly with L. It counts the cells it judges."""
+
+    def __init__(self, seed: int) -> None:
+        self.vectors, self.best, _ = _task(seed)
+        self.asked = 0
+
+    def gates_accuracy(self, gates: Gates, *, batches: int | None = None, first: int = 0) -> float:
+        self.asked += 1
+        apart = np.stack([np.asarray(gates.ops[kind]) for kind in CELL_TYPES]) - self.best
+        nodes = np.zeros((2, NODES, WIDTH))
+        for e, node in enumerate(INTO):
+            nodes[:, node] += np.einsum("ko,kod->kd", apart[:, e], self.vectors[:, e])
+        return 1.0 - float((nodes**2).sum()) / 16
+
+
+# The options make of the rounds what a search of few epochs can afford.
+WITHOUT_GRADIENTS: dict[str, dict[str, Any]] = {
+    "random": {"cells": 55, "warm_up": 0.0},
+    "evolution": {"cells": 55, "warm_up": 0.0, "population": 50, "tournament": 10},
+    "enas": {"policy_steps": 5, "aggregate": 10, "learning_rate": 0.2, "samples": 5},
+    "pnas": {"cells": 25, "warm_up": 0.0},
+}
+
+
+def _searched(name: str, seed: int) -> tuple[Genotype, int]:
+    """The cell of a search, and how many it has judged."""
+    strategy, judge = get(name, space=SPACE, **WITHOUT_GRADIENTS[name]), _Judge(seed)
+    arch, memory = jax.device_get(strategy.init(jax.random.key(seed))), strategy.memory
+    for epoch in range(EPOCHS):
+        genotype = strategy.derive(arch)
+        event = strategy.at_epoch(View(epoch, EPOCHS, arch, memory, {}, {}, genotype, judge, seed=(seed, epoch)))
+        assert isinstance(event, Continue)
+        arch, memory = event.arch, event.memory
+    return strategy.derive(arch), judge.asked
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+def test_the_best_cell_is_found_without_gradients_and_missed_by_chance(name: str) -> None:
+    hits = []
+    for seed in range(SEEDS):
+        found, asked = _searched(name, seed)
+        hits.append(_sorted(found) == _sorted(_task(seed)[2]))
+        assert asked <= CELLS
+    assert sum(hits) <= 2 if name == "random" else sum(hits) >= 9, hits
