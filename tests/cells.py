@@ -11,6 +11,7 @@ import numpy as np
 import oracles
 
 from prdarts_jax.gates import Gates
+from prdarts_jax.ops.lowering import ANYWHERE, Lowering
 from prdarts_jax.space.cell import declare_edges, mixed_nodes
 from prdarts_jax.space.cell_reference import mixed_nodes_reference
 from prdarts_jax.space.spec import Space
@@ -29,12 +30,20 @@ SPACES = {
 }
 
 
-def cell_data(space: Space, kind: str, size: tuple[int, int], dtype: Any = np.float64) -> tuple[Any, ...]:
+def cell_data(
+    space: Space,
+    kind: str,
+    size: tuple[int, int],
+    dtype: Any = np.float64,
+    *,
+    batch: int = 2,
+    channels: int = CHANNELS,
+) -> tuple[Any, ...]:
     """Weights, the inputs, gates [E,O] of both signs, a cotangent of the nodes."""
     rng = np.random.default_rng(0)
-    weights = jax.tree.map(lambda a: jnp.asarray(a, dtype), oracles.drawn(declare_edges(space, kind, CHANNELS)))
+    weights = jax.tree.map(lambda a: jnp.asarray(a, dtype), oracles.drawn(declare_edges(space, kind, channels)))
     out = tuple(-(-n // 2) for n in size) if kind == "reduce" else size
-    shapes = [(2, *size, CHANNELS)] * 2 + [(space.num_edges, space.num_ops), (space.nodes, 2, *out, CHANNELS)]
+    shapes = [(batch, *size, channels)] * 2 + [(space.num_edges, space.num_ops), (space.nodes, batch, *out, channels)]
     return weights, *(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
 
@@ -51,14 +60,14 @@ def random_terms(space: Space, kind: str, k: int, seed: int, *, void: int = 0) -
 
 
 @cache
-def sparse(space: Space, kind: str) -> Any:
-    """Compiled once a space, kind and K: nodes and gradients in weights, gates [E,O] and inputs."""
+def sparse(space: Space, kind: str, lowering: Lowering = ANYWHERE) -> Any:
+    """Compiled once a space, kind, lowering and K: nodes and gradients in weights, gates [E,O] and inputs."""
 
     @oracles.quick_jit
     def run(weights: Any, s0: jax.Array, s1: jax.Array, ops: jax.Array, ct: jax.Array, executed: jax.Array) -> Any:
         def nodes(weights: Any, ops: jax.Array, s0: jax.Array, s1: jax.Array) -> jax.Array:
             values, terms = Gates({kind: ops}, {kind: executed}).terms(kind)
-            return mixed_nodes(weights, values, terms, s0, s1, space=space, kind=kind)
+            return mixed_nodes(weights, values, terms, s0, s1, space=space, kind=kind, lowering=lowering)
 
         y, pull = jax.vjp(nodes, weights, ops, s0, s1)
         return y, pull(ct)

@@ -199,7 +199,7 @@ def _remembering(prepare: Callable[..., Any]) -> Callable[..., Any]:
         computed |= {"data.source": "", "space.primitives": ""}
         for field in ("method.strategy", "weights.transform", "arch.transform"):
             computed[field] = computed[field].rpartition(":")[2]
-        key = json.dumps([computed, config.run.devices, inputs.digests])
+        key = json.dumps([computed, config.run.devices, config.run.lowering, inputs.digests])
         return inputs._replace(problem=known.setdefault(key, inputs.problem))
 
     return remembered

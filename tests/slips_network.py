@@ -14,8 +14,52 @@ _NOISE = "prdarts_jax/space/noise.py"
 _PARTIAL = "prdarts_jax/space/partial.py"
 _POOLS = "prdarts_jax/ops/pools.py"
 _SCAN = "prdarts_jax/space/cell_scan.py"
+_SIDE_BY_SIDE = "prdarts_jax/ops/side_by_side.py"
+_WAVES = "prdarts_jax/space/cell_waves.py"
 
 CELL_SLIPS = (
+    Mutation(
+        "waves: gradients of the weights of other edges",
+        _WAVES,
+        "lambda rows, places, _, ct: (ct[np.asarray(places)],)",
+        "lambda rows, places, _, ct: (ct[np.asarray(rows)[: len(places)]],)",
+        ("tests/space/test_cell_waves.py::test_nodes_and_gradients",),
+    ),
+    Mutation(
+        "waves: small kernels in a corner of the large ones",
+        _SIDE_BY_SIDE,
+        "[(margin, margin)] * 2",
+        "[(0, 2 * margin)] * 2",
+        ("tests/space/test_cell_waves.py::test_nodes_and_gradients",),
+    ),
+    Mutation(
+        "waves: the second half of a strided identity from the first pixel",
+        _SIDE_BY_SIDE,
+        "[taps[0], nothing, nothing, taps[1]]",
+        "[taps[0] + taps[1], nothing, nothing, nothing]",
+        ("tests/space/test_cell_waves.py::test_nodes_and_gradients",),
+    ),
+    Mutation(
+        "waves: drop-path left out",
+        _WAVES,
+        "dropped = noise is not None and noise.edges is not None",
+        "dropped = False",
+        ("tests/space/test_cell_waves.py::test_noise_and_partial_channels",),
+    ),
+    Mutation(
+        "waves: statistics by a difference of mean squares",
+        _SIDE_BY_SIDE,
+        "middle = wide[:, z.shape[1] // 2, z.shape[2] // 2]",
+        "middle = jnp.zeros_like(wide[:, 0, 0])",
+        ("tests/space/test_cell_waves.py::test_statistics_of_a_large_mean_and_an_image_far_from_the_others",),
+    ),
+    Mutation(
+        "waves: the backward pass with the statistics of one device",
+        _SIDE_BY_SIDE,
+        "joined = lax.pmean(joined, axis_name)",
+        "pass",
+        ("tests/space/test_cell_waves.py::test_on_several_devices",),
+    ),
     Mutation(
         "partial: a shuffle of C/K groups",
         _PARTIAL,

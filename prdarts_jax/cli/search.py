@@ -25,6 +25,7 @@ SEARCH = Command(
         "channels": "space.channels",
         "cells": "space.cells",
         "arch-tx": "arch.transform",
+        "lowering": "run.lowering",
         **runs.ALIASES,
     },
     own=(

@@ -26,6 +26,7 @@ OPS = (
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("default", "tf32", "bf16", "highest")
 ARCH_OPTIMIZERS = ("adam", "sgd")
+LOWERINGS = ("auto", "scan", "waves", "kernels")
 CLIP_NORM = Limit("> 0 (inf = no clipping)", POSITIVE.holds)
 
 
@@ -167,6 +168,7 @@ class RunConfig:
     workdir: str = ""  # default: runs/<command>-<preset>-seed<N>
     data_dir: str = ""  # TFDS data_dir; default: the environment's TFDS_DATA_DIR
     devices: str = "all"  # N | all
+    lowering: str = "auto"  # of the mixed cell: auto (what suits the device) | scan | waves | kernels
     checkpoint_every: int = 1  # epochs between checkpoints
     checkpoint_minutes: float = 10.0  # and at the latest after so many minutes
     steps_per_dispatch: int = 10  # steps in one call of the compiled program
@@ -181,7 +183,7 @@ class RunConfig:
         require(number or self.devices == "all", "run.devices", self.devices, ">= 1 | all")
         finite(self, "run.")
         check(self, "run.", checkpoint_every=1, checkpoint_minutes=0, steps_per_dispatch=1, time_limit=0, log_every=1)
-        check(self, "run.", progress=("auto", "bar", "lines", "off"))
+        check(self, "run.", progress=("auto", "bar", "lines", "off"), lowering=LOWERINGS)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from prdarts_jax.config import userfile
 from prdarts_jax.errors import UserError
 from prdarts_jax.ops.layer_set import fast_layers
-from prdarts_jax.ops.layers import draw
+from prdarts_jax.ops.layers import Reduction, draw, factorized_reduce
 from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.primitives import Primitive
 
@@ -72,6 +72,8 @@ def _units_agree(one: Primitive, channels: int, stride: int) -> bool:
         return True
     if isinstance(units, Pool):
         y = (layers.max_pool if units.kind == "maximum" else layers.avg_pool)(x, units.stride)
+    elif isinstance(units, Reduction):
+        y = layers.norm("bn", factorized_reduce(jax.nn.relu(x), *units))
     else:
         y = layers.separable([f"bn{i}" for i in range(len(units))], x, units) if units else x
     found = one.apply(params, x, stride, layers)

@@ -111,6 +111,13 @@ _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 # --- strided identity -------------------------------------------------------------------------------------------------
 
 
+class Reduction(NamedTuple):
+    """The weights of a strided identity: ReLU, `factorized_reduce`, normalisation."""
+
+    first: jax.Array  # [C,D/2]
+    second: jax.Array
+
+
 def factorized_reduce(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
     """Two 1x1 stride-2 convolutions, the second on the input shifted by (1,1), concatenated (no ReLU, no BN).
 

@@ -27,6 +27,7 @@ class Lowering(NamedTuple):
     """
 
     platform: str | None = None  # of the devices, as JAX calls it; None: not known, and what differs is traced for all
+    cell: str = "auto"  # the mixed cell: scan | waves | kernels (`space/cell.py`); auto: what suits the platform
 
     @property
     def own_kernels(self) -> bool:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from prdarts_jax.ops.layer_set import LayerSet
-from prdarts_jax.ops.layers import Weight, conv, factorized_reduce
+from prdarts_jax.ops.layers import Reduction, Weight, conv, factorized_reduce
 from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.separable import Unit
 
@@ -33,15 +33,15 @@ class Primitive(NamedTuple):
         own, which counts as not skip. "none" is never computed nor derived; "pool" is normalised in the search.
       weights: (channels, stride) -> {name: Weight}; empty: an operation without weights.
       apply: (params, x [B,H,W,C], stride, layers) -> y [B,ceil(H/s),ceil(W/s),C].
-      units: (params, stride) -> the units of which `apply` is a row, none for the identity; or the pool that it is; or
-        None where it is neither. With it the search runs the operation in one kernel on a CPU. Also called with
-        weights that are stacked on a leading axis.
+      units: (params, stride) -> the units of which `apply` is a row, none for the identity; or the pool or the strided
+        identity that it is; or None where it is none of these. With it the search runs the operation in one kernel on a
+        CPU, and many of its kind at once on other devices. Also called with weights that are stacked on a leading axis.
     """
 
     group: str
     weights: Callable[[int, int], dict[str, Weight]]
     apply: Callable[[Params, jax.Array, int, LayerSet], jax.Array]
-    units: Callable[[Params, int], Sequence[Unit] | Pool | None] | None = None
+    units: Callable[[Params, int], Sequence[Unit] | Pool | Reduction | None] | None = None
 
 
 def _no_weights(channels: int, stride: int) -> dict[str, Weight]:
@@ -72,6 +72,10 @@ def _skip(params: Params, x: jax.Array, stride: int, layers: LayerSet) -> jax.Ar
     if stride == 1:
         return x
     return layers.norm("bn", factorized_reduce(jax.nn.relu(x), params["first"], params["second"]))
+
+
+def _skip_units(params: Params, stride: int) -> Sequence[Unit] | Reduction:
+    return () if stride == 1 else Reduction(params["first"], params["second"])
 
 
 def _separable(kernel: int) -> Primitive:
@@ -126,7 +130,7 @@ PRIMITIVES: Mapping[str, Primitive] = MappingProxyType(
         "none": Primitive("none", _no_weights, _none),
         "max_pool_3x3": Primitive("pool", _no_weights, _max_pool, lambda params, stride: Pool("maximum", stride)),
         "avg_pool_3x3": Primitive("pool", _no_weights, _avg_pool, lambda params, stride: Pool("average", stride)),
-        "skip_connect": Primitive("skip", _skip_weights, _skip, lambda params, stride: () if stride == 1 else None),
+        "skip_connect": Primitive("skip", _skip_weights, _skip, _skip_units),
         "sep_conv_3x3": _separable(3),
         "sep_conv_5x5": _separable(5),
         "dil_conv_3x3": _dilated(3),

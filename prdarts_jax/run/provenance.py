@@ -39,7 +39,7 @@ _LAST_BITS: Mapping[str, Any] = {
     "XLA_FLAGS": "",
 }
 _HARMLESS = ("host_platform_device_count", "timeout", "dump", "log")  # in the names of flags of XLA
-_ONE_PROCESS = {"processes": 1, "distributed": False}  # where a config.json does not say it
+_BEFORE = {"processes": 1, "distributed": False, "lowering": "auto"}  # where a config.json does not say it
 
 
 def settings() -> dict[str, Any]:
@@ -88,6 +88,7 @@ def document(kind: str, config: Any, inputs: Any, sources: Mapping[str, str] | N
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             "cpu_kernels": kernels.kernels().description if lowering.own_kernels else "no CPU",
             "devices": inputs.mesh.size,
+            "lowering": getattr(config.run, "lowering", "auto"),  # of mixed cells, which a training has none of
             "processes": jax.process_count(),
             # On CPU other collectives are used then, of one process as of many: their sums have another order.
             "distributed": jax.distributed.is_initialized(),
@@ -148,7 +149,7 @@ def other_draws(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
     """Everything beside the config that decides the bits, by name."""
-    found = {**_ONE_PROCESS, **_DRAWS, **_LAST_BITS}
+    found = {**_BEFORE, **_DRAWS, **_LAST_BITS}
     for section in ("versions", "platform", "jax"):
         found |= document.get(section, {})
     return found

@@ -22,6 +22,7 @@ from prdarts_jax.data.batches import check_batch, held_out_digest, hold_out, spl
 from prdarts_jax.data.sources import Dataset, load
 from prdarts_jax.devices import sharding
 from prdarts_jax.errors import UserError
+from prdarts_jax.ops import kernels
 from prdarts_jax.run import provenance
 from prdarts_jax.run.metrics import check_tensorboard
 from prdarts_jax.searching.own_code import ARCH, METHOD, WEIGHTS, try_out
@@ -67,6 +68,7 @@ def prepare(
     """
     check_tensorboard(config.run)
     mesh = sharding.make_mesh(sharding.choose_devices(config.run.devices))
+    _check_lowering(config, mesh)
     dataset = _checked_data(config, data if like is None else like.dataset, mesh)
     primitives = userfile.user_primitives(config.space.primitives, "space.primitives")
     space = _space(config, primitives, dataset.num_classes, dataset.image[2]) if like is None else like.problem.space
@@ -88,6 +90,7 @@ def prepare(
         dtype=config.dtype,
         local_batch_norm=config.local_batch_norm,
         precision=config.precision,
+        cell=config.run.lowering,
     )
     # What is the library's has its tests, and tracing a large network costs seconds.
     arguments = zip(parts, (strategy, weight_tx, arch_tx), strict=True)
@@ -141,6 +144,17 @@ def check_schedule(strategy: Strategy, epochs: int) -> None:
         if found != names[0]:
             some = f"{' | '.join(sorted(found ^ names[0]))} in one of the epochs 0 and {epoch} alone"
             raise UserError(f"{METHOD}: schedule has {some}; allowed: the same names in every epoch of a stage")
+
+
+def _check_lowering(config: SearchConfig, mesh: Mesh) -> None:
+    """CPU kernels run a cell of float32 whose statistics are those of one device."""
+    if config.run.lowering != "kernels":
+        return
+    alone = mesh.size == 1 or config.local_batch_norm
+    served = sharding.lowering_of(mesh).own_kernels and kernels.kernels().loaded
+    where = "on a CPU with a C++ compiler, of one device or --local-batch-norm, with --dtype float32"
+    holds = served and alone and config.dtype == "float32"
+    require(holds, "run.lowering", config.run.lowering, f"auto | scan | waves; kernels {where}")
 
 
 def _checked_data(config: SearchConfig, data: Dataset | None, mesh: Mesh) -> Dataset:

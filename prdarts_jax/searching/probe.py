@@ -108,7 +108,7 @@ def probe_program(problem: Any, mesh: Mesh, what: str) -> Callable[..., Any]:
     axis = sharding.axis_of(mesh)
     norm_axis = None if problem.local_batch_norm else axis
     # Second derivatives are those of plain JAX operations: the rules of the fast path have none.
-    lowered = functools.partial(supernet.apply, lowering=sharding.lowering_of(mesh))
+    lowered = functools.partial(supernet.apply, lowering=problem.lowering(mesh))
     apply = supernet.apply_reference if what == "hvp" else lowered
 
     def program(state: SearchState, point: Any, indices: jax.Array, numbers: Numbers, data: Images) -> Any:

@@ -62,6 +62,11 @@ class SearchProblem(NamedTuple):
     dtype: str
     local_batch_norm: bool = False
     precision: str = "default"
+    cell: str = "auto"  # the lowering of the mixed cell
+
+    def lowering(self, mesh: Mesh) -> Lowering:
+        """What a program of this mesh is lowered for, and how its cells are."""
+        return sharding.lowering_of(mesh)._replace(cell=self.cell)
 
 
 def strong(leaf: jax.Array) -> jax.Array:
@@ -70,7 +75,7 @@ def strong(leaf: jax.Array) -> jax.Array:
 
 
 def _initial(problem: SearchProblem, mesh: Mesh, image: tuple[int, ...]) -> Callable[[jax.Array, Numbers], SearchCarry]:
-    step = _step(problem, None, sharding.lowering_of(mesh))
+    step = _step(problem, None, problem.lowering(mesh))
 
     def program(key: jax.Array, numbers: Numbers) -> SearchCarry:
         state = init_state(
@@ -222,7 +227,7 @@ def make_dispatch(
     each metric of each step, float32[S]. The carry is donated.
     `lowering`: default that of the mesh; another one where the program is exported for other platforms.
     """
-    program = dispatch_program(problem, sharding.axis_of(mesh), lowering or sharding.lowering_of(mesh))
+    program = dispatch_program(problem, sharding.axis_of(mesh), lowering or problem.lowering(mesh))
     everywhere, batch = sharding.REPLICATED, PartitionSpec(None, sharding.AXIS)
     in_specs = (
         everywhere,
@@ -248,7 +253,7 @@ def make_evaluation(
     """
     axis_name = sharding.axis_of(mesh)
     norm_axis = None if problem.local_batch_norm else axis_name
-    static: dict[str, Any] = {"space": problem.space, "axis_name": norm_axis, "lowering": sharding.lowering_of(mesh)}
+    static: dict[str, Any] = {"space": problem.space, "axis_name": norm_axis, "lowering": problem.lowering(mesh)}
     network = at_precision(problem.precision, functools.partial(supernet.apply, **static))
 
     def at(

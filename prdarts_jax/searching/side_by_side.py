@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prdarts_jax.data.batches import Images
 from prdarts_jax.data.sources import Dataset
-from prdarts_jax.devices import sharding
 from prdarts_jax.run.digests import is_key
 from prdarts_jax.run.loop import Done, Work
 from prdarts_jax.searching.program import SearchCarry, SearchProblem, dispatch_program
@@ -123,7 +122,7 @@ def _kind(leaf: Any) -> _Kind:
 
 def _mapped(problem: SearchProblem, mesh: Mesh, kinds: Any) -> Any:
     """The jitted program over the axis: every argument but the positions and the images is split over it."""
-    program = dispatch_program(problem, None, sharding.lowering_of(mesh))
+    program = dispatch_program(problem, None, problem.lowering(mesh))
 
     def own(kind: _Kind, leaf: jax.Array) -> jax.Array:
         if kind.scalar:

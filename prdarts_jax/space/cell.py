@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from prdarts_jax.ops.layers import Weight
 from prdarts_jax.ops.lowering import ANYWHERE, Lowering
 from prdarts_jax.ops.primitives import Params
-from prdarts_jax.space import cell_kernels, cell_partial
+from prdarts_jax.space import cell_kernels, cell_partial, cell_waves
 from prdarts_jax.space.cell_scan import _reverse_group, _run_group, _unflatten
 from prdarts_jax.space.noise import CellNoise
 from prdarts_jax.space.partial import factors_of, head, shuffled, tail, unshuffled
@@ -258,4 +258,19 @@ def mixed_nodes(
     dropout = () if noise is None else tuple(sorted(noise.rates))
     factors = factors_of(space, multipliers, noise, values)
     program = CellProgram(space, kind, axis_name, dropout, lowering)
-    return _mixed(program, weights, values, s0, s1, executed, noise, factors)
+    nodes = cell_waves.nodes if in_waves(lowering) else _mixed
+    return nodes(program, weights, values, s0, s1, executed, noise, factors)
+
+
+_GPU = ("gpu", "cuda", "rocm")  # what JAX calls a GPU, and its makers
+
+
+def in_waves(lowering: Lowering) -> bool:
+    """Whether a cell is run in waves: where it is asked for, and of itself on a GPU (docs/lowerings.md).
+
+    >>> [in_waves(Lowering(platform)) for platform in ("cpu", "gpu", "tpu")]
+    [False, True, False]
+    >>> in_waves(Lowering("gpu", "scan")), in_waves(Lowering("tpu", "waves"))
+    (False, True)
+    """
+    return lowering.cell == "waves" or (lowering.cell == "auto" and lowering.platform in _GPU)

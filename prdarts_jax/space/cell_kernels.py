@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from prdarts_jax.errors import UserError
 from prdarts_jax.ops import kernels
 from prdarts_jax.ops.batch_norm import BN_EPS, inner
 from prdarts_jax.ops.layer_set import fast_layers
+from prdarts_jax.ops.layers import Reduction
 from prdarts_jax.ops.lowering import Branch, run_branch
 from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.primitives import Params
 from prdarts_jax.ops.separable import Unit
-from prdarts_jax.space.noise import CellNoise, path_dropped, reaches
+from prdarts_jax.space.noise import CellNoise, path_dropped
 from prdarts_jax.space.spec import EdgeGroup
 from prdarts_jax.space.terms import (
     CellProgram,
@@ -38,6 +38,7 @@ from prdarts_jax.space.terms import (
     read_row,
     runs,
     terms_of,
+    units_of,
     weights_of,
 )
 
@@ -69,40 +70,14 @@ _POOLS = ("average", "maximum")
 
 
 def _units_of(program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str, Params]) -> list[Unit] | Pool | None:
-    """The units of an operation, with stacked weights, or its pool, if the kernels compute all of it.
-
-    Raises:
-      UserError: units that cannot be those of the operation; a kernel would read and write what is not theirs.
-    """
-    primitive = program.space.table[op]
-    if primitive.units is None or not runs(program, group)[op] or _drops(program, op, group):
+    """The units of an operation, with stacked weights, or its pool, if the kernels compute all of it."""
+    units = units_of(program, group, op, stacks)
+    if isinstance(units, Reduction):
         return None
-    units = primitive.units(stacks.get(op, {}), group.stride)
-    if isinstance(units, Pool):
-        # The kernels normalise all pools or none.
-        fits = units.stride == group.stride in (1, 2) and primitive.group == "pool"
-        return units if fits else None
-    if units is None or (primitive.group == "pool" and program.space.pool_norm):  # normalised once more, behind them
-        return None
-    rows = len(program.space.rows(program.kind, group)[op])
-    strides = [unit.stride for unit in units]
-    if strides != [group.stride, *[1] * (len(units) - 1)] and (units or group.stride != 1):
-        raise UserError(f"units of {op!r}: strides {strides} on edges of stride {group.stride}; allowed: it, then 1")
-    for unit in units:
-        shapes = (np.shape(unit.depthwise), np.shape(unit.matrix))
-        channels = shapes[1][-1] if shapes[1] else 0
-        if len(shapes[0]) != 4 or shapes[0][::3] != (rows, channels) or shapes[1] != (rows, channels, channels):
-            raise UserError(
-                f"units of {op!r}: weights of shapes {shapes[0]} and {shapes[1]}; "
-                f"allowed: ({rows}, k, k, C) and ({rows}, C, C), since those of {rows} edges are stacked"
-            )
-        if not kernels.compiled(*shapes[0][1:3], unit.stride, unit.dilation):
-            return None
-    return list(units)
-
-
-def _drops(program: CellProgram, op: str, group: EdgeGroup) -> bool:
-    return op in program.dropout and reaches(program.space, op, group.stride)
+    if isinstance(units, list):
+        windows = [(*unit.depthwise.shape[1:3], unit.stride, unit.dilation) for unit in units]
+        return units if all(kernels.compiled(*window) for window in windows) else None
+    return units
 
 
 def _table(program: CellProgram, group: EdgeGroup, stacks: dict[str, Params]) -> _Table:
@@ -142,7 +117,8 @@ def where_served(program: CellProgram, arrays: Any, in_place: Callable[[], Any],
     They take float32 `arrays`, and statistics in which no other device has a part.
     """
     lowering = program.lowering
-    if not (lowering.own_kernels and program.axis_name is None and kernels.serve(*jax.tree.leaves(arrays))):
+    wanted = lowering.own_kernels and lowering.cell in ("auto", "kernels")
+    if not (wanted and program.axis_name is None and kernels.serve(*jax.tree.leaves(arrays))):
         return elsewhere()
     if lowering.platform is not None:
         return in_place()

@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from prdarts_jax.errors import UserError
 from prdarts_jax.ops.layer_set import LayerSet
+from prdarts_jax.ops.layers import Reduction
 from prdarts_jax.ops.lowering import ANYWHERE, Lowering
+from prdarts_jax.ops.pools import Pool
 from prdarts_jax.ops.primitives import Params
-from prdarts_jax.space.noise import CellNoise, dropped
+from prdarts_jax.ops.separable import Unit
+from prdarts_jax.space.noise import CellNoise, dropped, reaches
 from prdarts_jax.space.spec import EdgeGroup, Space
 
 CellWeights = dict[str, dict[str, Params]]  # stride1 | stride2 -> operation -> stacked arrays [rows, ...]
@@ -106,6 +110,42 @@ def runs(program: CellProgram, group: EdgeGroup) -> dict[str, bool]:
     """Which operations compute anything on the edges of a group: `none`, and what no edge may use, do not."""
     rows = program.space.rows(program.kind, group)
     return {op: bool(edges) and program.space.table[op].group != "none" for op, edges in rows.items()}
+
+
+def units_of(
+    program: CellProgram, group: EdgeGroup, op: str, stacks: dict[str, Params]
+) -> list[Unit] | Pool | Reduction | None:
+    """What an operation on the edges of a group is made of, with stacked weights, if that is all of it.
+
+    Raises:
+      UserError: units that cannot be those of the operation; what is computed from them would not fit.
+    """
+    primitive = program.space.table[op]
+    drops = op in program.dropout and reaches(program.space, op, group.stride)
+    if primitive.units is None or not runs(program, group)[op] or drops:
+        return None
+    units = primitive.units(stacks.get(op, {}), group.stride)
+    if isinstance(units, Pool):
+        # All pools are normalised, or none.
+        fits = units.stride == group.stride in (1, 2) and primitive.group == "pool"
+        return units if fits else None
+    if units is None or (primitive.group == "pool" and program.space.pool_norm):  # normalised once more, behind them
+        return None
+    if isinstance(units, Reduction):
+        return units if group.stride == 2 else None
+    rows = len(program.space.rows(program.kind, group)[op])
+    strides = [unit.stride for unit in units]
+    if strides != [group.stride, *[1] * (len(units) - 1)] and (units or group.stride != 1):
+        raise UserError(f"units of {op!r}: strides {strides} on edges of stride {group.stride}; allowed: it, then 1")
+    for unit in units:
+        shapes = (np.shape(unit.depthwise), np.shape(unit.matrix))
+        channels = shapes[1][-1] if shapes[1] else 0
+        if len(shapes[0]) != 4 or shapes[0][::3] != (rows, channels) or shapes[1] != (rows, channels, channels):
+            raise UserError(
+                f"units of {op!r}: weights of shapes {shapes[0]} and {shapes[1]}; "
+                f"allowed: ({rows}, k, k, C) and ({rows}, C, C), since those of {rows} edges are stacked"
+            )
+    return list(units)
 
 
 def read_row(nodes: jax.Array, index: jax.Array) -> jax.Array:
