@@ -10,11 +10,11 @@ JOBS ?= 2
 # Versions of what the pinned packages need in turn. `make setup CONSTRAINTS=` lets pip choose them.
 CONSTRAINTS ?= -c constraints.txt
 
-.PHONY: help setup search test test-slow mutate lint doctest bench bench-full bench-gpu clean
+.PHONY: help setup search test test-slow mutate lint doctest bench bench-full bench-gpu paper clean
 
 help:
 	@echo "make setup | search [ARGS='--seed 1'] | test | test-slow | mutate [ARGS=kernel] | lint | doctest"
-	@echo "     bench | bench-full | bench-gpu | clean"
+	@echo "     bench | bench-full | bench-gpu | paper SCALE=smoke|cpu|paper | clean"
 
 setup: $(STAMP)
 
@@ -45,7 +45,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 doctest: $(STAMP)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --doctest-modules prdarts_jax $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --doctest-modules prdarts_jax experiments $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --scale smoke $(ARGS)
@@ -60,6 +60,11 @@ bench-full: $(STAMP)
 PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 bench-gpu:
 	$(PYTHON_GPU) -m benchmarks.bench_gpu --out benchmarks/results $(ARGS)
+
+# The claims of the paper: measures what experiments/results lacks, then writes docs/results.md and its pictures.
+SCALE ?= smoke
+paper: $(STAMP)
+	$(BIN)/python -m experiments.paper --scale $(SCALE) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

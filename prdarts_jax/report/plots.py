@@ -42,12 +42,12 @@ FAMILY_COLOURS = {
     "skip": "#CC79A7",
     "other": "#444444",
 }
-_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b", "#9b4f96")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b", "#9b4f96")
 _FAMILY = "DejaVu Sans"  # comes with matplotlib, so that labels have the same width everywhere
 # A matplotlibrc of the user may ask for fonts, or for a LaTeX, that are not there: what is drawn does not read it.
 _WINDOWS = ("backend", "backend_fallback", "interactive")
-_STYLE: dict[Any, Any] = {name: v for name, v in matplotlib.rcParamsDefault.items() if name not in _WINDOWS}
-_STYLE |= {"svg.hashsalt": "prdarts_jax", "svg.fonttype": "none"}
+STYLE: dict[Any, Any] = {name: v for name, v in matplotlib.rcParamsDefault.items() if name not in _WINDOWS}
+STYLE |= {"svg.hashsalt": "prdarts_jax", "svg.fonttype": "none"}
 
 _FONT = 9.0  # points
 _TITLE: dict[str, Any] = {"fontsize": _FONT + 1.5, "fontweight": "bold", "va": "top"}
@@ -65,7 +65,7 @@ def op_family(op: str) -> str:
     return "pool" if "pool" in op else "other"
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def cell_diagram(genotype: Genotype, cell: str = "normal", *, title: str | None = None) -> Figure:
     """Draw one cell as a graph that runs from left to right.
 
@@ -104,7 +104,7 @@ def cell_diagram(genotype: Genotype, cell: str = "normal", *, title: str | None 
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def probability_heatmap(
     history: Any,
     edges: Sequence[Sequence[int]],
@@ -194,7 +194,7 @@ def value_range(values: Any) -> tuple[float, float]:
     return float(low), float(high if high > low else low + 0.1)
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def curves(
     series: Mapping[str, Sequence[tuple[float, float]]],
     ylabel: str,
@@ -219,7 +219,7 @@ def curves(
     """
     figure = FigureCanvasAgg(Figure(figsize=(4.4, 2.7), layout="constrained")).figure
     axes = figure.add_subplot()
-    axes.set_prop_cycle(color=_CYCLE)
+    axes.set_prop_cycle(color=COLOURS)
     for name, points in series.items():
         x, y = np.array(points, dtype=float).reshape(-1, 2).T
         axes.plot(x, y, label=_plain(name), lw=1.4, marker="o" if len(x) < 3 else None, ms=3)
@@ -257,7 +257,7 @@ def mean_and_std(runs: Iterable[Iterable[tuple[float, float]]]) -> list[tuple[fl
     return [(x, statistics.fmean(ys), statistics.stdev(ys) if len(ys) > 1 else 0.0) for x, ys in columns]
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def to_svg(figure: Figure) -> str:
     """The figure as an <svg> element for an HTML page: text stays text, no date, nothing fetched from elsewhere.
 
@@ -274,7 +274,7 @@ def to_svg(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def save(figure: Figure, path: str | Path) -> None:
     """Write the figure as .png (160 dots an inch) or .svg, the same bytes for the same figure.
 
