@@ -179,8 +179,9 @@ def shares_without_gradient(
     Returns:
       two arrays, the shape of beta without its last axis.
 
-    >>> [[round(float(share), 2) for share in shares_without_gradient(jnp.zeros(8), 2, tau=t)] for t in (10.0, 1.0,
-    0.1)] [[0.0, 0.0], [0.32, 0.14], [0.97, 0.94]]
+    >>> beta = jnp.zeros(8)
+    >>> [[round(float(share), 2) for share in shares_without_gradient(beta, 2, tau=t)] for t in (10.0, 1.0, 0.1)]
+    [[0.0, 0.0], [0.32, 0.14], [0.97, 0.94]]
     """
     zero, inside, one = regimes(beta, tau=tau, a=a, b=b)
     counts = np.arange(k + 1)
