@@ -192,8 +192,8 @@ def shares_without_gradient(
         p0, p, p1 = (each[..., o, None, None] for each in (zero, inside, one))
         law = p0 * law + p * (law @ more) + p1 * (more.T @ law)
     executed_inside = np.minimum(counts[None, :], k - counts[:, None])
-    share = 1 - jnp.sum(law * jnp.asarray(executed_inside / k, beta.dtype), axis=(-2, -1))
-    return share, jnp.sum(law * jnp.asarray(executed_inside == 0, beta.dtype), axis=(-2, -1))
+    share = 1 - jnp.einsum("...ij,ij->...", law, jnp.asarray(executed_inside / k, beta.dtype))
+    return share, jnp.einsum("...ij,ij->...", law, jnp.asarray(executed_inside == 0, beta.dtype))
 
 
 def expected_gate(
