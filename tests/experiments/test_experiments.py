@@ -53,19 +53,6 @@ def test_every_experiment_is_documented(path):
 
 
 @pytest.mark.slow
-def test_the_paper_smoke(tmp_path, capsys):
-    """Every claim that is asked for is measured, and the page and its pictures lie in the current folder."""
-    assert paper.main(["--scale", "smoke", "--only", "theorem3_gates", "--only", "table2_imagenet"]) == 0
-    page = (tmp_path / "runs" / "experiments" / "results.md").read_text()
-    assert page.count("Not measured yet") == len(paper.NAMES) - 2
-    assert "Measured at scale `smoke`" in page and "pictures/theorem3_gates.svg" in page
-    assert [path.name for path in (tmp_path / "runs" / "experiments" / "pictures").iterdir()] == ["theorem3_gates.svg"]
-    with pytest.raises(SystemExit) as stop:
-        paper.main(["--only", "theorem5"])
-    assert stop.value.code == 2
-
-
-@pytest.mark.slow
 def test_search_cifar10_smoke(tmp_path, monkeypatch, capsys):
     experiment = _load("search_cifar10", monkeypatch)
     workdir = tmp_path / "runs" / "search-cifar10-paper-smoke"
