@@ -12,11 +12,12 @@ JOBS ?= 2
 CONSTRAINTS ?= -c constraints.txt
 
 .PHONY: help setup search pipeline test test-slow mutate lint doctest bench bench-full bench-gpu check-accelerators
-.PHONY: docs notebooks package clean
+.PHONY: docs notebooks package paper clean
 
 help:
 	@echo "make setup | search [ARGS='--seed 1'] | pipeline | test | test-slow | mutate [ARGS=kernel] | lint | doctest"
-	@echo "     bench | bench-full | bench-gpu | check-accelerators | docs | notebooks | package | clean"
+	@echo "     bench | bench-full | bench-gpu | check-accelerators | docs | notebooks | package"
+	@echo "     paper SCALE=smoke|cpu|paper | clean"
 
 setup: $(STAMP)
 
@@ -51,7 +52,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 doctest: $(STAMP)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --doctest-modules prdarts_jax $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --doctest-modules prdarts_jax experiments $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --scale smoke $(ARGS)
@@ -100,6 +101,11 @@ notebooks: $(DOCS_STAMP)
 # sdist and wheel in dist/, installed into an environment of their own, and a search from there.
 package: $(DOCS_STAMP)
 	.ci/package $(BIN)/python
+
+# The claims of the paper: measures what experiments/results lacks, then writes docs/results.md and its pictures.
+SCALE ?= smoke
+paper: $(STAMP)
+	$(BIN)/python -m experiments.paper --scale $(SCALE) $(ARGS)
 
 clean:
 	rm -rf .venv .venv-accelerators build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -157,6 +157,55 @@ def activation_probability(
     return jax.nn.sigmoid(beta - tau * math.log(-a / b))
 
 
+def regimes(
+    beta: jax.Array, *, tau: jax.Array | float, a: float = -0.1, b: float = 1.1
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(P(g = 0), P(0 < g < 1), P(g = 1)), each of the shape of beta; a gradient passes in the second case alone.
+
+        P(g = 1) = sigmoid(beta - tau ln((1-a)/(b-1)))
+
+    >>> [round(float(p), 3) for p in regimes(jnp.zeros(()), tau=0.1)]
+    [0.44, 0.119, 0.44]
+    """
+    nonzero = activation_probability(beta, tau=tau, a=a, b=b)
+    one = jax.nn.sigmoid(beta - tau * math.log((1 - a) / (b - 1)))
+    return 1 - nonzero, nonzero - one, one
+
+
+def shares_without_gradient(
+    beta: jax.Array, k: int, *, tau: jax.Array | float, a: float = -0.1, b: float = 1.1
+) -> tuple[jax.Array, jax.Array]:
+    """The share of the executed gates that are 0 or 1, and P(an edge has no other), where the K largest are executed.
+
+    With N1 gates of an edge at 1 and N inside, ones are executed first and zeros last, so min(N, max(K - N1, 0)) of
+    the executed ones lie inside. The law of (N1, N) over the O operations is a Poisson-multinomial sum.
+
+    Args:
+      beta: float[..., O].
+      k: K, at most O.
+      tau: temperature.
+      a, b: ends of the stretched interval.
+
+    Returns:
+      two arrays, the shape of beta without its last axis.
+
+    >>> beta = jnp.zeros(8)
+    >>> [[round(float(share), 2) for share in shares_without_gradient(beta, 2, tau=t)] for t in (10.0, 1.0, 0.1)]
+    [[0.0, 0.0], [0.32, 0.14], [0.97, 0.94]]
+    """
+    zero, inside, one = regimes(beta, tau=tau, a=a, b=b)
+    counts = np.arange(k + 1)
+    more = jnp.asarray(np.minimum(counts + 1, k)[:, None] == counts[None, :], beta.dtype)  # one gate more, at most K
+    # law[..., i, j]: i gates at 1 and j inside, both counted up to K.
+    law = jnp.zeros((*beta.shape[:-1], k + 1, k + 1), beta.dtype).at[..., 0, 0].set(1.0)
+    for o in range(beta.shape[-1]):
+        p0, p, p1 = (each[..., o, None, None] for each in (zero, inside, one))
+        law = p0 * law + p * (law @ more) + p1 * (more.T @ law)
+    executed_inside = np.minimum(counts[None, :], k - counts[:, None])
+    share = 1 - jnp.einsum("...ij,ij->...", law, jnp.asarray(executed_inside / k, beta.dtype))
+    return share, jnp.einsum("...ij,ij->...", law, jnp.asarray(executed_inside == 0, beta.dtype))
+
+
 def expected_gate(
     beta: Float[AnyArray, "*shape"], *, tau: Scalar, a: float = -0.1, b: float = 1.1, points: int = 256
 ) -> Float[jax.Array, "*shape"]:

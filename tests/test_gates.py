@@ -267,3 +267,34 @@ def test_edges_without_a_gradient_by_hand() -> None:
     executed = jnp.array([[True, False, True], [True, True, False], [True, True, True]])
     assert float(gates.share_without_gradient(g, executed)) == pytest.approx(2 / 3)
     assert float(gates.saturated_share(g, executed)) == pytest.approx(6 / 7)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_regimes_by_monte_carlo(draws: dict[float, np.ndarray], tau: float) -> None:
+    found = gates.regimes(jnp.asarray(BETAS, jnp.float32), tau=tau)
+    hits = (draws[tau] == 0, (draws[tau] > 0) & (draws[tau] < 1), draws[tau] == 1)
+    for counted, probability in zip(hits, found, strict=True):
+        _assert_frequency(counted, np.clip(np.asarray(probability, np.float64), 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("k", "beta"), [(1, [0.0] * 8), (2, [0.0] * 8), (2, [1.0, -1.0, 0.5, 0.0, 2.0]), (3, [0.0] * 3)]
+)
+def test_shares_without_gradient_by_monte_carlo(k: int, beta: list[float]) -> None:
+    """Gates drawn in numpy, sorted, and the K largest looked at."""
+    rng = np.random.default_rng(k)
+    u = rng.uniform(1e-9, 1 - 1e-9, (SAMPLES, len(beta)))
+    for tau in (1.0, 0.5, 0.1):
+        g = np.clip(-0.1 + 1.2 / (1 + np.exp(-(np.log(u) - np.log1p(-u) + np.array(beta)) / tau)), 0, 1)
+        executed = np.sort(g, axis=1)[:, -k:]
+        inside = ((executed > 0) & (executed < 1)).sum(axis=1)
+        share, edge = gates.shares_without_gradient(jnp.asarray(beta), k, tau=tau)
+        _assert_frequency(inside == 0, np.asarray(edge, np.float64))
+        spread = 5 * (inside / k).std() / np.sqrt(SAMPLES) + 1e-6
+        assert abs(float(share) - (1 - inside.mean() / k)) < spread
+
+
+def test_shares_without_gradient_at_beta_zero() -> None:
+    """Two of eight: what a user of the paper's settings meets at temperatures 10, 1, .5 and .1."""
+    found = [[float(s) for s in gates.shares_without_gradient(jnp.zeros(8), 2, tau=t)] for t in (10.0, 1.0, 0.5, 0.1)]
+    np.testing.assert_allclose(found, [[0, 0], [0.320, 0.139], [0.732, 0.586], [0.969, 0.943]], atol=1e-3)

@@ -25,7 +25,9 @@ with no_backend():
     from matplotlib.ticker import MaxNLocator
 
 __all__ = [
+    "COLOURS",
     "FAMILY_COLOURS",
+    "STYLE",
     "cell_diagram",
     "curves",
     "mean_and_std",
@@ -35,7 +37,7 @@ __all__ = [
     "to_svg",
     "value_range",
 ]
-_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b", "#9b4f96")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b", "#9b4f96")
 _TEXT, _SMALL = 9.5, 8.5  # points: of curves, which a page shows at nine tenths; of heatmaps, shown as they are
 _ROW = 0.145  # inches of an operation in a heatmap: its name is as high
 
@@ -173,7 +175,7 @@ def curves(
     """
     figure = FigureCanvasAgg(Figure(figsize=(4.4, 2.7), layout="constrained")).figure
     axes = figure.add_subplot()
-    axes.set_prop_cycle(color=_CYCLE)
+    axes.set_prop_cycle(color=COLOURS)
     for name, points in series.items():
         x, y = np.array(points, dtype=float).reshape(-1, 2).T
         axes.plot(x, y, label=plain(name), lw=1.4, marker="o" if len(x) < 3 else None, ms=3)

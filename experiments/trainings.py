@@ -1,0 +1,82 @@
+"""Trainings and searches as units of an experiment: one call, resumed if it was stopped, its last figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import prdarts_jax
+from prdarts_jax.errors import RunError
+from prdarts_jax.presets import train as train_presets
+from prdarts_jax.run import metrics
+from prdarts_jax.space.genotype import Genotype
+
+RUNS = Path("runs") / "experiments"
+FINISHED = ("finished", "already-finished")
+
+
+def folder(*parts: Any) -> str:
+    """A name for the folder of a unit.
+
+    >>> folder("fig1", "gates only", 0.5)
+    'fig1-gates-only-0.5'
+    """
+    return re.sub(r"[^\w.]+", "-", "-".join(map(str, parts)))
+
+
+def trained(genotype: Genotype | str, preset: str, seed: int, flags: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Test error (percent) after the last epoch of a training from scratch, in runs/experiments/NAME.
+
+    Raises:
+      RunError: it was stopped before its end; the same call again goes on.
+    """
+    made = train_presets.resolve(preset, flags={**flags, "seed": seed})
+    result = prdarts_jax.train(made.config, genotype, RUNS / name, sources=made.sources)
+    if result.status not in FINISHED:
+        raise RunError(f"{RUNS / name}: the training is not finished ({result.status}); start again to go on")
+    return {"test_error": 100 * (1 - float(result.metrics["test_accuracy"]))}
+
+
+def searched(preset: str, strategy: str | None, flags: Mapping[str, Any], name: str) -> Genotype:
+    """The cell of a search in runs/experiments/NAME.
+
+    Raises:
+      RunError: it was stopped before its end; the same call again goes on.
+    """
+    made = prdarts_jax.resolve(preset, strategy, flags=flags)
+    result = prdarts_jax.search(made.config, RUNS / name, sources=made.sources)
+    if result.status not in FINISHED or result.genotype is None:
+        raise RunError(f"{RUNS / name}: the search is not finished ({result.status}); start again to go on")
+    return result.genotype
+
+
+def found(
+    search: str,
+    train: str,
+    seed: int,
+    name: str,
+    *,
+    strategy: str | None = None,
+    flags: Mapping[str, Any],
+    train_flags: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a search finds and what that is worth: skips and depth of the normal cell, the cell, the error once trained.
+
+    Args:
+      search, train: presets.
+      seed: of both.
+      name: of the folder in runs/experiments.
+      strategy: None: the preset's.
+      flags, train_flags: changes by config path.
+    """
+    genotype = searched(search, strategy, {**flags, "seed": seed}, f"{name}/search")
+    cell = [[[op, source] for op, source in node] for node in genotype.cell("normal")[0]]
+    figures = trained(genotype, train, seed, train_flags, f"{name}/train")
+    return {"skips": genotype.skips("normal"), "depth": genotype.depth("normal"), "normal": cell, **figures}
+
+
+def epochs(name: str) -> list[dict[str, Any]]:
+    """The rows of the epochs in runs/experiments/NAME."""
+    return [row for row in metrics.read(RUNS / name / "metrics.jsonl") if row["kind"] == "epoch"]
