@@ -221,7 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of gpu.jsonl, where rows replace older ones")
     parser.add_argument("--anew", action="store_true", help="measure again what --out has already")
     parser.add_argument(
-        "--lowering", default="auto", help="of the mixed cell: those to compare, the first one for the other sections"
+        "--lowering",
+        default="scan,waves",
+        help="of the mixed cell: those to compare, the first one for the other sections",
     )
     args = parser.parse_args(argv)
     if args.out and args.scale == "smoke" and args.out.resolve() == kept.RESULTS:

@@ -45,11 +45,11 @@ def experiments(names: Sequence[str] = NAMES) -> list[frame.Experiment]:
 
 
 def largest(experiment: frame.Experiment, folder: Path, scales: Sequence[str]) -> tuple[str, list[frame.Row]]:
-    """The largest scale of an experiment that has rows, and these; the first scale if none has."""
-    for scale in reversed(scales):
-        if found := frame.rows(experiment, scale, folder):
-            return scale, list(found)
-    return scales[0], []
+    """The largest scale of an experiment whose rows are complete, and these; else the scale that lacks the least."""
+    found = {scale: list(frame.rows(experiment, scale, folder)) for scale in reversed(scales)}
+    share = {scale: len(rows) / len(experiment.units(scale)) for scale, rows in found.items()}
+    best = next((scale for scale in share if share[scale] == 1), max(scales, key=lambda scale: share[scale]))
+    return best, found[best]
 
 
 def page(folder: Path = frame.RESULTS, scales: Sequence[str] = ("cpu", "paper"), pictures: str = "pictures") -> str:

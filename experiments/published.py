@@ -1,6 +1,7 @@
 """Figures that the papers report of their own networks, by hand; what this library counts or measures stands beside.
 
-They were entered from the tables as the literature quotes them, without reading every paper again for it.
+But for those of PR-DARTS they were entered from memory and have not been compared with the papers: look them up before
+relying on one.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ MANUAL_IMAGENET = {
     "ShuffleNet 2x (v1)": Cited("1707.01083", imagenet="26.4 / 10.2", params="5", macs="524"),
 }
 NOTE = (
-    "Columns that say cited are what the papers report (arXiv numbers in the last column); they were taken from "
-    "tables of the literature and not checked again in every paper. A cited error is that of the network which its "
-    "authors trained: that of BayesNAS differs from the one counted here in more than its cells, and the published "
+    "Columns that say cited are what the papers report (arXiv numbers in the last column), entered from memory: "
+    "but for those of PR-DARTS they were **not compared with the papers**. A cited error is that of the network which "
+    "its authors trained: that of BayesNAS differs from the one counted here in more than its cells, and the published "
     "cell of P-DARTS is from another run than its figure."
 )

@@ -227,7 +227,11 @@ def findings(rows: Sequence[frame.Row]) -> list[str]:
             "",
             *frame.table(("weight", *(a for a in ACTIVATIONS if _of(single, a))), cells),
         ]
-    return [*text, *verdict(random, single)] if random else text
+    late = (
+        "The two last columns were added after (ii) had not held: they are exploratory. Widths are 8 to 32, far from "
+        "the large ones that the proof asks for."
+    )
+    return [*text, *verdict(random, single), "", late] if random else text
 
 
 def _of(rows: Sequence[frame.Row], activation: str) -> list[frame.Row]:
@@ -261,11 +265,13 @@ def verdict(rows: Sequence[frame.Row], single: Sequence[frame.Row]) -> list[str]
         held = "**(ii) held in sign only**"
     else:
         held = "**(ii) did not hold**"
+    linear = "held" if fell == 100 else "**did not always hold**"
+    by_gram = "held" if max(close) < 1.5 else "**did not hold**"
     moved = [name for name in GROUPS if all(abs(mean) > half for mean, half in _single(single, name))]
     return [
-        f"(i) held: in {fell:.1f} % of the descents every step lowered F, and late rates are close to earlier ones. "
-        f"(iv) held, once a descent has reached its slowest direction: the ratios of a unit are {min(close):.2f} to "
-        f"{max(close):.2f}, and lambda_min(G) at the start ranks the rates ({gram:.2f}). {held}: the rank "
+        f"(i) {linear}: in {fell:.1f} % of the descents every step lowered F, and late rates are close to earlier "
+        f"ones. (iv) {by_gram}, once a descent has reached its slowest direction: the ratios of a unit are "
+        f"{min(close):.2f} to {max(close):.2f}, and lambda_min(G) at the start ranks the rates ({gram:.2f}). {held}: the rank "
         f"correlation of the rate with A(a), a mean over activations and widths, is {with_sum:.2f} +- {half:.2f}. "
         "A(a) ranks the part of G that the proof uses, the convolutions into the last node, far better "
         f"({block:.2f}), but that part has {share:.1f} % of lambda_min(G); the rest comes from weights that the "
