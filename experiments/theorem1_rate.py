@@ -271,9 +271,9 @@ def verdict(rows: Sequence[frame.Row], single: Sequence[frame.Row]) -> list[str]
     return [
         f"(i) {linear}: in {fell:.1f} % of the descents every step lowered F, and late rates are close to earlier "
         f"ones. (iv) {by_gram}, once a descent has reached its slowest direction: the ratios of a unit are "
-        f"{min(close):.2f} to {max(close):.2f}, and lambda_min(G) at the start ranks the rates ({gram:.2f}). {held}: the rank "
-        f"correlation of the rate with A(a), a mean over activations and widths, is {with_sum:.2f} +- {half:.2f}. "
-        "A(a) ranks the part of G that the proof uses, the convolutions into the last node, far better "
+        f"{min(close):.2f} to {max(close):.2f}, and lambda_min(G) at the start ranks the rates ({gram:.2f}). {held}: "
+        f"the rank correlation of the rate with A(a), a mean over activations and widths, is {with_sum:.2f} +- "
+        f"{half:.2f}. A(a) ranks the part of G that the proof uses, the convolutions into the last node, far better "
         f"({block:.2f}), but that part has {share:.1f} % of lambda_min(G); the rest comes from weights that the "
         "bound leaves out. (iii) Weights that move the rate beyond the confidence interval with every activation: "
         f"{', '.join(moved) or 'none'}. A(a) depends on the first two rows of the table alone.",
