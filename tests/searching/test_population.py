@@ -465,7 +465,7 @@ def test_the_report_has_mean_and_deviation_by_setting(finished, tmp_path, capsys
         patch.setattr(report_page, "report", REPORT)
         assert cli.main(["report", str(finished), "--out", str(out)]) == 0
     page = out.read_text()
-    assert "<h2>Sweep</h2>" in page and "2 of 2" in page
+    assert '<h2 id="sweep">Sweep</h2>' in page and "2 of 2" in page
     for setting in settings:
         assert report_sweep.spread(setting.figures["val_loss"]) in page
         assert f"<td>{report_sweep.label(setting)}</td>" in page
