@@ -33,7 +33,13 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "gates only": ("prdarts", OFF),
     "gates and path term": ("prdarts", {}),
 }
-SMALL = {"space.cells": 3, "space.channels": 4, "space.nodes": 2, "epochs": 1}
+SMALL = {
+    "space.cells": 3,
+    "space.channels": 4,
+    "space.nodes": 2,
+    "space.ops": "none,skip_connect,sep_conv_3x3",
+    "epochs": 1,
+}
 # scale -> (preset of the search, preset of the training, seeds, changes of the search, of the training)
 SCALES: dict[str, tuple[str, str, range, dict[str, Any], dict[str, Any]]] = {
     "smoke": ("digits", "digits", range(1), SMALL, {"network.cells": 3, "network.channels": 4, "epochs": 1}),

@@ -50,7 +50,13 @@ KEPT = {
     "skips": "normal_skips",
     "depth": "normal_depth",
 }
-SMALL = {"space.cells": 3, "space.channels": 4, "space.nodes": 2, "epochs": 2}
+SMALL = {
+    "space.cells": 3,
+    "space.channels": 4,
+    "space.nodes": 2,
+    "space.ops": "none,skip_connect,sep_conv_3x3",
+    "epochs": 2,
+}
 # scale -> (preset of the search, preset of the training, seeds, changes of the search, of the training)
 SCALES: dict[str, tuple[str, str, range, dict[str, Any], dict[str, Any]]] = {
     "smoke": ("digits", "digits", range(1), SMALL, {"network.cells": 3, "network.channels": 4, "epochs": 1}),

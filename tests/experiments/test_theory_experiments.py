@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import search_cases
 from scipy import stats
 
 from experiments import (
@@ -120,7 +121,8 @@ def test_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     """The command measures, prints its section, and does nothing when it is called again."""
     monkeypatch.chdir(tmp_path)
     experiment = EXPERIMENTS[name]
-    assert frame.main(experiment, "doc", ["--scale", "smoke"]) == 0
+    with search_cases.standard_promotion():
+        assert frame.main(experiment, "doc", ["--scale", "smoke"]) == 0
     printed = capsys.readouterr().out
     assert f"### {experiment.title}" in printed and "units so far" not in printed
     file = tmp_path / "runs" / "experiments" / f"{name}.jsonl"
