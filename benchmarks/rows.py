@@ -20,20 +20,25 @@ RESULTS = ROOT / "benchmarks" / "results"
 KEYS = ("case", "batch", "peer", "cache", "axis", "section", "what", "kind", "devices", "mode", "local_batch_norm")
 
 
-def _commit() -> str:
-    """Short commit, with "+" when what is measured differs from it."""
+def commit(*paths: str) -> str:
+    """Short commit, with "+" when files of these paths, of what is measured, differ from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "prdarts_jax", "benchmarks/*.py")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *paths)
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name and the number of cores."""
+    return f"{_model()}, {os.cpu_count() or 1} cores"
+
+
+def _model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -46,9 +51,9 @@ def facts() -> dict[str, Any]:
     found = versions()
     with contextlib.suppress(metadata.PackageNotFoundError):
         found["torch"] = metadata.version("torch")
-    cores = os.cpu_count() or 1
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    return {"commit": _commit(), "versions": found, "device": f"{_processor()}, {cores} cores", "load_before": load}
+    measured = commit("prdarts_jax", "benchmarks/*.py")
+    return {"commit": measured, "versions": found, "device": processor(), "load_before": load}
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:

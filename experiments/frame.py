@@ -8,12 +8,8 @@ goes on; rows of units that are no longer asked for are left out. Pictures and p
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
+from benchmarks.rows import commit, processor
 from prdarts_jax.errors import RunError, UserError
 from prdarts_jax.report import plots
 from prdarts_jax.run.workdir import atomic_write_text
@@ -120,34 +117,22 @@ def complete(experiment: Experiment, scale: str, folder: Path, say: Callable[[st
             "jax": jax.__version__,
             "device": _device(),
         }
-        records.append({"unit": dict(unit), "measured": dict(measured), "commit": _commit(), **facts})
+        records.append(
+            {
+                "unit": dict(unit),
+                "measured": dict(measured),
+                "commit": commit("prdarts_jax", "experiments/*.py"),
+                **facts,
+            }
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in records))
         say(f"{experiment.name}: {number} of {len(units)} ({took:.0f} s)")
 
 
-def _commit() -> str:
-    """Short commit, with "+" when the library or the experiments differ from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "prdarts_jax", "experiments/*.py")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def _device() -> str:
     first = jax.devices()[0]
-    if first.platform != "cpu":
-        return str(first.device_kind)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{name}, {os.cpu_count()} cores"
+    return processor() if first.platform == "cpu" else str(first.device_kind)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

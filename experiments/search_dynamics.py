@@ -50,26 +50,11 @@ KEPT = {
     "skips": "normal_skips",
     "depth": "normal_depth",
 }
-SMALL = {
-    "space.cells": 3,
-    "space.channels": 4,
-    "space.nodes": 2,
-    "space.ops": "none,skip_connect,sep_conv_3x3",
-    "epochs": 2,
-}
-# scale -> (preset of the search, preset of the training, seeds, changes of the search, of the training)
-SCALES: dict[str, tuple[str, str, range, dict[str, Any], dict[str, Any]]] = {
-    "smoke": ("digits", "digits", range(1), SMALL, {"network.cells": 3, "network.channels": 4, "epochs": 1}),
-    "cpu": ("digits", "digits", range(3), {}, {}),
-    "paper": ("paper", "cifar10", range(3), {}, {}),
-}
 
 
 def units(scale: str) -> list[dict[str, Any]]:
     """Every seed of every setting."""
-    search, train, seeds, changes, train_changes = SCALES[scale]
-    same = {"search": search, "train": train, "changes": changes, "train_changes": train_changes}
-    return [{"setting": setting, "seed": seed, **same} for seed in seeds for setting in SETTINGS]
+    return trainings.units(scale, "setting", SETTINGS)
 
 
 def measure(unit: frame.Unit) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,26 @@ from prdarts_jax.space.genotype import Genotype
 
 RUNS = Path("runs") / "experiments"
 FINISHED = ("finished", "already-finished")
+_SMALL = {
+    "space.cells": 3,
+    "space.channels": 4,
+    "space.nodes": 2,
+    "space.ops": "none,skip_connect,sep_conv_3x3",
+    "epochs": 2,
+}
+# scale -> (preset of the search, preset of the training, seeds, changes of the search, of the training)
+_SCALES: dict[str, tuple[str, str, range, dict[str, Any], dict[str, Any]]] = {
+    "smoke": ("digits", "digits", range(1), _SMALL, {"network.cells": 3, "network.channels": 4, "epochs": 1}),
+    "cpu": ("digits", "digits", range(3), {}, {}),
+    "paper": ("paper", "cifar10", range(3), {}, {}),
+}
+
+
+def units(scale: str, name: str, values: Iterable[str]) -> list[dict[str, Any]]:
+    """The units of an experiment that searches, and trains what it finds: every seed of every value of `name`."""
+    search, train, seeds, changes, train_changes = _SCALES[scale]
+    same = {"search": search, "train": train, "changes": changes, "train_changes": train_changes}
+    return [{name: value, "seed": seed, **same} for seed in seeds for value in values]
 
 
 def folder(*parts: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from slips import Mutation
 
 _TESTS = "tests/strategies/test_gradient_free.py"
+_CELLS = "tests/strategies/test_cell_choices.py"
 
 GRADIENT_FREE_SLIPS = (
     Mutation(
@@ -12,14 +13,14 @@ GRADIENT_FREE_SLIPS = (
         "prdarts_jax/strategies/cells.py",
         "used = (ahead < PAIRS)",
         "used = (ahead <= PAIRS)",
-        (f"{_TESTS}::test_draws_from_logits_have_the_probabilities_of_the_policy",),
+        (f"{_CELLS}::test_draws_from_logits_have_the_probabilities_of_the_policy",),
     ),
     Mutation(
         "cells: a new input takes an operation of its own",
         "prdarts_jax/strategies/cells.py",
         "op if may[kind, to, op] else rng.choice(",
         "rng.choice(",
-        (f"{_TESTS}::test_a_mutation_changes_one_operation_or_one_input",),
+        (f"{_CELLS}::test_a_mutation_changes_one_operation_or_one_input",),
     ),
     Mutation(
         "evolution: the youngest member dies",

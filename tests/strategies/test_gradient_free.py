@@ -1,4 +1,4 @@
-"""Searches without gradients: draws against enumeration, mutations, the policy gradient, growing cells, champions."""
+"""Searches without gradients: the policy gradient, growing cells, ageing, champions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import optax
 import pytest
 import search_cases
+from choices import SPACE, every_cell, logits_of, probability_of
 
-from prdarts_jax.config.search import OPS
 from prdarts_jax.errors import UserError
 from prdarts_jax.gates import Gates
 from prdarts_jax.space.genotype import Genotype
@@ -26,150 +26,6 @@ from prdarts_jax.strategies.perturbation import select_by_perturbation
 from prdarts_jax.strategy import Continue, Strategy, View
 
 NAMES = ("random", "evolution", "enas", "pnas")
-SPACE = Space(nodes=2, ops=("none", "skip_connect", "sep_conv_3x3"))
-_LISTS = (("skip_connect",), ("none",), OPS, ("sep_conv_3x3", "skip_connect", "none"), ("dil_conv_5x5",))
-RESTRICTED = Space(nodes=2, edge_ops=(_LISTS, _LISTS[::-1]))
-
-
-def _every_cell(space: Space, kind: str) -> list[tuple[int, ...]]:
-    """All choices of one cell type, by brute force over all assignments of an operation or nothing to each edge."""
-    none, edges = space.ops.index("none") if "none" in space.ops else -1, range(space.num_edges)
-    may = [[o for o in range(space.num_ops) if o != none and space.allowed[kind][e, o]] for e in edges]
-    found = []
-    for choice in itertools.product(*([*ops, space.num_ops] for ops in may)):
-        used = [e for e in edges if choice[e] < space.num_ops]
-        counts = [sum(space.edges[e][1] == node for e in used) for node in range(2, 2 + space.nodes)]
-        most = [
-            min(2, sum(bool(may[e]) for e in edges if space.edges[e][1] == node)) for node in range(2, 2 + space.nodes)
-        ]
-        if counts == most:
-            found.append(choice)
-    return found
-
-
-def _frequencies(choices: np.ndarray, kind: int) -> Counter[tuple[int, ...]]:
-    return Counter(tuple(row.tolist()) for row in choices[:, kind])
-
-
-# --- cells ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("space", [SPACE, RESTRICTED], ids=["full", "restricted"])
-@pytest.mark.parametrize("where", ["host", "step"])
-def test_uniform_draws_are_uniform_over_all_cells(space: Space, where: str) -> None:
-    number = 6000
-    if where == "host":
-        rng = np.random.default_rng(0)
-        drawn = np.stack([cells.random(rng, space) for _ in range(number)])
-    else:
-        keys = jax.random.split(jax.random.key(0), number)
-        drawn = np.asarray(jax.jit(jax.vmap(lambda key: cells.uniform(key, space)))(keys))
-    assert drawn.dtype == np.int32
-    for i, kind in enumerate(CELL_TYPES):
-        every, found = _every_cell(space, kind), _frequencies(drawn, i)
-        assert set(found) <= set(every)
-        if space is SPACE:  # inputs are drawn first, so cells of edges with more operations are rarer each
-            p = 1 / len(every)
-            assert all(abs(found[c] / number - p) < 5 * math.sqrt(p / number) for c in every), kind
-        else:
-            assert len(found) > 0.9 * len(every) or len(every) > 100
-    assert not np.array_equal(drawn[:, 0], drawn[:, 1])
-
-
-def _logits(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(2, SPACE.num_edges)), rng.normal(size=(2, SPACE.num_edges, SPACE.num_ops))
-
-
-def _probability(choice: np.ndarray, edges: Any, ops: Any, xp: Any = np) -> Any:
-    """pi(c), both orders of the inputs of a node added up; by the formula of drawing without replacement."""
-    total = 1.0
-    for kind, node in itertools.product(range(2), range(2, 2 + SPACE.nodes)):
-        into = [e for e, (_, target) in enumerate(SPACE.edges) if target == node]
-        used = [e for e in into if choice[kind, e] < SPACE.num_ops]
-        weights = {e: xp.exp(edges[kind, e]) for e in into}
-        both = 0.0
-        for a, b in itertools.permutations(used):
-            both = both + weights[a] / sum(weights.values()) * weights[b] / (sum(weights.values()) - weights[a])
-        total = total * both
-        for e in used:
-            scores = xp.exp(ops[kind, e, 1:])  # `none` is first
-            total = total * scores[choice[kind, e] - 1] / xp.sum(scores)
-    return total
-
-
-def test_draws_from_logits_have_the_probabilities_of_the_policy() -> None:
-    edges, ops = _logits(0)
-    number, keys = 20_000, jax.random.split(jax.random.key(0), 20_000)
-    given = jnp.asarray(edges, jnp.float32), jnp.asarray(ops, jnp.float32)
-    drawn = np.asarray(jax.jit(jax.vmap(lambda key: cells.draw(key, *given, SPACE)))(keys))
-    rng, policy = np.random.default_rng(1), {"edges": edges, "ops": ops}
-    on_host = np.stack([enas.drawn(rng, policy, SPACE)[0] for _ in range(5000)])
-    every = _every_cell(SPACE, "normal")
-    both = _every_cell(SPACE, "reduce")[0]
-    rest = _probability(np.array([every[0], both]), edges, ops) / sum(
-        _probability(np.array([c, both]), edges, ops) for c in every
-    )
-    assert 0 < rest < 1
-    for choices, n in ((drawn, number), (on_host, 5000)):
-        found = _frequencies(choices, 0)
-        of_reduce = sum(_probability(np.array([every[0], c]), edges, ops) for c in _every_cell(SPACE, "reduce"))
-        for cell in every:
-            # The probability of the normal cell alone: that of both, summed over the reduction cells.
-            p = _probability(np.array([cell, both]), edges, ops) / _probability(np.array([every[0], both]), edges, ops)
-            p *= of_reduce
-            assert abs(found[cell] / n - p) < 5 * math.sqrt(p / n) + 1e-3, cell
-
-
-def test_gates_execute_what_is_chosen_and_tables_give_it_back() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        choice = cells.random(rng, RESTRICTED)
-        for made in (cells.gates(choice, RESTRICTED), cells.gates(jnp.asarray(choice), RESTRICTED)):
-            np.testing.assert_array_equal(cells.of_table(made.ops), choice)
-            for i, kind in enumerate(CELL_TYPES):
-                np.testing.assert_array_equal(np.asarray(made.executed[kind])[:, 0], choice[i])
-                assert np.asarray(made.ops[kind]).sum() == (choice[i] < RESTRICTED.num_ops).sum()
-
-
-def test_a_mutation_changes_one_operation_or_one_input() -> None:
-    rng, kinds, reached = np.random.default_rng(0), Counter[str](), set[bytes]()
-    choice = cells.random(rng, SPACE)
-    valid = {(*a, *b) for a in _every_cell(SPACE, "normal") for b in _every_cell(SPACE, "reduce")}
-    for _ in range(4000):
-        new = cells.mutated(rng, choice, SPACE)
-        assert (*new[0].tolist(), *new[1].tolist()) in valid
-        changed = np.argwhere(new != choice)
-        reached.add(new.tobytes())
-        if not len(changed):
-            kinds["identity"] += 1
-        elif len(changed) == 1:
-            kinds["operation"] += 1
-        else:
-            (a, e), (b, f) = changed
-            assert a == b and SPACE.edges[e][1] == SPACE.edges[f][1], "an input of one node gives way to another"
-            assert {int(choice[a, e]), int(choice[a, f])} == {int(new[a, e]), int(new[a, f])}, (
-                "the operation goes along"
-            )
-            kinds["input"] += 1
-    assert kinds["identity"] / 4000 == pytest.approx(0.05, abs=0.02)
-    assert kinds["input"] / kinds["operation"] == pytest.approx(1, abs=0.15)
-    # 8 pairs have one other operation; the second node of each type has one free input, for either of its pairs.
-    assert len(reached) == 1 + 8 + 2 * 2
-
-
-@pytest.mark.parametrize("identity", [0.0, 0.9])
-def test_mutations_of_a_restricted_space_stay_in_it(identity: float) -> None:
-    rng = np.random.default_rng(0)
-    every = [set(_every_cell(RESTRICTED, kind)) for kind in CELL_TYPES]
-    choice, same = cells.random(rng, RESTRICTED), 0
-    for _ in range(300):
-        new = cells.mutated(rng, choice, RESTRICTED, identity=identity)
-        assert all(tuple(new[i].tolist()) in every[i] for i in range(2))
-        same += np.array_equal(new, choice)
-        choice = new
-    assert same / 300 == pytest.approx(identity, abs=0.06)
-
 
 # --- the rounds -------------------------------------------------------------------------------------------------------
 
@@ -278,7 +134,7 @@ def _is_whole(choice: np.ndarray) -> bool:
     return tuple(choice[0].tolist()) in _WHOLE[0] and tuple(choice[1].tolist()) in _WHOLE[1]
 
 
-_WHOLE = [set(_every_cell(SPACE, kind)) for kind in CELL_TYPES]
+_WHOLE = [set(every_cell(SPACE, kind)) for kind in CELL_TYPES]
 
 
 def test_evolution_is_a_queue_of_children_of_the_best_of_a_tournament() -> None:
@@ -308,7 +164,7 @@ def test_evolution_is_a_queue_of_children_of_the_best_of_a_tournament() -> None:
 
 def test_the_policy_gradient_is_that_of_ln_pi() -> None:
     """Of one order of the inputs; the mean over draws of R times it is the gradient of the expected R."""
-    edges, ops = _logits(3)
+    edges, ops = logits_of(3)
     policy, rng = {"edges": edges, "ops": ops}, np.random.default_rng(0)
 
     def ln_pi(tables: Any, choice: np.ndarray, order: tuple[tuple[int, ...], ...]) -> Any:
@@ -332,15 +188,15 @@ def test_the_policy_gradient_is_that_of_ln_pi() -> None:
         "the gradient of one of the orders in which the inputs may have been drawn"
     )
 
-    worth = {choice: rng.random() for choice in _every_cell(SPACE, "normal")}
+    worth = {choice: rng.random() for choice in every_cell(SPACE, "normal")}
     number, total = 8_000, np.zeros_like(ops)
     for _ in range(number):
         choice, slope, _ = enas.drawn(rng, policy, SPACE)
         total += worth[tuple(choice[0].tolist())] * slope["ops"] / number
 
     def expected(tables: Any) -> Any:
-        reduce = _every_cell(SPACE, "reduce")[0]
-        p = [_probability(np.array([c, reduce]), tables["edges"], tables["ops"], jnp) for c in worth]
+        reduce = every_cell(SPACE, "reduce")[0]
+        p = [probability_of(np.array([c, reduce]), tables["edges"], tables["ops"], jnp) for c in worth]
         return sum(a * b for a, b in zip(p, worth.values(), strict=True)) / sum(p)
 
     np.testing.assert_allclose(total[0], jax.grad(expected)(tables)["ops"][0], atol=0.03)
@@ -420,7 +276,7 @@ def test_extensions_by_brute_force() -> None:
     found = {row.tobytes() for row in pnas.extended(parents, 3, SPACE)}
     expected = set()
     for parent in parents:
-        for cell in _every_cell(SPACE, "reduce"):
+        for cell in every_cell(SPACE, "reduce"):
             row = parent.copy()
             row[1, into == 3] = np.array(cell)[into == 3]
             expected.add(row.tobytes())
