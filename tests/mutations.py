@@ -9,6 +9,7 @@ from slips_methods import CONTRACT_SLIPS, GATE_SLIPS, PENALTY_SLIPS, STEP_SLIPS
 from slips_network import CELL_SLIPS, KERNEL_SLIPS, LAYER_SLIPS
 from slips_runs import DATA_SLIPS, RESULT_SLIPS, RUN_SLIPS
 from slips_sampling import SAMPLING_SLIPS
+from slips_theory import THEORY_SLIPS
 
 __all__ = ["MUTATIONS", "Mutation"]
 
@@ -26,4 +27,5 @@ MUTATIONS = (
     *DARTS_SLIPS,
     *SAMPLING_SLIPS,
     *GRADIENT_FREE_SLIPS,
+    *THEORY_SLIPS,
 )
