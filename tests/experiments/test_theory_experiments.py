@@ -135,6 +135,24 @@ def test_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert (file.with_suffix(".svg")).is_file() == (experiment.picture is not None)
 
 
+@pytest.mark.slow
+def test_the_page_of_a_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every claim that is asked for is measured, and the page and its pictures lie in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    with search_cases.standard_promotion():
+        assert paper.main(["--scale", "smoke", "--only", "theorem3_gates", "--only", "table2_imagenet"]) == 0
+    folder = tmp_path / "runs" / "experiments"
+    page = (folder / "results.md").read_text()
+    assert page.count("Not measured yet (") == len(paper.NAMES) - 2
+    assert page.count("Measured at scale `smoke`") == 2 and "pictures/theorem3_gates.svg" in page
+    assert [path.name for path in (folder / "pictures").iterdir()] == ["theorem3_gates.svg"]
+    with pytest.raises(SystemExit) as stop:
+        paper.main(["--only", "theorem5"])
+    assert stop.value.code == 2
+
+
 # --- what they compute ------------------------------------------------------------------------------------------------
 
 
